@@ -1,0 +1,108 @@
+//! What slow threads ask of the data thread, and how the answers come back.
+//!
+//! ```text
+//! control API ─┐
+//! DNS answers ─┼─► Requests (bounded queue) ─► Waker ─► data thread ─► reply channel of the request
+//! signals ─────┘
+//! ```
+//! The data thread never waits for anybody: a reply is a `oneshot` that is sent and forgotten. The queue holds
+//! control messages and DNS answers only, never the bytes of flows.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
+use tokio::sync::oneshot;
+
+use crate::publish::spec::PublishSpec;
+
+/// One thing asked of the data thread.
+#[derive(Debug)]
+pub enum Request {
+    /// Publish every port of `spec` (a range is several ports). The answer is one entry per port, in order.
+    Publish { spec: PublishSpec, reply: oneshot::Sender<Vec<Result<PortInfo, PublishError>>> },
+    /// Stop publishing what `spec` names; established flows stay. Answers what was taken away.
+    Unpublish { spec: PublishSpec, reply: oneshot::Sender<Result<Vec<PortInfo>, PublishError>> },
+    /// Every published port.
+    Ports { reply: oneshot::Sender<Vec<PortInfo>> },
+    /// Every lease.
+    Leases { reply: oneshot::Sender<Vec<LeaseInfo>> },
+    /// Every flow and NAT binding, with its counters.
+    Flows { reply: oneshot::Sender<Vec<FlowInfo>> },
+    /// The counters of the whole process.
+    Stats { reply: oneshot::Sender<Stats> },
+    /// The DNS service's answer to a datagram the stack handed out.
+    DnsAnswer { ticket: DnsTicket, answer: Vec<u8> },
+    /// Close listeners, reset flows, end the loop.
+    Shutdown,
+}
+
+/// Where the answer to a guest's DNS datagram goes: the guest, and the address it asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DnsTicket {
+    /// The guest's address and port.
+    pub guest: SocketAddr,
+    /// The address the guest sent its query to.
+    pub asked: SocketAddr,
+    /// The link the query came from.
+    pub port: portway_netstack::PortId,
+}
+
+/// Why a port could not be published or taken away; `to_string()` is the line a user reads.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    /// The same protocol and host address are published already, by us.
+    #[error("{0} is published already: `portway unpublish` it first or take another host port")]
+    AlreadyPublished(String),
+    /// Nothing published matches.
+    #[error("{0} is not published: `portway ports` lists what is")]
+    NotPublished(String),
+    /// The host refused the address.
+    #[error("cannot listen on {address}: {reason}")]
+    Bind {
+        /// Protocol and host address, such as `tcp 127.0.0.1:2222`.
+        address: String,
+        /// What the host said and what helps.
+        reason: String,
+    },
+    /// The guest the spec names is not known.
+    #[error("no guest is called {0:?}: a link's name=, or an address, is needed")]
+    NoGuest(String),
+    /// A named limit is reached.
+    #[error("limit reached: {0}")]
+    Limit(String),
+}
+
+/// The sending end of the queue: cheap to clone, used by the control and DNS threads.
+#[derive(Debug, Clone)]
+pub struct Requests {
+    queue: mpsc::SyncSender<Request>,
+    waker: Arc<mio::Waker>,
+}
+
+/// The data thread has ended, or its queue is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the network does not take requests (it is ending, or overloaded)")]
+pub struct Unavailable;
+
+impl Requests {
+    /// Requests that may wait in the queue; beyond it a caller is told `Unavailable`.
+    pub const LIMIT: usize = 1024;
+
+    /// A queue whose receiving end belongs to the data thread; `waker` wakes its poll.
+    #[must_use]
+    pub fn new(waker: Arc<mio::Waker>) -> (Self, mpsc::Receiver<Request>) {
+        let (queue, requests) = mpsc::sync_channel(Self::LIMIT);
+        (Self { queue, waker }, requests)
+    }
+
+    /// Puts one request into the queue and wakes the data thread.
+    ///
+    /// # Errors
+    /// `Unavailable` when the queue is full or the data thread is gone.
+    pub fn send(&self, request: Request) -> Result<(), Unavailable> {
+        self.queue.try_send(request).map_err(|_| Unavailable)?;
+        self.waker.wake().map_err(|_| Unavailable)
+    }
+}
