@@ -1,0 +1,124 @@
+//! The guest's services: `/etc/portway/services`, one a line, `NAME PROGRAM ARGUMENT…`.
+//!
+//! Words are split at blanks, without quoting: what needs a shell is a script. A service that ends is reported
+//! and stays down; a restart that hides a crash is worse than a service that is missing.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::SigSet;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+
+use crate::console::say;
+
+const SERVICES: &str = "/etc/portway/services";
+
+/// One line of the file.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Service {
+    pub(crate) name: String,
+    pub(crate) program: String,
+    pub(crate) args: Vec<String>,
+}
+
+/// Parses the file; a line without a program is answered with its number.
+pub(crate) fn parse(text: &str) -> Vec<Result<Service, usize>> {
+    let mut services = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let mut words = line.split_whitespace().map(str::to_owned);
+        let Some(name) = words.next().filter(|name| !name.starts_with('#')) else { continue };
+        services.push(match words.next() {
+            Some(program) => Ok(Service { name, program, args: words.collect() }),
+            None => Err(index + 1),
+        });
+    }
+    services
+}
+
+/// The processes the agent started, by pid, so that their end can be told by name.
+#[derive(Debug, Default)]
+pub(crate) struct Running(HashMap<Pid, String>);
+
+impl Running {
+    /// Starts every service of the file.
+    pub(crate) fn start_all(&mut self) {
+        let text = match fs::read_to_string(SERVICES) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => return say(&format!("cannot read {SERVICES}: {error}")),
+        };
+        for service in parse(&text) {
+            match service {
+                Ok(service) => self.start(&service),
+                Err(line) => say(&format!("{SERVICES} line {line}: a name and a program are needed")),
+            }
+        }
+    }
+
+    /// Starts one program under a name.
+    pub(crate) fn start(&mut self, service: &Service) {
+        let mut command = Command::new(&service.program);
+        command
+            .args(&service.args)
+            .env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
+            .env("HOME", "/root")
+            .stdin(Stdio::null());
+        with_no_signal_blocked(&mut command);
+        match command.spawn().map(|child| i32::try_from(child.id())) {
+            // The `Child` is dropped on purpose: pid 1 reaps everything in one place, by waitpid(-1).
+            Ok(Ok(pid)) => {
+                self.0.insert(Pid::from_raw(pid), service.name.clone());
+                say(&format!("started {}", service.name));
+            }
+            Ok(Err(_)) => say(&format!("{}: the kernel gave a pid out of range", service.name)),
+            Err(error) => say(&format!("cannot start {} ({}): {error}", service.name, service.program)),
+        }
+    }
+
+    /// Tells that a process ended, if it was one of ours; orphans that came to pid 1 go without a word.
+    pub(crate) fn ended(&mut self, status: WaitStatus) {
+        let (pid, how) = match status {
+            WaitStatus::Exited(pid, code) => (pid, format!("ended with status {code}")),
+            WaitStatus::Signaled(pid, signal, _) => (pid, format!("was ended by {signal}")),
+            _ => return,
+        };
+        if let Some(name) = self.0.remove(&pid) {
+            say(&format!("{name} {how}; it is not restarted"));
+        }
+    }
+}
+
+/// Pid 1 blocks the signals it reads from its signalfd, and a child inherits that: dropbear would never hear of
+/// its own children's end, and nobody of SIGTERM.
+fn with_no_signal_blocked(command: &mut Command) {
+    // SAFETY: the closure runs between fork and exec of a process with one thread and calls only sigemptyset and
+    // pthread_sigmask, which are async-signal-safe (signal-safety(7)); it allocates nothing.
+    unsafe {
+        command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_a_name_a_program_and_its_arguments() {
+        let services = parse("# comment\n\nssh  /bin/dropbear -F -E\n");
+        let expected = Service {
+            name: "ssh".into(),
+            program: "/bin/dropbear".into(),
+            args: vec!["-F".into(), "-E".into()],
+        };
+        assert_eq!(services, [Ok(expected)]);
+    }
+
+    #[test]
+    fn a_line_without_a_program_is_answered_with_its_number() {
+        assert_eq!(parse("# one\nlonely\n"), [Err(2)]);
+    }
+}
