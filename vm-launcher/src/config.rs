@@ -1,0 +1,68 @@
+//! What `portway run` was asked to do.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::{Accel, BootImage};
+
+/// A VM to run with its network. Plain data: the command line makes it, `run` checks it.
+#[derive(Debug, Clone)]
+pub struct LaunchConfig {
+    /// What the VM boots.
+    pub image: BootImage,
+    /// Virtual CPUs.
+    pub cpus: u16,
+    /// Memory in MiB.
+    pub mem_mib: u32,
+    /// KVM, TCG, or whichever works.
+    pub accel: Accel,
+    /// Publish specs, handed to the sidecar as they are; it is the one that parses them.
+    pub publish: Vec<String>,
+    /// The link's MTU in bytes. The guest learns it from virtio (`host_mtu`) and from DHCP.
+    pub mtu: u16,
+    /// Where the VM's Ethernet address, the logs and the sidecar's leases live; made if absent. One VM at a time.
+    pub state_dir: PathBuf,
+    /// The VM's name: its link's name, and its name in DNS.
+    pub name: String,
+    /// The control API's socket.
+    pub api: PathBuf,
+    /// The program that is the sidecar when called with `serve`; `portway` itself as a rule.
+    pub sidecar: PathBuf,
+    /// Further arguments of `serve`, such as `--dns-upstream`.
+    pub serve_args: Vec<OsString>,
+    /// The QEMU program; `None` looks for the machine's own in `PATH`.
+    pub qemu: Option<PathBuf>,
+    /// Further arguments of QEMU, after ours.
+    pub qemu_args: Vec<OsString>,
+    /// How long the guest has to power off after SIGTERM or SIGINT before it is killed.
+    pub stop_timeout: Duration,
+}
+
+impl LaunchConfig {
+    /// The MTU of a `qemu` link: few large frames cost less than many small ones.
+    pub const DEFAULT_MTU: u16 = 65520;
+    /// The default of `stop_timeout`.
+    pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+    /// A VM with the defaults: one CPU, 1024 MiB (LinuxKit's), nothing published.
+    #[must_use]
+    pub fn new(image: BootImage, name: String, state_dir: PathBuf, api: PathBuf, sidecar: PathBuf) -> Self {
+        Self {
+            image,
+            cpus: 1,
+            mem_mib: 1024,
+            accel: Accel::Auto,
+            publish: Vec::new(),
+            mtu: Self::DEFAULT_MTU,
+            state_dir,
+            name,
+            api,
+            sidecar,
+            serve_args: Vec::new(),
+            qemu: None,
+            qemu_args: Vec::new(),
+            stop_timeout: Self::DEFAULT_STOP_TIMEOUT,
+        }
+    }
+}

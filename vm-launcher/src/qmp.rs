@@ -1,0 +1,117 @@
+//! QEMU's control channel (QMP: JSON, one message a line), as far as a clean end needs it.
+//!
+//! We say `qmp_capabilities` at once and `system_powerdown` when the VM is to end; QEMU tells in `SHUTDOWN` why
+//! it ended. Everything else is read and dropped, so that QEMU never waits for us.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use serde_json::Value;
+
+/// Bytes of one message at most; QEMU's are a few hundred.
+const MESSAGE_MAX: usize = 64 * 1024;
+
+/// Our end of the channel.
+#[derive(Debug)]
+pub(crate) struct Qmp {
+    stream: UnixStream,
+    partial: Vec<u8>,
+    open: bool,
+    shutdown: Option<String>,
+}
+
+impl Qmp {
+    /// Takes our end of the socketpair. The first command waits in the socket until QEMU reads it.
+    pub(crate) fn new(mut stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+        Ok(Self { stream, partial: Vec::new(), open: true, shutdown: None })
+    }
+
+    /// Presses the guest's power button.
+    pub(crate) fn power_down(&mut self) -> io::Result<()> {
+        self.stream.write_all(b"{\"execute\":\"system_powerdown\"}\n")
+    }
+
+    /// Whether QEMU still holds its end.
+    pub(crate) fn is_open(&self) -> bool {
+        self.open
+    }
+
+    /// Why the machine stopped, in QEMU's word: `guest-shutdown`, `host-signal`, `host-qmp-quit` …
+    pub(crate) fn shutdown_reason(&self) -> Option<&str> {
+        self.shutdown.as_deref()
+    }
+
+    /// Reads what has arrived.
+    pub(crate) fn read(&mut self) {
+        let mut buffer = [0; 4096];
+        while self.open {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => self.open = false,
+                Ok(read) => self.feed(buffer.get(..read).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The process's own end, which the pidfd tells, says more than this.
+                Err(_) => self.open = false,
+            }
+        }
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            if byte == b'\n' {
+                if let Some(reason) = shutdown_reason(&self.partial) {
+                    self.shutdown = Some(reason);
+                }
+                self.partial.clear();
+            } else if self.partial.len() < MESSAGE_MAX {
+                self.partial.push(byte);
+            }
+        }
+    }
+}
+
+impl AsFd for Qmp {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+fn shutdown_reason(message: &[u8]) -> Option<String> {
+    let message: Value = serde_json::from_slice(message).ok()?;
+    (message.get("event")? == "SHUTDOWN")
+        .then(|| message.pointer("/data/reason")?.as_str().map(str::to_owned))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_is_read_from_the_shutdown_event_in_any_pieces() {
+        let (ours, mut qemus) = UnixStream::pair().expect("a socketpair");
+        let mut qmp = Qmp::new(ours).expect("a fresh channel");
+        qemus.write_all(b"{\"QMP\": {}}\r\nnonsense\n{\"event\": \"SHUTDOWN\", \"data\"").expect("writing");
+        qmp.read();
+        assert_eq!(qmp.shutdown_reason(), None);
+        qemus.write_all(b": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\r\n").expect("writing");
+        qmp.read();
+        assert_eq!(qmp.shutdown_reason(), Some("guest-shutdown"));
+    }
+
+    #[test]
+    fn commands_are_lines_and_an_end_is_seen() {
+        let (ours, mut qemus) = UnixStream::pair().expect("a socketpair");
+        let mut qmp = Qmp::new(ours).expect("a fresh channel");
+        qmp.power_down().expect("there is room in the socket");
+        let mut said = [0; 256];
+        let len = qemus.read(&mut said).expect("two commands");
+        let expected = "{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"system_powerdown\"}\n";
+        assert_eq!(said.get(..len), Some(expected.as_bytes()));
+        drop(qemus);
+        qmp.read();
+        assert!(!qmp.is_open());
+    }
+}

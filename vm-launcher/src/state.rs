@@ -1,0 +1,223 @@
+//! The VM's state directory: one VM at a time, its Ethernet address, the logs of the two processes.
+
+use std::fmt;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::LaunchError;
+
+/// Bytes of a log's end that are looked at, and lines of it that are told.
+const TAIL_BYTES: u64 = 8192;
+const TAIL_LINES: usize = 12;
+
+/// An Ethernet address of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mac([u8; 6]);
+
+impl Mac {
+    /// Makes random bytes an address that no manufacturer has given out: locally administered, unicast.
+    fn local(mut bytes: [u8; 6]) -> Self {
+        bytes[0] = (bytes[0] & 0xfc) | 0x02;
+        Self(bytes)
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for Mac {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bytes: Option<Vec<u8>> = text
+            .split(':')
+            .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2))
+            .collect();
+        let bytes: [u8; 6] = bytes
+            .and_then(|bytes| bytes.try_into().ok())
+            .ok_or("not an Ethernet address such as 52:54:00:12:34:56")?;
+        if bytes[0] & 1 == 1 {
+            return Err("a group address cannot be a VM's own");
+        }
+        Ok(Self(bytes))
+    }
+}
+
+/// The directory, locked for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl StateDir {
+    /// Makes the directory if it is absent (for this user only) and takes its lock.
+    pub(crate) fn open(path: &Path) -> Result<Self, LaunchError> {
+        let fail = |path: &Path, reason: String| LaunchError::State { path: path.to_owned(), reason };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(|error| fail(path, format!("cannot make it: {error}")))?;
+        let lock = path.join("lock");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&lock)
+            .map_err(|error| fail(&lock, error.to_string()))?;
+        let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut file, errno)| {
+            let mut owner = String::new();
+            match errno {
+                Errno::EWOULDBLOCK if file.read_to_string(&mut owner).is_ok() => {
+                    let owner = owner.trim();
+                    fail(
+                        path,
+                        format!(
+                            "in use by process {owner}: stop that VM, or give this one its own --state-dir"
+                        ),
+                    )
+                }
+                errno => fail(path, format!("cannot lock it: {errno}")),
+            }
+        })?;
+        // Who holds it, for the message above.
+        let noted = lock
+            .set_len(0)
+            .and_then(|()| lock.rewind())
+            .and_then(|()| writeln!(lock, "{}", std::process::id()));
+        noted.map_err(|error| fail(path, error.to_string()))?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// The VM's Ethernet address: the same at every start, so that its lease is the same too.
+    pub(crate) fn mac(&self) -> Result<Mac, LaunchError> {
+        let path = self.path.join("mac");
+        let fail = |reason: String| LaunchError::State { path: path.clone(), reason };
+        match fs::read_to_string(&path) {
+            Ok(text) => {
+                text.trim().parse().map_err(|why| fail(format!("{why}; remove the file for a new address")))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let mut random = [0; 6];
+                let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
+                let mac = Mac::local(random);
+                read.and_then(|()| fs::write(&path, format!("{mac}\n")))
+                    .map_err(|error| fail(error.to_string()))?;
+                Ok(mac)
+            }
+            Err(error) => Err(fail(error.to_string())),
+        }
+    }
+
+    /// Begins a log anew.
+    pub(crate) fn log(&self, name: &str) -> Result<Log, LaunchError> {
+        let path = self.path.join(name);
+        let opened =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path).and_then(
+                |_| {
+                    // Appending, so that two writers (stdout and stderr) do not overwrite each other.
+                    OpenOptions::new().append(true).open(&path)
+                },
+            );
+        match opened {
+            Ok(file) => Ok(Log { path, file }),
+            Err(error) => Err(LaunchError::State { path, reason: error.to_string() }),
+        }
+    }
+}
+
+/// What one process says, in a file.
+#[derive(Debug)]
+pub(crate) struct Log {
+    pub(crate) path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// The writing end, for a child's stdout or stderr.
+    pub(crate) fn writer(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// The last lines, or where the log is if it has none.
+    pub(crate) fn tail(&self) -> String {
+        let text = File::open(&self.path).and_then(|mut file| {
+            let len = file.metadata()?.len();
+            file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))?;
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        });
+        match text {
+            Ok(text) if text.trim().is_empty() => {
+                format!("it said nothing ({} is empty)", self.path.display())
+            }
+            Ok(text) => last_lines(&text),
+            Err(error) => format!("{} cannot be read: {error}", self.path.display()),
+        }
+    }
+
+    /// Everything, for what is short by nature.
+    pub(crate) fn text(&self) -> io::Result<String> {
+        fs::read_to_string(&self.path)
+    }
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.trim_end().lines().collect();
+    let from = lines.len().saturating_sub(TAIL_LINES);
+    lines.get(from..).unwrap_or_default().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ethernet_address_is_kept_and_is_nobodys() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let state = StateDir::open(dir.path()).expect("it can be locked");
+        let mac = state.mac().expect("a new address");
+        assert_eq!(mac.0[0] & 3, 2, "locally administered, unicast");
+        assert_eq!(state.mac().expect("the kept one"), mac);
+    }
+
+    #[test]
+    fn a_damaged_address_is_an_error_that_names_the_file() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let state = StateDir::open(dir.path()).expect("it can be locked");
+        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:5", "01:00:5e:00:00:01", "+1:54:00:12:34:56"] {
+            fs::write(dir.path().join("mac"), bad).expect("writing");
+            let error = state.mac().expect_err("it is no address").to_string();
+            assert!(error.contains("mac") && error.contains("remove"), "{bad:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_second_vm_in_the_same_directory_is_refused_with_the_owner() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let _first = StateDir::open(dir.path()).expect("it can be locked");
+        let error = StateDir::open(dir.path()).expect_err("it is locked").to_string();
+        assert!(error.contains(&std::process::id().to_string()) && error.contains("--state-dir"), "{error}");
+    }
+
+    #[test]
+    fn a_tail_is_the_last_lines() {
+        let text: String = (0..100).map(|n| format!("line {n}\n")).collect();
+        let tail = last_lines(&text);
+        assert!(tail.starts_with("line 88\n") && tail.ends_with("line 99"), "{tail}");
+    }
+}
