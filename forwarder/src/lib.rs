@@ -1,1 +1,20 @@
-//! The sidecar.
+//! The sidecar: everything of Portway that touches the host.
+//!
+//! ```text
+//!  main ─► cli ─► config ─► sidecar ─┬─ data thread: driver ─ link · host · publish ─ netstack
+//!                                    └─ control thread (tokio): control · dns
+//! ```
+
+pub mod config;
+pub mod driver;
+pub mod events;
+mod fd;
+pub mod host;
+pub mod link;
+pub mod publish;
+pub mod request;
+pub mod rings;
+mod unix_path;
+
+/// The domain of our own names: `gateway.`, `host.` and the VMs' names lie in it.
+pub const DOMAIN: &str = "portway.internal";
