@@ -25,8 +25,15 @@ pub struct ConfigError {
     fault: String,
 }
 
+impl ConfigError {
+    /// `setting` cannot be used because of `fault`, which says what to do.
+    pub fn new(setting: &'static str, fault: impl Into<String>) -> Self {
+        Self { setting, fault: fault.into() }
+    }
+}
+
 fn bad(setting: &'static str, fault: impl Into<String>) -> ConfigError {
-    ConfigError { setting, fault: fault.into() }
+    ConfigError::new(setting, fault)
 }
 
 /// The settings as they are typed. Every field is a flag of `serve` and a key of its configuration file.
