@@ -1,1 +1,25 @@
-//! The sidecar.
+//! The sidecar: everything of Portway that touches the host.
+//!
+//! ```text
+//!  main ─► cli ─► config ─► sidecar ─┬─ data thread: driver ─ link · host · publish ─ netstack
+//!                                    └─ control thread (tokio): control · dns
+//! ```
+
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod dns;
+pub mod driver;
+pub mod events;
+mod fd;
+pub mod host;
+pub mod link;
+mod log;
+pub mod publish;
+pub mod request;
+pub mod rings;
+pub mod sidecar;
+mod unix_path;
+
+/// The domain of our own names: `gateway.`, `host.` and the VMs' names lie in it.
+pub const DOMAIN: &str = "portway.internal";

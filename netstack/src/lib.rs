@@ -1,1 +1,46 @@
-//! netstack.
+//! The network of a virtual machine as a sans-IO state machine.
+//!
+//! ```text
+//!             handle_frame ──► switch ─┬─► ARP · DHCP · ICMP ────► outbox ─┐
+//!  link ─────►                         ├─► UDP: NAT bindings ─► Handled    ├─► poll_transmit ─► link
+//!                                      └─► TCP: flow table ─► rings ───────┘
+//!  host ─────► handle_host · to_host · from_host · datagram_from_host · poll_host
+//! ```
+//! [`Netstack`] owns everything a guest can see. Frames and host events go in with the time they happened at;
+//! frames and [`HostCommand`]s come out. There is no socket, no clock, no thread and no `unsafe` here; the same
+//! seed and the same calls give the same bytes. `forwarder` is the driver in the real program, the lab under
+//! `tests/` the one with a virtual clock.
+//!
+//! Bytes of TCP never travel in events: [`Netstack::to_host`] and [`Netstack::from_host`] lend slices of the
+//! flow's rings to the driver's `send` and `recv`. Bytes of UDP are lent by [`Handled::Datagram`].
+
+#![forbid(unsafe_code)]
+
+mod config;
+pub mod dhcp;
+mod drop_reason;
+mod host;
+pub mod icmp;
+mod neighbours;
+mod rings;
+mod sink;
+mod stack;
+mod switch;
+mod tcp;
+mod time;
+mod timer;
+mod types;
+pub mod udp;
+pub mod wire;
+
+pub use config::{Limits, PortConfig, StackConfig};
+pub use drop_reason::{DropCounters, DropReason};
+pub use host::{
+    ConnectError, Datagram, Direction, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,
+    HostError, HostEvent, HostTarget, OpenError, Service, UdpPath,
+};
+pub use rings::{RingClass, RingMemory, Rings};
+pub use sink::{FrameSink, Offload};
+pub use stack::{Netstack, StackCounters};
+pub use time::{Duration, Instant};
+pub use types::{BadMac, BadSubnet, Mac, PortId, Subnet};

@@ -68,9 +68,9 @@ impl Subnet {
             IpAddr::V4(a) if prefix <= 32 => {
                 IpAddr::V4((u32::from(a) & u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0)).into())
             }
-            IpAddr::V6(a) if prefix <= 128 => {
-                IpAddr::V6((u128::from(a) & u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0)).into())
-            }
+            IpAddr::V6(a) if prefix <= 128 => IpAddr::V6(
+                (u128::from(a) & u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0)).into(),
+            ),
             _ => return None,
         };
         Some(Self { network, prefix })
@@ -108,9 +108,9 @@ impl Subnet {
     #[must_use]
     pub fn broadcast(&self) -> Option<IpAddr> {
         match self.network {
-            IpAddr::V4(a) => {
-                Some(IpAddr::V4((u32::from(a) | u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0)).into()))
-            }
+            IpAddr::V4(a) => Some(IpAddr::V4(
+                (u32::from(a) | u32::MAX.checked_shr(u32::from(self.prefix)).unwrap_or(0)).into(),
+            )),
             IpAddr::V6(_) => None,
         }
     }

@@ -147,3 +147,22 @@ pub struct Problem {
     /// What is wrong and what to do.
     pub detail: String,
 }
+
+/// `GET /v1/network`: what this network is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkInfo {
+    /// Its name.
+    pub name: String,
+    /// The version of the sidecar.
+    pub version: String,
+    /// The sidecar's process id.
+    pub pid: u32,
+    /// The guests' subnet.
+    pub subnet: String,
+    /// Router, DHCP and DNS server.
+    pub gateway: String,
+    /// Behind it stands the host's loopback.
+    pub host_alias: String,
+    /// The domain of our own names.
+    pub domain: String,
+}

@@ -1,0 +1,285 @@
+//! The command line: what can be typed, and what each command does.
+//!
+//! Every long option may be written with one dash, as LinuxKit documents `-publish`: [`normalise`] rewrites argv
+//! before clap sees it. Exit codes: 0, 1 for a failure, 2 for bad usage; an error is one line that says what to do.
+
+mod listing;
+mod owner;
+mod run;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use hyper::Method;
+use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, PortsRequest, PortsResponse, Stats};
+
+use crate::config::{Config, Settings, UnixPath, runtime_socket};
+use crate::control::client::Client;
+use crate::publish::spec::PublishSpec;
+
+/// The network of a virtual machine, as one unprivileged process.
+#[derive(Debug, Parser)]
+#[command(name = "portway", version, about, max_term_width = 100, subcommand_required = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a VM with its network
+    Run(run::RunArgs),
+    /// The network alone, for any hypervisor
+    Serve {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// Read settings from this TOML file too; its keys are the flags' names
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Check the settings and leave
+        #[arg(long)]
+        check_config: bool,
+    },
+    /// Publish ports of a running network
+    Publish {
+        /// [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]
+        #[arg(required = true, value_name = "SPEC")]
+        specs: Vec<PublishSpec>,
+        #[command(flatten)]
+        at: Target,
+    },
+    /// Stop publishing ports; open connections stay
+    Unpublish {
+        /// As they were published
+        #[arg(required = true, value_name = "SPEC")]
+        specs: Vec<PublishSpec>,
+        #[command(flatten)]
+        at: Target,
+    },
+    /// List published ports
+    Ports(Target),
+    /// List DHCP leases
+    Leases(Target),
+    /// List flows and NAT bindings
+    Flows(Target),
+    /// Show counters
+    Stats(Target),
+}
+
+/// The running network a command is about.
+#[derive(Debug, clap::Args)]
+struct Target {
+    /// The network's name
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    network: String,
+    /// Its control socket, when it has one of its own
+    #[arg(long, value_name = "unix:PATH")]
+    api: Option<UnixPath>,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people.
+    Table,
+    /// One JSON document.
+    Json,
+}
+
+/// Runs the program with `args` (argv, the program's name first).
+#[must_use]
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(normalise(args)) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match execute(cli.command) {
+        Ok(code) => code,
+        Err(Failure { code, line }) => {
+            listing::complain(&line);
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// What ends the program with an error.
+struct Failure {
+    code: u8,
+    line: String,
+}
+
+impl Failure {
+    /// Something did not work.
+    fn failed(error: impl std::fmt::Display) -> Self {
+        Self { code: 1, line: error.to_string() }
+    }
+
+    /// It was asked for wrongly.
+    fn usage(error: impl std::fmt::Display) -> Self {
+        Self { code: 2, line: error.to_string() }
+    }
+}
+
+/// clap's error as one line; help and version as they are.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
+    let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+    // A list of what is missing, and a tip, are worth having; the usage is one `--help` away.
+    let more: Vec<&str> =
+        lines.take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more")).collect();
+    let more = if more.is_empty() { String::new() } else { format!(" {}", more.join(" ")) };
+    listing::complain(&format!("{first}{more} (see portway --help)"));
+    ExitCode::from(2)
+}
+
+/// Rewrites `-option` to `--option` for every long option there is; values and what stands behind `--` stay.
+fn normalise(args: Vec<OsString>) -> Vec<OsString> {
+    fn longs(command: &clap::Command, into: &mut Vec<String>) {
+        into.extend(command.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)));
+        for sub in command.get_subcommands() {
+            longs(sub, into);
+        }
+    }
+    let mut known = vec!["help".to_owned(), "version".to_owned()];
+    longs(&Cli::command(), &mut known);
+    let mut literal = false;
+    let rewrite = |arg: OsString| {
+        let Some(text) = arg.to_str().filter(|_| !literal) else { return arg };
+        literal = text == "--";
+        let name =
+            text.strip_prefix('-').filter(|n| !n.starts_with('-')).map(|n| n.split('=').next().unwrap_or(n));
+        if name.is_some_and(|n| n.len() > 1 && known.iter().any(|k| k == n)) {
+            format!("-{text}").into()
+        } else {
+            arg
+        }
+    };
+    args.into_iter().map(rewrite).collect()
+}
+
+fn execute(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Run(args) => run::run(args),
+        Command::Serve { settings, config, check_config } => {
+            let settings = match config {
+                Some(path) => settings.over(Settings::from_file(&path).map_err(Failure::usage)?),
+                None => *settings,
+            };
+            let config = Config::try_from(settings).map_err(Failure::usage)?;
+            if check_config {
+                listing::say("the settings are good");
+                return Ok(ExitCode::SUCCESS);
+            }
+            crate::log::start(config.log_level, config.log_file.as_deref()).map_err(Failure::usage)?;
+            crate::sidecar::run(&config).map_err(|e| Failure::failed(owner::explain(&e)))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Publish { specs, at } => change(&Method::POST, &specs, &at),
+        Command::Unpublish { specs, at } => change(&Method::DELETE, &specs, &at),
+        Command::Ports(at) => list::<PortInfo>(&at, "/v1/ports", listing::ports),
+        Command::Leases(at) => list::<LeaseInfo>(&at, "/v1/leases", listing::leases),
+        Command::Flows(at) => list::<FlowInfo>(&at, "/v1/flows", listing::flows),
+        Command::Stats(at) => {
+            let stats: Stats = client(&at)?.get("/v1/stats").map_err(Failure::failed)?;
+            match at.format {
+                Format::Json => listing::json(&stats),
+                Format::Table => listing::stats(&stats),
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn client(at: &Target) -> Result<Client, Failure> {
+    let path = match &at.api {
+        Some(UnixPath(path)) => path.clone(),
+        None => runtime_socket(&at.network).map_err(Failure::usage)?,
+    };
+    Ok(Client::new(&path))
+}
+
+fn list<T>(at: &Target, route: &str, table: fn(&[T])) -> Result<ExitCode, Failure>
+where
+    T: serde::Serialize + serde::de::DeserializeOwned,
+{
+    let rows: Vec<T> = client(at)?.get(route).map_err(Failure::failed)?;
+    match at.format {
+        Format::Json => listing::json(&rows),
+        Format::Table => table(&rows),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Publishes or unpublishes; the good ones stay, any failure makes the exit code 1.
+fn change(method: &Method, specs: &[PublishSpec], at: &Target) -> Result<ExitCode, Failure> {
+    let body = PortsRequest { specs: specs.iter().map(ToString::to_string).collect() };
+    let done: PortsResponse =
+        client(at)?.send(method.clone(), "/v1/ports", &body).map_err(Failure::failed)?;
+    match at.format {
+        Format::Json => listing::json(&done.published),
+        Format::Table if *method == Method::POST => {
+            done.published.iter().for_each(|p| listing::say(&listing::published(p)))
+        }
+        Format::Table => done.published.iter().for_each(|p| listing::say(&listing::unpublished(p))),
+    }
+    for error in &done.errors {
+        listing::complain(&owner::explain(error));
+    }
+    Ok(if done.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(normalise(line.split(' ').map(OsString::from).collect())).map(|c| c.command)
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn one_dash_is_as_good_as_two() {
+        for line in [
+            "portway serve --link qemu:fd:3 --publish 2222:22/tcp",
+            "portway serve -link qemu:fd:3 -publish 2222:22/tcp",
+            "portway serve -link=qemu:fd:3 -publish=2222:22/tcp",
+            "portway serve --link qemu:fd:3 -p 2222:22/tcp",
+        ] {
+            let Command::Serve { settings, .. } = parsed(line).expect(line) else { panic!("{line}") };
+            assert_eq!(settings.publish, ["2222:22".parse().unwrap()], "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_an_option_is_left_alone() {
+        let args: Vec<OsString> = ["portway", "-x", "-", "--", "-publish"].map(OsString::from).to_vec();
+        assert_eq!(normalise(args.clone()), args);
+    }
+
+    #[test]
+    fn bad_usage_is_an_error() {
+        for line in [
+            "portway",
+            "portway serve --colour",
+            "portway publish",
+            "portway publish 99999:1",
+            "portway serve --link wire:fd:3",
+            "portway ports --format xml",
+        ] {
+            assert!(parsed(line).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,629 @@
+//! Every setting of `portway serve`, once: the flags, the file of `--config` and the validated [`Config`] come from
+//! [`Settings`].
+//!
+//! ```text
+//!  command line ─► Settings ─┐
+//!                            ├─ merge (the command line wins, lists append) ─► Config (checked) ─► sidecar
+//!  --config FILE ► Settings ─┘
+//! ```
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use portway_netstack::dhcp::StaticLease;
+use portway_netstack::{Limits, Mac, Subnet};
+use serde::Deserialize;
+
+use crate::publish::spec::{HostEnd, PublishSpec};
+
+/// A setting that cannot be used: its name, the value, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{setting}: {fault}")]
+pub struct ConfigError {
+    setting: &'static str,
+    fault: String,
+}
+
+impl ConfigError {
+    /// `setting` cannot be used because of `fault`, which says what to do.
+    pub fn new(setting: &'static str, fault: impl Into<String>) -> Self {
+        Self { setting, fault: fault.into() }
+    }
+}
+
+fn bad(setting: &'static str, fault: impl Into<String>) -> ConfigError {
+    ConfigError::new(setting, fault)
+}
+
+/// The settings as they are typed. Every field is a flag of `serve` and a key of its configuration file.
+#[derive(Debug, Clone, Default, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Settings {
+    /// A link to a VMM: qemu:unix:PATH, qemu:connect:unix:PATH or qemu:fd:N, with [,name=VM][,mac=MAC][,ip=IP][,mtu=N]; repeatable
+    #[arg(long, value_name = "LINK")]
+    pub link: Vec<LinkSpec>,
+    /// The guests' subnet; the gateway is its first address, the host alias its last [default: 192.168.127.0/24]
+    #[arg(long, value_name = "CIDR")]
+    #[serde(deserialize_with = "from_text")]
+    pub subnet: Option<Subnet>,
+    /// The largest IP packet on links that do not say mtu= themselves [default: 65520]
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u16>,
+    /// Publish a guest's port on the host: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
+    #[arg(long, short, value_name = "SPEC")]
+    pub publish: Vec<PublishSpec>,
+    /// Ask this resolver, IP[:PORT], and not those of the host's resolv.conf; repeatable
+    #[arg(long, value_name = "IP[:PORT]")]
+    pub dns_upstream: Vec<Upstream>,
+    /// A name of our own, NAME=IP; repeatable
+    #[arg(long, value_name = "NAME=IP")]
+    pub dns_host: Vec<DnsHost>,
+    /// An address that belongs to one VM, MAC=IP[,NAME]; repeatable
+    #[arg(long, value_name = "MAC=IP[,NAME]")]
+    pub static_lease: Vec<LeaseSpec>,
+    /// The network's name; its control socket is $XDG_RUNTIME_DIR/portway/NAME.sock [default: default]
+    #[arg(long, value_name = "NAME")]
+    pub network: Option<String>,
+    /// The control socket, unix:PATH
+    #[arg(long, value_name = "unix:PATH")]
+    pub api: Option<UnixPath>,
+    /// Write one line `ready` to this descriptor when every listener is bound, and close it
+    #[arg(long, value_name = "FD")]
+    pub ready_fd: Option<i32>,
+    /// Write the process id here; removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Append the log here and not to standard error
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+    /// error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+    /// Keep leases here, so that they survive a restart
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Whether the host alias reaches the host's loopback [default: on]
+    #[arg(long, value_name = "on|off")]
+    pub host_loopback: Option<Switch>,
+    /// Whether guests reach link-local addresses, where clouds serve credentials [default: block]
+    #[arg(long, value_name = "block|allow")]
+    pub metadata: Option<Metadata>,
+    /// The host's resolver configuration to follow [default: /etc/resolv.conf]
+    #[arg(long, value_name = "FILE")]
+    pub resolv_conf: Option<PathBuf>,
+    /// The hosts file guests are answered from; `off` for none [default: /etc/hosts]
+    #[arg(long, value_name = "FILE|off")]
+    pub hosts_file: Option<PathBuf>,
+}
+
+/// What links do when nothing else is said (DESIGN §2: `qemu` links cannot segment, so their packets are large).
+pub const DEFAULT_MTU: u16 = 65_520;
+const RUNTIME_DIR_MODE: u32 = 0o700;
+
+/// The settings, checked: what is in here works or fails at the host, not in the grammar.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The links, one at least.
+    pub links: Vec<LinkConfig>,
+    /// The guests' subnet.
+    pub subnet: Subnet,
+    /// Our address on it.
+    pub gateway: Ipv4Addr,
+    /// The host's loopback, for guests.
+    pub host_alias: Ipv4Addr,
+    /// What to publish at the start.
+    pub publish: Vec<PublishSpec>,
+    /// Resolvers; empty: those of `resolv_conf`.
+    pub dns_upstream: Vec<SocketAddr>,
+    /// Names of our own.
+    pub dns_host: Vec<(String, IpAddr)>,
+    /// Fixed addresses.
+    pub static_lease: Vec<StaticLease>,
+    /// The network's name.
+    pub network: String,
+    /// The control socket.
+    pub api: PathBuf,
+    /// See [`Settings`].
+    pub ready_fd: Option<i32>,
+    /// See [`Settings`].
+    pub pid_file: Option<PathBuf>,
+    /// See [`Settings`].
+    pub log_file: Option<PathBuf>,
+    /// See [`Settings`].
+    pub log_level: LogLevel,
+    /// See [`Settings`].
+    pub state_dir: Option<PathBuf>,
+    /// See [`Settings`].
+    pub host_loopback: bool,
+    /// Whether link-local addresses may be reached.
+    pub metadata: bool,
+    /// See [`Settings`].
+    pub resolv_conf: PathBuf,
+    /// `None`: guests are not answered from a hosts file.
+    pub hosts_file: Option<PathBuf>,
+    /// The limits of what a guest can make grow.
+    pub limits: Limits,
+}
+
+/// One link, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkConfig {
+    /// Where the VMM is.
+    pub address: LinkAddress,
+    /// The VM's name.
+    pub name: Option<String>,
+    /// The VM's address.
+    pub ip: Option<Ipv4Addr>,
+    /// The largest IP packet.
+    pub mtu: u16,
+}
+
+/// Where a VMM is met.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkAddress {
+    /// We listen.
+    Listen(PathBuf),
+    /// We connect, and again when it is gone.
+    Connect(PathBuf),
+    /// A descriptor we inherited.
+    Fd(i32),
+}
+
+/// A `--link` as it was typed.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct LinkSpec {
+    address: LinkAddress,
+    name: Option<String>,
+    mac: Option<Mac>,
+    ip: Option<Ipv4Addr>,
+    mtu: Option<u16>,
+}
+
+macro_rules! from_string {
+    ($($type:ty),+) => {$(
+        impl TryFrom<String> for $type {
+            type Error = String;
+            fn try_from(text: String) -> Result<Self, String> {
+                text.parse()
+            }
+        }
+    )+};
+}
+from_string!(LinkSpec, Upstream, DnsHost, LeaseSpec, UnixPath);
+
+fn from_text<'de, D: serde::Deserializer<'de>, T: FromStr<Err: std::fmt::Display>>(
+    d: D,
+) -> Result<Option<T>, D::Error> {
+    let text = Option::<String>::deserialize(d)?;
+    text.map(|t| t.parse().map_err(serde::de::Error::custom)).transpose()
+}
+
+impl FromStr for LinkSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let place = parts.next().unwrap_or_default();
+        let (kind, address) = place.split_once(':').ok_or_else(|| {
+            format!("{text:?} is not KIND:ADDRESS; an example: qemu:unix:/run/user/1000/vm.sock")
+        })?;
+        match kind {
+            "qemu" => {}
+            "dgram" | "seqpacket" | "vpnkit" | "stdio" | "vhost-user" | "tap" => {
+                return Err(format!("links of kind {kind:?} are not in this release: use qemu"));
+            }
+            _ => return Err(format!("{kind:?} is not a kind of link: use qemu")),
+        }
+        let address = if let Some(path) = address.strip_prefix("unix:") {
+            LinkAddress::Listen(absolute(path)?)
+        } else if let Some(path) = address.strip_prefix("connect:unix:") {
+            LinkAddress::Connect(absolute(path)?)
+        } else if let Some(fd) = address.strip_prefix("fd:") {
+            let fd = fd.parse().ok().filter(|fd| *fd >= 0);
+            LinkAddress::Fd(
+                fd.ok_or_else(|| format!("{address:?} is not a descriptor; an example: qemu:fd:3"))?,
+            )
+        } else {
+            return Err(format!(
+                "{address:?} is not an address of a qemu link: unix:PATH, connect:unix:PATH or fd:N"
+            ));
+        };
+        let mut link = Self { address, name: None, mac: None, ip: None, mtu: None };
+        for option in parts {
+            let (key, value) =
+                option.split_once('=').ok_or_else(|| format!("{option:?} is not KEY=VALUE"))?;
+            match key {
+                "name" => link.name = Some(label(value)?),
+                "mac" => link.mac = Some(value.parse().map_err(|e| format!("mac={value}: {e}"))?),
+                "ip" => {
+                    link.ip = Some(value.parse().map_err(|_| format!("ip={value} is not an IPv4 address"))?)
+                }
+                "mtu" => link.mtu = Some(mtu_of(value)?),
+                "offload" | "isolate" => return Err(format!("{key}= is not in this release")),
+                _ => return Err(format!("{key:?} is not an option of a link: name, mac, ip, mtu")),
+            }
+        }
+        Ok(link)
+    }
+}
+
+fn absolute(path: &str) -> Result<PathBuf, String> {
+    if path.is_empty() {
+        return Err("the path is empty".into());
+    }
+    std::path::absolute(path).map_err(|e| format!("{path:?}: {e}"))
+}
+
+fn label(text: &str) -> Result<String, String> {
+    let good = (1..=63).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+        && !text.bytes().all(|b| b.is_ascii_digit());
+    if good {
+        Ok(text.to_ascii_lowercase())
+    } else {
+        Err(format!("{text:?} is not a name: letters, digits and inner hyphens"))
+    }
+}
+
+fn mtu_of(text: &str) -> Result<u16, String> {
+    let mtu = text.parse().ok().filter(|m| (576..=65_535).contains(m));
+    mtu.ok_or_else(|| format!("mtu={text}: 576 to 65535 bytes"))
+}
+
+/// `IP[:PORT]` of a resolver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Upstream(pub SocketAddr);
+
+impl FromStr for Upstream {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bare = text
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .parse::<IpAddr>()
+            .map(|ip| SocketAddr::new(ip, 53));
+        let full = text.parse::<SocketAddr>();
+        bare.or(full)
+            .map(Self)
+            .map_err(|_| format!("{text:?} is not IP[:PORT]; an example: 192.0.2.53 or [2001:db8::1]:53"))
+    }
+}
+
+/// `NAME=IP` of a record.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct DnsHost(String, IpAddr);
+
+impl FromStr for DnsHost {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fault = || format!("{text:?} is not NAME=IP; an example: registry.test=192.0.2.7");
+        let (name, ip) = text.split_once('=').ok_or_else(fault)?;
+        let ip = ip.parse().map_err(|_| fault())?;
+        let name = name.trim_end_matches('.');
+        let labels = name.split('.').all(|l| {
+            (1..=63).contains(&l.len())
+                && l.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+        });
+        if labels && name.len() <= 253 { Ok(Self(name.to_ascii_lowercase(), ip)) } else { Err(fault()) }
+    }
+}
+
+/// `MAC=IP[,NAME]` of a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct LeaseSpec(StaticLease);
+
+impl FromStr for LeaseSpec {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fault =
+            || format!("{text:?} is not MAC=IP[,NAME]; an example: 52:54:00:12:34:56=192.168.127.9,db");
+        let (mac, rest) = text.split_once('=').ok_or_else(fault)?;
+        let (ip, name) = rest.split_once(',').map_or((rest, None), |(ip, name)| (ip, Some(name)));
+        let mac: Mac = mac.parse().map_err(|_| fault())?;
+        let ip = ip.parse().map_err(|_| fault())?;
+        Ok(Self(StaticLease { mac, ip, name: name.map(label).transpose()? }))
+    }
+}
+
+/// `unix:PATH`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct UnixPath(pub PathBuf);
+
+impl FromStr for UnixPath {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let path = text.strip_prefix("unix:").ok_or_else(|| format!("{text:?} is not unix:PATH"))?;
+        absolute(path.strip_prefix("//").unwrap_or(path)).map(Self)
+    }
+}
+
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
+/// Block or allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metadata {
+    /// Not reachable.
+    Block,
+    /// Reachable.
+    Allow,
+}
+
+/// How much is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// What ended something.
+    Error,
+    /// What an operator should look at.
+    Warn,
+    /// What a running network says of itself.
+    #[default]
+    Info,
+    /// Every decision.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl Settings {
+    /// The settings of a file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or has a key or value that is not one.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|e| bad("--config", format!("{}: {e}", path.display())))?;
+        toml::from_str(&text).map_err(|e| {
+            let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].lines().count().max(1));
+            bad("--config", format!("{}, line {line}: {}", path.display(), e.message()))
+        })
+    }
+
+    /// These settings over `file`'s: what is set here wins, lists append.
+    #[must_use]
+    pub fn over(self, file: Self) -> Self {
+        fn join<T>(mut a: Vec<T>, b: Vec<T>) -> Vec<T> {
+            a.extend(b);
+            a
+        }
+        Self {
+            link: join(file.link, self.link),
+            subnet: self.subnet.or(file.subnet),
+            mtu: self.mtu.or(file.mtu),
+            publish: join(file.publish, self.publish),
+            dns_upstream: join(file.dns_upstream, self.dns_upstream),
+            dns_host: join(file.dns_host, self.dns_host),
+            static_lease: join(file.static_lease, self.static_lease),
+            network: self.network.or(file.network),
+            api: self.api.or(file.api),
+            ready_fd: self.ready_fd.or(file.ready_fd),
+            pid_file: self.pid_file.or(file.pid_file),
+            log_file: self.log_file.or(file.log_file),
+            log_level: self.log_level.or(file.log_level),
+            state_dir: self.state_dir.or(file.state_dir),
+            host_loopback: self.host_loopback.or(file.host_loopback),
+            metadata: self.metadata.or(file.metadata),
+            resolv_conf: self.resolv_conf.or(file.resolv_conf),
+            hosts_file: self.hosts_file.or(file.hosts_file),
+        }
+    }
+}
+
+impl TryFrom<Settings> for Config {
+    type Error = ConfigError;
+
+    fn try_from(s: Settings) -> Result<Self, ConfigError> {
+        let subnet = s.subnet.unwrap_or_else(|| "192.168.127.0/24".parse().expect("a subnet"));
+        let host = |n: u32| match subnet.host(n) {
+            Some(IpAddr::V4(ip)) => Some(ip),
+            _ => None,
+        };
+        let Some(IpAddr::V4(broadcast)) = subnet.broadcast().filter(|_| (8..=29).contains(&subnet.prefix()))
+        else {
+            return Err(bad(
+                "--subnet",
+                format!("{subnet}: an IPv4 subnet from /8 to /29 is needed, such as 192.168.127.0/24"),
+            ));
+        };
+        let gateway = host(1).ok_or_else(|| bad("--subnet", format!("{subnet} has no addresses")))?;
+        let host_alias = Ipv4Addr::from(u32::from(broadcast) - 1);
+        let usable = |setting, ip: Ipv4Addr| {
+            let taken =
+                ip == gateway || ip == host_alias || ip == broadcast || IpAddr::V4(ip) == subnet.network();
+            if !subnet.contains(ip.into()) {
+                Err(bad(setting, format!("{ip} is not in the subnet {subnet}")))
+            } else if taken {
+                Err(bad(
+                    setting,
+                    format!("{ip} is the network's own (gateway {gateway}, host alias {host_alias})"),
+                ))
+            } else {
+                Ok(())
+            }
+        };
+        if let Some(mtu) = s.mtu
+            && !(576..=65_535).contains(&mtu)
+        {
+            return Err(bad("--mtu", format!("{mtu}: 576 to 65535 bytes")));
+        }
+        if s.link.is_empty() {
+            return Err(bad(
+                "--link",
+                "one at least is needed, such as --link qemu:unix:/run/user/1000/vm.sock",
+            ));
+        }
+        let mut static_lease: Vec<StaticLease> = s.static_lease.into_iter().map(|l| l.0).collect();
+        let mut links: Vec<LinkConfig> = Vec::new();
+        for link in s.link {
+            if let Some(ip) = link.ip {
+                usable("--link", ip)?;
+            }
+            if let (Some(mac), Some(ip)) = (link.mac, link.ip) {
+                static_lease.push(StaticLease { mac, ip, name: link.name.clone() });
+            } else if link.mac.is_some() {
+                return Err(bad("--link", "mac= alone says nothing: it goes with ip="));
+            }
+            let twice =
+                |l: &LinkConfig| l.address == link.address || (l.name.is_some() && l.name == link.name);
+            if links.iter().any(twice) {
+                return Err(bad("--link", "two links have the same address or name"));
+            }
+            let mtu = link.mtu.or(s.mtu).unwrap_or(DEFAULT_MTU);
+            links.push(LinkConfig { address: link.address, name: link.name, ip: link.ip, mtu });
+        }
+        for (n, lease) in static_lease.iter().enumerate() {
+            usable("--static-lease", lease.ip)?;
+            if static_lease[..n].iter().any(|l| l.ip == lease.ip || l.mac == lease.mac) {
+                return Err(bad("--static-lease", format!("{} and {} are given twice", lease.mac, lease.ip)));
+            }
+        }
+        for (n, spec) in s.publish.iter().enumerate() {
+            let free = matches!(spec.host, HostEnd::Ports { first: 0, .. });
+            if !free && s.publish[..n].iter().any(|o| o.host == spec.host && o.proto == spec.proto) {
+                return Err(bad("--publish", format!("{spec}: its host port is given twice")));
+            }
+        }
+        let network = s.network.unwrap_or_else(|| "default".into());
+        if network.is_empty() || network.contains(['/', '\0']) || network.starts_with('.') {
+            return Err(bad("--network", format!("{network:?} is not a name")));
+        }
+        let api = match s.api {
+            Some(UnixPath(path)) => path,
+            None => runtime_socket(&network)?,
+        };
+        Ok(Self {
+            links,
+            subnet,
+            gateway,
+            host_alias,
+            publish: s.publish,
+            dns_upstream: s.dns_upstream.into_iter().map(|u| u.0).collect(),
+            dns_host: s.dns_host.into_iter().map(|h| (h.0, h.1)).collect(),
+            static_lease,
+            network,
+            api,
+            ready_fd: s.ready_fd,
+            pid_file: s.pid_file,
+            log_file: s.log_file,
+            log_level: s.log_level.unwrap_or_default(),
+            state_dir: s.state_dir,
+            host_loopback: s.host_loopback != Some(Switch::Off),
+            metadata: s.metadata == Some(Metadata::Allow),
+            resolv_conf: s.resolv_conf.unwrap_or_else(|| "/etc/resolv.conf".into()),
+            hosts_file: match s.hosts_file {
+                Some(p) if p.as_os_str() == "off" => None,
+                other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
+            },
+            limits: Limits::default(),
+        })
+    }
+}
+
+/// The control socket of a network that was not given one; its directory is made, for this user alone.
+///
+/// # Errors
+/// When the directory cannot be made, or is somebody else's.
+pub fn runtime_socket(network: &str) -> Result<PathBuf, ConfigError> {
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+
+    let user = nix::unistd::geteuid();
+    let directory = match std::env::var_os("XDG_RUNTIME_DIR").filter(|d| Path::new(d).is_absolute()) {
+        Some(runtime) => PathBuf::from(runtime).join("portway"),
+        None => std::env::temp_dir().join(format!("portway-{user}")),
+    };
+    let fault = |e: &dyn std::fmt::Display| {
+        bad("--api", format!("{}: {e}; give --api unix:PATH", directory.display()))
+    };
+    match std::fs::DirBuilder::new().mode(RUNTIME_DIR_MODE).create(&directory) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(fault(&e)),
+        _ => {}
+    }
+    let meta = std::fs::symlink_metadata(&directory).map_err(|e| fault(&e))?;
+    if !meta.is_dir() || meta.uid() != user.as_raw() || meta.mode() & 0o022 != 0 {
+        return Err(fault(&"is not a directory of this user alone"));
+    }
+    Ok(directory.join(format!("{network}.sock")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(toml: &str) -> Result<Config, String> {
+        let settings: Settings = toml::from_str(toml).map_err(|e| e.message().to_owned())?;
+        Config::try_from(settings).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_file_has_the_flags_names() {
+        let config = settings(
+            r#"
+            link = ["qemu:unix:/tmp/vm.sock,name=web,mtu=1500", "qemu:fd:7"]
+            subnet = "10.1.0.0/16"
+            publish = ["2222:22"]
+            dns-upstream = ["192.0.2.53", "192.0.2.54:5353"]
+            static-lease = ["52:54:00:12:34:56=10.1.0.9,db"]
+            api = "unix:/tmp/api.sock"
+            host-loopback = "off"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(
+            (config.gateway, config.host_alias),
+            (Ipv4Addr::new(10, 1, 0, 1), Ipv4Addr::new(10, 1, 255, 254))
+        );
+        assert_eq!((config.links[0].mtu, config.links[1].mtu), (1500, DEFAULT_MTU));
+        assert_eq!(config.dns_upstream[0].port(), 53);
+        assert!(!config.host_loopback && !config.metadata);
+    }
+
+    #[test]
+    fn the_command_line_wins_and_lists_append() {
+        let file: Settings = toml::from_str("mtu = 1500\npublish = [\"1:1\"]").unwrap();
+        let line: Settings = toml::from_str("mtu = 9000\npublish = [\"2:2\"]").unwrap();
+        let both = line.over(file);
+        assert_eq!((both.mtu, both.publish.len()), (Some(9000), 2));
+    }
+
+    #[test]
+    fn a_bad_value_names_the_setting_the_value_and_what_to_do() {
+        for (toml, fault) in [
+            ("", "--link: one at least is needed"),
+            ("link = [\"qemu\"]", "is not KIND:ADDRESS"),
+            ("link = [\"vhost-user:unix:/x\"]", "not in this release"),
+            ("link = [\"wire:unix:/x\"]", "is not a kind of link"),
+            ("link = [\"qemu:tcp:1.2.3.4:5\"]", "is not an address of a qemu link"),
+            ("link = [\"qemu:unix:/x,mtu=100\"]", "576 to 65535"),
+            ("link = [\"qemu:unix:/x,color=red\"]", "is not an option of a link"),
+            ("link = [\"qemu:unix:/x\"]\nmtu = 1", "--mtu: 1: 576"),
+            ("link = [\"qemu:unix:/x\"]\nsubnet = \"10.0.0.0/30\"", "--subnet: 10.0.0.0/30"),
+            ("link = [\"qemu:unix:/x,ip=10.0.0.9\"]", "10.0.0.9 is not in the subnet"),
+            ("link = [\"qemu:unix:/x,ip=192.168.127.254\"]", "is the network's own"),
+            ("link = [\"qemu:unix:/x\", \"qemu:unix:/x\"]", "the same address or name"),
+            ("link = [\"qemu:unix:/x\"]\npublish = [\"1:1\", \"1:2\"]", "given twice"),
+            ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"dns.test\"]", "is not IP[:PORT]"),
+            ("link = [\"qemu:unix:/x\"]\nstatic-lease = [\"a=b\"]", "is not MAC=IP"),
+            ("link = [\"qemu:unix:/x\"]\nmto = 3", "unknown field `mto`"),
+        ] {
+            let error = settings(toml).expect_err(toml);
+            assert!(error.contains(fault), "{toml}: {error}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The client of the control API, for the CLI and for tests.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use portway_api::control::Problem;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The largest answer that is read, in bytes: a listing of 100 000 flows.
+const LARGEST: usize = 64 << 20;
+
+/// Why the network did not answer as asked; one line for a person.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No sidecar there.
+    #[error(
+        "no network answers at {path}: start one with `portway serve` or `portway run`, or name it with --network or --api ({source})"
+    )]
+    Absent {
+        /// The socket.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// It answered with an error.
+    #[error("{0}")]
+    Refused(String),
+    /// It did not answer properly.
+    #[error("the network at {0} did not answer properly: {1}")]
+    Broken(PathBuf, String),
+}
+
+/// One sidecar.
+#[derive(Debug, Clone)]
+pub struct Client {
+    path: PathBuf,
+}
+
+impl Client {
+    /// The sidecar whose control socket is `path`.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Fetches a resource.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn get<T: DeserializeOwned>(&self, route: &str) -> Result<T, ClientError> {
+        self.call(Method::GET, route, Vec::new())
+    }
+
+    /// Sends `body` to a resource. An answer of 409 is parsed like one of 200: it says what was done and what not.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        route: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body =
+            serde_json::to_vec(body).map_err(|e| ClientError::Broken(self.path.clone(), e.to_string()))?;
+        self.call(method, route, body)
+    }
+
+    fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        route: &str,
+        body: Vec<u8>,
+    ) -> Result<T, ClientError> {
+        let broken = |text: String| ClientError::Broken(self.path.clone(), text);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| broken(e.to_string()))?;
+        let talk = async {
+            let absent = |source| ClientError::Absent { path: self.path.clone(), source };
+            let stream = tokio::net::UnixStream::connect(&self.path).await.map_err(absent)?;
+            let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+            let (mut sender, connection) = handshake.map_err(|e| broken(e.to_string()))?;
+            tokio::spawn(connection);
+            let request = Request::builder().method(method).uri(route).header("host", "portway");
+            let request =
+                request.header("content-type", "application/json").body(Full::new(Bytes::from(body)));
+            let request = request.map_err(|e| broken(e.to_string()))?;
+            let response = sender.send_request(request).await.map_err(|e| broken(e.to_string()))?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), LARGEST)
+                .collect()
+                .await
+                .map_err(|e| broken(e.to_string()))?;
+            let body = body.to_bytes();
+            if status.is_success() || status == StatusCode::CONFLICT {
+                return serde_json::from_slice(&body).map_err(|e| broken(e.to_string()));
+            }
+            let detail = serde_json::from_slice::<Problem>(&body).map(|p| p.detail);
+            Err(ClientError::Refused(
+                detail.unwrap_or_else(|_| String::from_utf8_lossy(&body).trim().to_owned()),
+            ))
+        };
+        runtime
+            .block_on(async { tokio::time::timeout(PATIENCE, talk).await })
+            .map_err(|_| broken("no answer in time".into()))?
+    }
+}

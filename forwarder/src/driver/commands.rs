@@ -1,0 +1,80 @@
+//! What the stack asks of the host.
+
+use std::net::SocketAddr;
+
+use portway_netstack::{FlowId, HostCommand, HostEvent, HostTarget, Service};
+
+use super::{Driver, Slow};
+use crate::host::{HostFlow, HostStream, connect_error};
+
+impl Driver {
+    /// Runs every command that waits.
+    pub(super) fn run_commands(&mut self) -> bool {
+        let mut ran = false;
+        while let Some(command) = self.stack.poll_host() {
+            ran = true;
+            match command {
+                HostCommand::Connect { flow, target: HostTarget::Address(to) } => self.connect(flow, to),
+                HostCommand::Connect { flow, target: HostTarget::Service(Service::Dns) } => {
+                    self.serve_dns(flow)
+                }
+                HostCommand::ShutdownWrite { flow } => {
+                    if let Some(host) = self.host_flow(flow) {
+                        host.stream.shutdown_write();
+                    }
+                }
+                HostCommand::Close { flow } => drop(self.take_flow(flow)),
+                HostCommand::Reset { flow } => {
+                    if let Some(host) = self.take_flow(flow) {
+                        host.stream.reset();
+                    }
+                }
+                HostCommand::CloseBinding { binding } => self.udp.close(binding),
+            }
+        }
+        ran
+    }
+
+    fn host_flow(&mut self, id: FlowId) -> Option<&mut HostFlow> {
+        self.flows.get_mut(id.slot())?.as_mut().filter(|f| f.id == id)
+    }
+
+    fn take_flow(&mut self, id: FlowId) -> Option<HostFlow> {
+        self.flows.get_mut(id.slot())?.take_if(|f| f.id == id)
+    }
+
+    fn connect(&mut self, flow: FlowId, to: SocketAddr) {
+        match HostStream::connect(to) {
+            Ok(stream) => {
+                // Loopback answers inside `connect`: the flow is served at once, without waiting for the event.
+                self.adopt(HostFlow::dialing(flow, stream));
+            }
+            Err(error) => {
+                self.stack.handle_host(self.now, HostEvent::Failed { flow, error: connect_error(&error) });
+            }
+        }
+    }
+
+    /// The other end of the flow is a stream that the control thread serves.
+    fn serve_dns(&mut self, flow: FlowId) {
+        let made = std::os::unix::net::UnixStream::pair().and_then(|(ours, theirs)| {
+            ours.set_nonblocking(true)?;
+            theirs.set_nonblocking(true)?;
+            Ok((ours, theirs))
+        });
+        let failed = match made {
+            Ok((ours, theirs)) => match self.slow.try_send(Slow::DnsStream(theirs)) {
+                Ok(()) => {
+                    self.adopt(HostFlow::dialing(
+                        flow,
+                        HostStream::Unix(mio::net::UnixStream::from_std(ours)),
+                    ));
+                    return;
+                }
+                Err(_) => portway_netstack::ConnectError::Exhausted,
+            },
+            Err(error) => connect_error(&error),
+        };
+        self.stack.handle_host(self.now, HostEvent::Failed { flow, error: failed });
+    }
+}

@@ -1,0 +1,374 @@
+//! The data thread: one loop around links, host sockets and the `Netstack`.
+//!
+//! ```text
+//!  epoll ─► events set flags ─► pump: frames in ─► flows: host writes, host reads ─► frames out ─► again, until still
+//! ```
+//! Everything is edge-triggered and every readiness is a flag that only `EWOULDBLOCK` (or a short read) clears, so a
+//! wake can be late but never lost. One turn of the pump: read a batch of frames of every readable link, serve the flows
+//! they touched and the flows whose sockets are ready, run the stack's commands, write every link. It turns until nothing
+//! moves, then sleeps until an event or the stack's next timer.
+//!
+//! There is no lock, no channel of buffers and no allocation per packet. Slow things happen in the control thread; they
+//! come in as [`Request`]s and go out as [`Slow`]s.
+
+mod commands;
+mod flows;
+mod requests;
+mod udp;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::mpsc;
+use std::time::Instant as Clock;
+
+use mio::{Events, Poll, Token};
+use portway_netstack::{FlowId, Forward, Handled, Instant, Netstack, PortConfig, PortId, StackConfig};
+
+use self::udp::UdpSockets;
+use crate::config::Config;
+use crate::events::{Event, EventQueue};
+use crate::host::HostFlow;
+use crate::link::{Link, LinkState, Tokens, TransmitBuffer};
+use crate::publish::{Listener, Published};
+use crate::request::{DnsTicket, Request};
+use crate::rings::MappedRings;
+
+/// What the data thread leaves to the control thread.
+#[derive(Debug)]
+pub enum Slow {
+    /// A guest's DNS query; the answer comes back as [`Request::DnsAnswer`].
+    Dns(DnsTicket, Vec<u8>),
+    /// A guest's connection to the DNS service.
+    DnsStream(std::os::unix::net::UnixStream),
+    /// The leases as they are now: to be kept, and their names to be known.
+    Leases(Vec<portway_netstack::dhcp::LeaseReport>, Vec<(String, std::net::IpAddr)>),
+}
+
+/// Slow things that may wait for the control thread; at it DNS queries are dropped, and the guest asks again.
+pub const SLOW_LIMIT: usize = 1024;
+
+/// What a token stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Waker,
+    LinkListener,
+    LinkStream,
+    Flow,
+    Binding,
+    Listener,
+}
+
+const KINDS: [Kind; 6] =
+    [Kind::Waker, Kind::LinkListener, Kind::LinkStream, Kind::Flow, Kind::Binding, Kind::Listener];
+
+const fn token(kind: Kind, index: usize) -> Token {
+    Token(index << 3 | kind as usize)
+}
+
+fn kind_of(token: Token) -> Option<(Kind, usize)> {
+    KINDS.get(token.0 & 7).map(|kind| (*kind, token.0 >> 3))
+}
+
+/// The token of the waker of `Requests`.
+pub const WAKER: Token = token(Kind::Waker, 0);
+
+/// One socket of a published port.
+struct Entrance {
+    listener: Listener,
+    /// The published port it belongs to.
+    published: usize,
+    ready: bool,
+}
+
+/// The data thread's state.
+pub struct Driver {
+    poll: Poll,
+    stack: Netstack,
+    started: Clock,
+    now: Instant,
+    links: Vec<Link>,
+    /// By flow slot.
+    flows: Vec<Option<HostFlow>>,
+    /// Flows with news from their sockets.
+    ready: VecDeque<FlowId>,
+    udp: UdpSockets,
+    published: Vec<Option<Published>>,
+    entrances: Vec<Option<Entrance>>,
+    /// Whether an entrance could not accept for want of descriptors.
+    starved: bool,
+    requests: mpsc::Receiver<Request>,
+    slow: tokio::sync::mpsc::Sender<Slow>,
+    names: Vec<(String, std::net::IpAddr)>,
+    events: EventQueue,
+    ending: bool,
+}
+
+impl Driver {
+    /// Binds every link. Published ports come after, by [`Self::publish_at_start`].
+    ///
+    /// # Errors
+    /// When a link cannot be made; the text names it.
+    pub fn new(
+        config: &Config,
+        poll: Poll,
+        requests: mpsc::Receiver<Request>,
+        slow: tokio::sync::mpsc::Sender<Slow>,
+        search: Vec<String>,
+        seed: u64,
+    ) -> io::Result<Self> {
+        let stack = StackConfig {
+            subnet: config.subnet,
+            gateway: config.gateway,
+            host_alias: config.host_alias,
+            gateway_mac: portway_netstack::Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
+            domain: crate::DOMAIN.to_owned(),
+            search,
+            static_leases: config.static_lease.clone(),
+            host_loopback: config.host_loopback,
+            metadata: config.metadata,
+            limits: config.limits.clone(),
+        };
+        let started = Clock::now();
+        let mut stack = Netstack::new(stack, Box::new(MappedRings::new()), seed);
+        let mut links = Vec::new();
+        for (n, link) in config.links.iter().enumerate() {
+            let port = PortConfig { name: link.name.clone(), mtu: link.mtu, address: link.ip };
+            let port = stack.add_port(Instant::ZERO, port, false);
+            let tokens =
+                Tokens { listener: token(Kind::LinkListener, n), stream: token(Kind::LinkStream, n) };
+            let made = Link::open(link, port, tokens, poll.registry());
+            links.push(made.map_err(|e| io::Error::new(e.kind(), format!("--link: {e}")))?);
+        }
+        Ok(Self {
+            poll,
+            stack,
+            started,
+            now: Instant::ZERO,
+            links,
+            flows: Vec::new(),
+            ready: VecDeque::new(),
+            udp: UdpSockets::new(),
+            published: Vec::new(),
+            entrances: Vec::new(),
+            starved: false,
+            requests,
+            slow,
+            names: Vec::new(),
+            events: EventQueue::default(),
+            ending: false,
+        })
+    }
+
+    /// Takes leases of an earlier run back.
+    pub fn restore_leases(&mut self, leases: Vec<portway_netstack::dhcp::LeaseReport>) {
+        self.stack.restore_leases(self.now, leases);
+    }
+
+    /// Runs until it is told to end, or nothing can attach any more.
+    ///
+    /// # Errors
+    /// When the kernel's poll fails.
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(1024);
+        self.tick();
+        self.pump();
+        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
+            match self.poll.poll(&mut events, self.timeout()) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
+            }
+            self.tick();
+            for event in &events {
+                self.note(event);
+            }
+            if self.stack.poll_timeout().is_some_and(|at| at <= self.now) {
+                self.stack.handle_timeout(self.now);
+            }
+            self.tick_links();
+            self.pump();
+        }
+        self.end();
+        Ok(())
+    }
+
+    fn tick(&mut self) {
+        self.now =
+            Instant::from_micros(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX));
+    }
+
+    fn timeout(&self) -> Option<std::time::Duration> {
+        let stack = self.stack.poll_timeout().map(|at| at.since(self.now));
+        let now = Clock::now();
+        let links =
+            self.links.iter().filter_map(Link::wants_tick).map(|at| at.saturating_duration_since(now));
+        let starved = self.starved.then_some(std::time::Duration::from_millis(100));
+        stack.into_iter().chain(links).chain(starved).min()
+    }
+
+    fn note(&mut self, event: &mio::event::Event) {
+        let Some((kind, n)) = kind_of(event.token()) else { return };
+        match kind {
+            Kind::Waker => self.answer_requests(),
+            Kind::LinkListener | Kind::LinkStream => {
+                if let Some(link) = self.links.get_mut(n) {
+                    let was_up = link.is_up();
+                    let readable = event.is_readable() || event.is_error() || event.is_read_closed();
+                    link.note(event.token(), readable, event.is_writable(), self.poll.registry());
+                    if !was_up && link.is_up() {
+                        let label = link.label();
+                        self.events.push(Event::LinkUp(label));
+                    }
+                }
+            }
+            Kind::Flow => {
+                if let Some(Some(flow)) = self.flows.get_mut(n) {
+                    flow.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
+                    flow.writable |= event.is_writable();
+                    flow.ending |= event.is_read_closed() || event.is_error();
+                    let id = flow.id;
+                    self.ready.push_back(id);
+                }
+            }
+            Kind::Binding => self.udp.note(n),
+            Kind::Listener => {
+                if let Some(Some(entrance)) = self.entrances.get_mut(n) {
+                    entrance.ready = true;
+                }
+            }
+        }
+    }
+
+    fn tick_links(&mut self) {
+        let now = Clock::now();
+        for n in 0..self.links.len() {
+            let was_up = self.links[n].is_up();
+            self.links[n].tick(now, self.poll.registry());
+            if !was_up && self.links[n].is_up() {
+                let label = self.links[n].label();
+                self.events.push(Event::LinkUp(label));
+            }
+        }
+    }
+
+    /// Moves bytes until nothing moves.
+    fn pump(&mut self) {
+        loop {
+            let mut moved = false;
+            for n in 0..self.links.len() {
+                moved |= self.receive(n);
+            }
+            moved |= self.accept_all();
+            moved |= self.receive_datagrams();
+            while let Some(flow) = self.stack.poll_flow() {
+                moved |= self.serve(flow);
+            }
+            for _ in 0..self.ready.len() {
+                let Some(flow) = self.ready.pop_front() else { break };
+                moved |= self.serve(flow);
+            }
+            moved |= self.run_commands();
+            for n in 0..self.links.len() {
+                moved |= self.transmit(n);
+            }
+            moved |= self.run_commands();
+            if !moved && self.ready.is_empty() {
+                break;
+            }
+            self.tick();
+        }
+        if self.stack.leases_changed() {
+            self.tell_leases();
+        }
+    }
+
+    /// One batch of frames of link `n`.
+    fn receive(&mut self, n: usize) -> bool {
+        if !self.links[n].wants_receive() {
+            return false;
+        }
+        // The link is taken out so that its frames can be copied into the others' buffers.
+        let (before, rest) = self.links.split_at_mut(n);
+        let Some((link, after)) = rest.split_first_mut() else { return false };
+        let (stack, now, port) = (&mut self.stack, self.now, link.port);
+        let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
+        let entrances = &self.entrances;
+        let state = link.receive(|frame, _| match stack.handle_frame(now, port, frame) {
+            Handled::Done => {}
+            Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
+            Handled::Dns { guest, asked, query } => {
+                // At the limit the query is dropped: the guest asks again.
+                let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+            }
+            Handled::Forward(to) => {
+                for other in before.iter_mut().chain(after.iter_mut()).filter(|l| l.is_up()) {
+                    if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
+                        other.transmit.push(frame);
+                    }
+                }
+            }
+        });
+        if state == LinkState::Gone {
+            self.take_down(n);
+        }
+        true
+    }
+
+    /// Writes link `n` until the stack has nothing more or the VMM takes no more.
+    fn transmit(&mut self, n: usize) -> bool {
+        let mut moved = false;
+        loop {
+            let link = &mut self.links[n];
+            let port = link.port;
+            let more = if link.is_up() {
+                self.stack.wants_transmit(port)
+                    && self.stack.poll_transmit(self.now, port, &mut link.transmit)
+            } else {
+                false
+            };
+            if link.transmit.is_empty() {
+                return moved;
+            }
+            let before = link.transmit.pending().len();
+            if link.flush() == LinkState::Gone {
+                self.take_down(n);
+                return true;
+            }
+            moved |= link.transmit.pending().len() != before;
+            if !more || link.is_blocked() {
+                return moved;
+            }
+        }
+    }
+
+    fn take_down(&mut self, n: usize) {
+        let link = &mut self.links[n];
+        let label = link.label();
+        self.stack.port_down(link.port);
+        link.detach(self.poll.registry());
+        let up = link.is_up();
+        self.events.push(Event::LinkDown(label.clone()));
+        if up {
+            self.events.push(Event::LinkUp(label));
+        }
+    }
+
+    /// The transmit buffer of a port.
+    fn sink(links: &mut [Link], port: PortId) -> Option<&mut TransmitBuffer> {
+        links.iter_mut().find(|l| l.port == port && l.is_up()).map(|l| &mut l.transmit)
+    }
+
+    /// Closes listeners, resets every flow, and lets the RSTs leave as far as the links take them.
+    fn end(&mut self) {
+        self.entrances.clear();
+        self.stack.abort_all();
+        for slot in &mut self.flows {
+            if let Some(flow) = slot.take() {
+                flow.stream.reset();
+            }
+        }
+        for n in 0..self.links.len() {
+            self.transmit(n);
+            self.links[n].close();
+        }
+    }
+}

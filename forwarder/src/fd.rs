@@ -1,0 +1,26 @@
+//! Descriptors we inherit by number.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+/// Takes descriptor `fd` over from whoever started us.
+///
+/// # Errors
+/// When there is no such descriptor.
+pub fn inherit(fd: i32) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the number comes from our own command line, which gives it to exactly one setting; nothing else in the
+    // process owns a descriptor that was open before it started. The call below fails for one that is not open.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    match fcntl(&owned, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
+        Ok(_) => Ok(owned),
+        Err(e) => {
+            std::mem::forget(owned);
+            Err(io::Error::new(io::ErrorKind::NotFound, format!("descriptor {fd}: {}", e.desc())))
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Host sockets of TCP flows, and what their errors mean to a guest.
+
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+
+use mio::net::{TcpStream, UnixStream};
+use mio::{Interest, Registry, Token};
+use nix::errno::Errno;
+use portway_netstack::{ConnectError, FlowId, HostError};
+
+/// The host's end of a flow.
+#[derive(Debug)]
+pub enum HostStream {
+    /// A TCP socket.
+    Tcp(TcpStream),
+    /// A service of ours, or a client of a published unix socket.
+    Unix(UnixStream),
+}
+
+impl HostStream {
+    /// Begins a connection.
+    ///
+    /// # Errors
+    /// When the kernel refuses at once.
+    pub fn connect(to: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect(to)?;
+        // The applications at both ends have decided about small segments already.
+        stream.set_nodelay(true)?;
+        Ok(Self::Tcp(stream))
+    }
+
+    /// Whether the connection stands: `None` when it is still on its way.
+    pub fn outcome(&self) -> Option<io::Result<()>> {
+        let Self::Tcp(stream) = self else { return Some(Ok(())) };
+        match stream.take_error() {
+            Err(e) | Ok(Some(e)) => Some(Err(e)),
+            Ok(None) => match stream.peer_addr() {
+                Ok(_) => Some(Ok(())),
+                Err(e) if e.kind() == io::ErrorKind::NotConnected => None,
+                Err(e) => Some(Err(e)),
+            },
+        }
+    }
+
+    /// Watches the socket in both directions, edge-triggered.
+    ///
+    /// # Errors
+    /// When the kernel has no room for one more.
+    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        let both = Interest::READABLE | Interest::WRITABLE;
+        match self {
+            Self::Tcp(s) => registry.register(s, token, both),
+            Self::Unix(s) => registry.register(s, token, both),
+        }
+    }
+
+    /// One `recv`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn recv(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(s) => s.read(into),
+            Self::Unix(s) => s.read(into),
+        }
+    }
+
+    /// One `send`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn send(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(s) => s.write(bytes),
+            Self::Unix(s) => s.write(bytes),
+        }
+    }
+
+    /// Says that no more will be sent.
+    pub fn shutdown_write(&self) {
+        // A peer that is gone already says so at the next read.
+        let _ = match self {
+            Self::Tcp(s) => s.shutdown(std::net::Shutdown::Write),
+            Self::Unix(s) => s.shutdown(std::net::Shutdown::Write),
+        };
+    }
+
+    /// Closes with RST, as the guest did.
+    pub fn reset(self) {
+        if let Self::Tcp(s) = &self {
+            let _ = socket2::SockRef::from(s).set_linger(Some(std::time::Duration::ZERO));
+        }
+    }
+}
+
+/// One flow at the host.
+#[derive(Debug)]
+pub struct HostFlow {
+    /// Whose.
+    pub id: FlowId,
+    /// Its socket.
+    pub stream: HostStream,
+    /// Whether `connect` is under way.
+    pub dialing: bool,
+    /// Whether a `recv` may bring something.
+    pub readable: bool,
+    /// Whether a `send` may take something.
+    pub writable: bool,
+    /// Whether the peer has ended its direction, though bytes may be left to read.
+    pub ending: bool,
+    /// Whether everything it sent has been read.
+    pub eof: bool,
+}
+
+impl HostFlow {
+    /// A connection that stands.
+    #[must_use]
+    pub const fn open(id: FlowId, stream: HostStream) -> Self {
+        Self { id, stream, dialing: false, readable: true, writable: true, ending: false, eof: false }
+    }
+
+    /// A connection on its way.
+    #[must_use]
+    pub const fn dialing(id: FlowId, stream: HostStream) -> Self {
+        Self { id, stream, dialing: true, readable: false, writable: false, ending: false, eof: false }
+    }
+}
+
+/// What a failed `connect` means to the guest.
+#[must_use]
+pub fn connect_error(error: &io::Error) -> ConnectError {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ECONNREFUSED | Errno::ECONNRESET) => ConnectError::Refused,
+        Some(Errno::ENETUNREACH | Errno::ENETDOWN) => {
+            ConnectError::Unreachable(HostError::NetworkUnreachable)
+        }
+        Some(Errno::EHOSTUNREACH | Errno::EHOSTDOWN | Errno::EADDRNOTAVAIL | Errno::EINVAL) => {
+            ConnectError::Unreachable(HostError::HostUnreachable)
+        }
+        Some(Errno::EACCES | Errno::EPERM) => ConnectError::Unreachable(HostError::Prohibited),
+        Some(Errno::ETIMEDOUT) => ConnectError::TimedOut,
+        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EAGAIN) => {
+            ConnectError::Exhausted
+        }
+        _ => ConnectError::Refused,
+    }
+}

@@ -1,0 +1,204 @@
+//! `portway serve`: the two threads, their start and their end.
+//!
+//! ```text
+//!  bind everything ─► ready ─► data thread (this one): Driver::run
+//!                              control thread: tokio ─ API · DNS · signals · state files
+//! ```
+//! Nothing is left half-started: every listener is bound before `ready` is said, and any failure before that ends the
+//! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
+
+mod state;
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use portway_api::control::NetworkInfo;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::config::Config;
+use crate::dns::{Dns, DnsConfig};
+use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
+use crate::request::{Request, Requests};
+
+/// Runs the network until it is told to end.
+///
+/// # Errors
+/// When something of the configuration cannot be had at this host.
+pub fn run(config: &Config) -> anyhow::Result<()> {
+    raise_descriptor_limit();
+    if let Some(dir) = &config.state_dir {
+        std::fs::create_dir_all(dir).with_context(|| format!("--state-dir: {}", dir.display()))?;
+    }
+    let poll = mio::Poll::new().context("cannot make a poll")?;
+    let waker = Arc::new(mio::Waker::new(poll.registry(), WAKER).context("cannot make a waker")?);
+    let (requests, incoming) = Requests::new(waker);
+    let (slow, slow_incoming) = mpsc::channel(SLOW_LIMIT);
+    let seed = getrandom::u64().map_err(|e| anyhow!("the host gives no randomness: {e}"))?;
+
+    let dns = Dns::new(dns_config(config)).map_err(|e| anyhow!("{e}"))?;
+    let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
+    if let Some(dir) = &config.state_dir {
+        driver.restore_leases(state::leases(dir));
+    }
+    let ports = driver.publish_at_start(&config.publish).context("--publish")?;
+    let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
+    let _api = RemovedAtEnd(&config.api);
+    for p in &ports {
+        tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
+    }
+    let _pid = config.pid_file.as_deref().map(write_pid).transpose()?;
+
+    let control = Control {
+        requests: requests.clone(),
+        dns,
+        network: network(config),
+        state_dir: config.state_dir.clone(),
+    };
+    let thread = std::thread::Builder::new().name("control".into());
+    thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
+    say_ready(config.ready_fd)?;
+    tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
+    driver.run().context("the data thread")?;
+    tracing::info!("ended");
+    Ok(())
+}
+
+fn network(config: &Config) -> NetworkInfo {
+    NetworkInfo {
+        name: config.network.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        subnet: config.subnet.to_string(),
+        gateway: config.gateway.to_string(),
+        host_alias: config.host_alias.to_string(),
+        domain: crate::DOMAIN.into(),
+    }
+}
+
+fn dns_config(config: &Config) -> DnsConfig {
+    DnsConfig {
+        domain: crate::DOMAIN.into(),
+        aliases: vec!["containers.internal".into(), "docker.internal".into()],
+        gateway: vec![config.gateway.into()],
+        host: vec![config.host_alias.into()],
+        records: config.dns_host.clone(),
+        upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
+        resolv_conf: config.resolv_conf.clone(),
+        hosts: config.hosts_file.clone(),
+    }
+}
+
+/// Every flow needs a descriptor: the soft limit goes up to the hard one.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, soft, "the descriptor limit could not be raised");
+    }
+}
+
+struct RemovedAtEnd<'a>(&'a Path);
+
+impl Drop for RemovedAtEnd<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.0);
+    }
+}
+
+fn write_pid(path: &Path) -> anyhow::Result<RemovedAtEnd<'_>> {
+    std::fs::write(path, std::process::id().to_string())
+        .with_context(|| format!("--pid-file: {}", path.display()))?;
+    Ok(RemovedAtEnd(path))
+}
+
+fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
+    let Some(fd) = fd else { return Ok(()) };
+    let mut file = std::fs::File::from(crate::fd::inherit(fd).context("--ready-fd")?);
+    // One who has stopped waiting does not keep us from serving.
+    let _ = file.write_all(b"ready\n");
+    Ok(())
+}
+
+/// The control thread.
+struct Control {
+    requests: Requests,
+    dns: Arc<Dns>,
+    network: NetworkInfo,
+    state_dir: Option<std::path::PathBuf>,
+}
+
+impl Control {
+    fn run(self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                tracing::error!(%error, "the control thread cannot start");
+                let _ = self.requests.send(Request::Shutdown);
+                return;
+            }
+        };
+        runtime.block_on(async {
+            match UnixListener::from_std(api) {
+                Ok(api) => drop(tokio::spawn(crate::control::serve(
+                    api,
+                    self.requests.clone(),
+                    self.network.clone(),
+                ))),
+                Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            }
+            tokio::spawn(end_on_signal(self.requests.clone()));
+            self.slow_things(slow).await;
+        });
+    }
+
+    async fn slow_things(self, mut slow: mpsc::Receiver<Slow>) {
+        while let Some(thing) = slow.recv().await {
+            match thing {
+                Slow::Dns(ticket, query) => {
+                    let (dns, requests) = (Arc::clone(&self.dns), self.requests.clone());
+                    tokio::spawn(async move {
+                        if let Some(answer) = dns.answer_datagram(&query).await {
+                            // When the queue is full the answer is lost, and the guest asks again.
+                            let _ = requests.send(Request::DnsAnswer { ticket, answer });
+                        }
+                    });
+                }
+                Slow::DnsStream(stream) => match tokio::net::UnixStream::from_std(stream) {
+                    Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(stream))),
+                    Err(error) => tracing::warn!(%error, "a DNS connection cannot be served"),
+                },
+                Slow::Leases(leases, names) => {
+                    self.dns.set_guests(&names);
+                    if let Some(dir) = &self.state_dir
+                        && let Err(error) = state::keep_leases(dir, &leases)
+                    {
+                        tracing::warn!(%error, dir = %dir.display(), "leases could not be kept");
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn end_on_signal(requests: Requests) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        tracing::error!("signals cannot be watched: the process ends at once when it gets one");
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        if requests.send(Request::Shutdown).is_ok() {
+            return;
+        }
+    }
+}

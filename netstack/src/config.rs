@@ -1,0 +1,100 @@
+//! What the stack is told when it is made, and the limits of everything a guest can make grow.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use crate::dhcp::StaticLease;
+use crate::time::Duration;
+use crate::types::{Mac, Subnet};
+
+/// The network, as one value.
+#[derive(Debug, Clone)]
+pub struct StackConfig {
+    /// The guests' subnet.
+    pub subnet: Subnet,
+    /// Our address on it: router, DHCP and DNS server.
+    pub gateway: Ipv4Addr,
+    /// The address behind which the host's loopback stands.
+    pub host_alias: Ipv4Addr,
+    /// The Ethernet address of gateway and host alias.
+    pub gateway_mac: Mac,
+    /// The domain name guests are given (DHCP option 15).
+    pub domain: String,
+    /// More search domains (DHCP option 119).
+    pub search: Vec<String>,
+    /// Addresses that belong to one guest for ever.
+    pub static_leases: Vec<StaticLease>,
+    /// Whether the host alias reaches the host's loopback.
+    pub host_loopback: bool,
+    /// Whether link-local addresses (cloud metadata, 169.254.0.0/16) may be reached.
+    pub metadata: bool,
+    /// The limits.
+    pub limits: Limits,
+}
+
+impl StackConfig {
+    /// Whether `address` is one of ours on the subnet.
+    #[must_use]
+    pub fn is_ours(&self, address: IpAddr) -> bool {
+        address == IpAddr::V4(self.gateway) || address == IpAddr::V4(self.host_alias)
+    }
+}
+
+/// One port of the switch.
+#[derive(Debug, Clone)]
+pub struct PortConfig {
+    /// The VM's name, for DNS and listings.
+    pub name: Option<String>,
+    /// The largest IP packet, in bytes, that may cross the link.
+    pub mtu: u16,
+    /// An address the first guest on the link is given.
+    pub address: Option<Ipv4Addr>,
+}
+
+/// Every limit of what a guest can make grow. Each says what happens at it.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// TCP flows per port. At it a SYN is answered by RST.
+    pub flows: usize,
+    /// Connects of one port that wait for the host, loopback not counted. At it a SYN is not answered: the guest's
+    /// own retransmission tries again.
+    pub dialing: usize,
+    /// The same for destinations on the host's loopback, so that black holes elsewhere never starve them.
+    pub dialing_loopback: usize,
+    /// UDP NAT bindings per port. At it the idlest binding goes.
+    pub udp_bindings: usize,
+    /// Learned Ethernet addresses per port. At it frames from further ones are dropped.
+    pub macs: usize,
+    /// Bytes of answers (ARP, DHCP, ICMP, RST) that wait for one port. At it further answers are dropped.
+    pub outbox_bytes: usize,
+    /// Published connections that wait for a guest's ARP answer. At it further ones are reset.
+    pub resolving: usize,
+    /// An open TCP flow without a byte ends after this (RFC 5382 REQ-5: not below 2 h 4 min).
+    pub tcp_idle: Duration,
+    /// A half-closed or closing TCP flow without a byte ends after this (RFC 5382 REQ-5: not below 4 min).
+    pub tcp_half_closed: Duration,
+    /// A guest that does not finish its handshake, or does not answer ours, is given up after this.
+    pub tcp_handshake: Duration,
+    /// A guest that acknowledges nothing while bytes are under way is given up after this (RFC 9293 §3.8.3, R2).
+    pub tcp_unacknowledged: Duration,
+    /// An open flow that is quiet this long gives the pages of its rings back.
+    pub ring_idle: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            flows: 65_536,
+            dialing: 1024,
+            dialing_loopback: 1024,
+            udp_bindings: 4096,
+            macs: 1024,
+            outbox_bytes: 256 * 1024,
+            resolving: 256,
+            tcp_idle: Duration::from_secs(7440),
+            tcp_half_closed: Duration::from_secs(240),
+            tcp_handshake: Duration::from_secs(30),
+            tcp_unacknowledged: Duration::from_secs(120),
+            ring_idle: Duration::from_millis(100),
+        }
+    }
+}

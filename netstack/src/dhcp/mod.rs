@@ -1,0 +1,406 @@
+//! The DHCPv4 server (RFC 2131, RFC 2132).
+//!
+//! ```text
+//!  DISCOVER ─► an offer, held 60 s          REQUEST ─► lease, or NAK for an address that is not the client's
+//!  DECLINE ─► quarantine                    RELEASE ─► free, remembered        INFORM ─► options only
+//! ```
+//! A lease belongs to a client (its client identifier, else its Ethernet address) and to the link it was made on; it
+//! is offered again to the same client as long as nobody else needs the address. Gateway, host alias, network and
+//! broadcast address are never leased. When no address is left the client gets no answer, and the drop is counted:
+//! the lease that ended longest ago is reused first.
+//!
+//! `dhcproto` reads messages; answers are written by [`reply`], because clients may depend on the order of options
+//! (RFC 2131 §4.3.1: the order of their parameter request list) and the crate keeps them in a map.
+
+mod reply;
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr};
+
+use dhcproto::v4::{self, DhcpOption, MessageType, OptionCode};
+use dhcproto::{Decodable, Decoder};
+
+use crate::drop_reason::DropReason;
+use crate::time::{Duration, Instant};
+use crate::types::{Mac, PortId, Subnet};
+
+pub(crate) use self::reply::Settings;
+
+/// An address that belongs to one Ethernet address for ever.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StaticLease {
+    /// Whose.
+    pub mac: Mac,
+    /// The address.
+    pub ip: Ipv4Addr,
+    /// The name in DNS, if any.
+    pub name: Option<String>,
+}
+
+/// What a listing says of one lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseReport {
+    /// The address.
+    pub ip: Ipv4Addr,
+    /// Whose.
+    pub mac: Mac,
+    /// The link it was made on; `None` after a restart, until the guest is back.
+    pub port: Option<PortId>,
+    /// The name: fixed, or what the guest sent.
+    pub name: Option<String>,
+    /// Until it ends; `None` for a fixed one.
+    pub remaining: Option<Duration>,
+    /// Whether it was fixed in the configuration.
+    pub fixed: bool,
+}
+
+/// What an answer is and where it goes (RFC 2131 §4.1).
+pub(crate) struct Reply {
+    /// The BOOTP message.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) dst_mac: Mac,
+    pub(crate) dst: Ipv4Addr,
+    /// Whether leases changed: the driver looks at them.
+    pub(crate) granted: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Offered, not yet requested.
+    Offered,
+    /// In use.
+    Bound,
+    /// Ended or released; remembered for its client.
+    Free,
+    /// Somebody else answers for it.
+    Declined,
+}
+
+#[derive(Debug, Clone)]
+struct Lease {
+    client: Vec<u8>,
+    mac: Mac,
+    port: Option<PortId>,
+    name: Option<String>,
+    state: State,
+    /// When the state ends.
+    ends: Instant,
+    fixed: bool,
+}
+
+/// How long an offer is held.
+const OFFER: Duration = Duration::from_secs(60);
+/// How long a declined address is left alone.
+const QUARANTINE: Duration = Duration::from_secs(600);
+/// Addresses remembered; at it the lease that ended longest ago is forgotten, else the client gets no answer.
+const LEASES: usize = 4096;
+
+/// The server of one network.
+pub(crate) struct DhcpServer {
+    settings: Settings,
+    subnet: Subnet,
+    leases: HashMap<Ipv4Addr, Lease>,
+}
+
+impl DhcpServer {
+    pub(crate) fn new(settings: Settings, subnet: Subnet, fixed: &[StaticLease]) -> Self {
+        let leases = fixed.iter().map(|f| {
+            let lease = Lease {
+                client: f.mac.0.to_vec(),
+                mac: f.mac,
+                port: None,
+                name: f.name.clone(),
+                state: State::Free,
+                ends: Instant::ZERO,
+                fixed: true,
+            };
+            (f.ip, lease)
+        });
+        let leases = leases.collect();
+        Self { settings, subnet, leases }
+    }
+
+    /// One BOOTP message of a guest on `port`. `wish` is the address the link's configuration gives its first guest.
+    pub(crate) fn handle(
+        &mut self,
+        now: Instant,
+        port: PortId,
+        mtu: u16,
+        bytes: &[u8],
+        wish: Option<Ipv4Addr>,
+    ) -> Result<Option<Reply>, DropReason> {
+        let message = v4::Message::decode(&mut Decoder::new(bytes)).map_err(|_| DropReason::BadDhcp)?;
+        if message.opcode() != v4::Opcode::BootRequest || message.hlen() != 6 {
+            return Err(DropReason::BadDhcp);
+        }
+        let mac = Mac(bytes.get(28..34).and_then(|b| b.try_into().ok()).ok_or(DropReason::BadDhcp)?);
+        if mac.is_group() {
+            return Err(DropReason::BadDhcp);
+        }
+        let options = message.opts();
+        let client = match options.get(OptionCode::ClientIdentifier) {
+            Some(DhcpOption::ClientIdentifier(id)) if !id.is_empty() => id.clone(),
+            _ => mac.0.to_vec(),
+        };
+        let server = match options.get(OptionCode::ServerIdentifier) {
+            Some(DhcpOption::ServerIdentifier(ip)) => Some(*ip),
+            _ => None,
+        };
+        let requested = match options.get(OptionCode::RequestedIpAddress) {
+            Some(DhcpOption::RequestedIpAddress(ip)) => Some(*ip),
+            _ => None,
+        };
+        let name = match options.get(OptionCode::Hostname) {
+            Some(DhcpOption::Hostname(name)) => host_label(name),
+            _ => None,
+        };
+        let asker = Asker { now, port, mac, client, name, wish };
+        let answer =
+            |kind, ip, lease: bool| reply::write(&self.settings, &message, mac, kind, ip, mtu, lease);
+        match options.msg_type().ok_or(DropReason::BadDhcp)? {
+            MessageType::Discover => {
+                let ip = self.choose(&asker, requested)?;
+                let bytes = answer(MessageType::Offer, ip, true);
+                self.hold(&asker, ip, State::Offered, now + OFFER);
+                Ok(Some(self.addressed(&message, mac, ip, bytes, false)))
+            }
+            MessageType::Request => {
+                // RFC 2131 §4.3.2: SELECTING names us as the server; INIT-REBOOT the address in option 50;
+                // RENEWING and REBINDING have it in ciaddr.
+                if server.is_some_and(|s| s != self.settings.gateway) {
+                    // §3.1 step 4: the client took another server's offer; ours is free again.
+                    self.leases
+                        .retain(|_, l| l.fixed || l.state != State::Offered || l.client != asker.client);
+                    return Err(DropReason::DhcpIgnored);
+                }
+                let ip = match requested {
+                    Some(ip) => ip,
+                    None if !message.ciaddr().is_unspecified() => message.ciaddr(),
+                    None => return Err(DropReason::BadDhcp),
+                };
+                if !self.may_have(&asker, ip) {
+                    let bytes = answer(MessageType::Nak, Ipv4Addr::UNSPECIFIED, false);
+                    // §4.3.2: a NAK is broadcast: the client has no address that is right here.
+                    let dst = Ipv4Addr::BROADCAST;
+                    return Ok(Some(Reply { bytes, dst_mac: Mac::BROADCAST, dst, granted: false }));
+                }
+                let bytes = answer(MessageType::Ack, ip, true);
+                self.hold(&asker, ip, State::Bound, now + self.settings.lease_time);
+                Ok(Some(self.addressed(&message, mac, ip, bytes, true)))
+            }
+            MessageType::Decline => {
+                let ip = requested.ok_or(DropReason::BadDhcp)?;
+                let lease = self.leases.get_mut(&ip).filter(|l| l.client == asker.client && !l.fixed);
+                let lease = lease.ok_or(DropReason::DhcpIgnored)?;
+                lease.state = State::Declined;
+                lease.ends = now + QUARANTINE;
+                Ok(None)
+            }
+            MessageType::Release => {
+                let lease = self.leases.get_mut(&message.ciaddr()).filter(|l| l.client == asker.client);
+                let lease = lease.ok_or(DropReason::DhcpIgnored)?;
+                lease.state = State::Free;
+                lease.ends = now;
+                Ok(None)
+            }
+            MessageType::Inform => {
+                let ip = message.ciaddr();
+                if !self.subnet.contains(IpAddr::V4(ip)) {
+                    return Err(DropReason::DhcpIgnored);
+                }
+                let bytes = answer(MessageType::Ack, ip, false);
+                Ok(Some(Reply { bytes, dst_mac: mac, dst: ip, granted: false }))
+            }
+            _ => Err(DropReason::DhcpIgnored),
+        }
+    }
+
+    /// RFC 2131 §4.1: to ciaddr when there is one, else broadcast when the client asks for it, else to the address
+    /// it is being given.
+    fn addressed(
+        &self,
+        message: &v4::Message,
+        mac: Mac,
+        ip: Ipv4Addr,
+        bytes: Vec<u8>,
+        granted: bool,
+    ) -> Reply {
+        let (dst_mac, dst) = if !message.ciaddr().is_unspecified() {
+            (mac, message.ciaddr())
+        } else if message.flags().broadcast() {
+            (Mac::BROADCAST, Ipv4Addr::BROADCAST)
+        } else {
+            (mac, ip)
+        };
+        Reply { bytes, dst_mac, dst, granted }
+    }
+
+    /// The address for a client: its own, the one it or its link wishes, the lowest free one, the one free longest.
+    fn choose(&self, asker: &Asker, requested: Option<Ipv4Addr>) -> Result<Ipv4Addr, DropReason> {
+        let own =
+            self.leases.iter().filter(|(_, l)| l.client == asker.client || (l.fixed && l.mac == asker.mac));
+        let own = own
+            .filter(|(_, l)| l.state != State::Declined)
+            .max_by_key(|(_, l)| (l.fixed, l.ends))
+            .map(|(ip, _)| *ip);
+        let wishes = [own, asker.wish, requested];
+        if let Some(ip) = wishes.into_iter().flatten().find(|ip| self.may_have(asker, *ip)) {
+            return Ok(ip);
+        }
+        let mut free = (1..).map_while(|n| self.subnet.host(n)).filter_map(|ip| match ip {
+            IpAddr::V4(ip) => Some(ip),
+            IpAddr::V6(_) => None,
+        });
+        let fresh = free.by_ref().take(LEASES).find(|ip| !self.leases.contains_key(ip) && self.is_pool(*ip));
+        let stale = || {
+            let ended =
+                self.leases.iter().filter(|(ip, l)| !l.fixed && self.is_pool(**ip) && l.is_over(asker.now));
+            ended.min_by_key(|(_, l)| l.ends).map(|(ip, _)| *ip)
+        };
+        fresh.filter(|_| self.leases.len() < LEASES).or_else(stale).ok_or(DropReason::DhcpExhausted)
+    }
+
+    fn is_pool(&self, ip: Ipv4Addr) -> bool {
+        let v4 = IpAddr::V4(ip);
+        self.subnet.contains(v4)
+            && v4 != self.subnet.network()
+            && self.subnet.broadcast() != Some(v4)
+            && ip != self.settings.gateway
+            && ip != self.settings.host_alias
+    }
+
+    /// Whether the client may be given `ip`, now.
+    fn may_have(&self, asker: &Asker, ip: Ipv4Addr) -> bool {
+        if !self.is_pool(ip) {
+            return false;
+        }
+        match self.leases.get(&ip) {
+            None => self.leases.len() < LEASES && !self.has_fixed_elsewhere(asker, ip),
+            Some(l) if l.fixed => l.mac == asker.mac && l.on(asker),
+            Some(l) if l.client == asker.client => l.state != State::Declined && l.on(asker),
+            Some(l) => l.is_over(asker.now) && !self.has_fixed_elsewhere(asker, ip),
+        }
+    }
+
+    fn has_fixed_elsewhere(&self, asker: &Asker, ip: Ipv4Addr) -> bool {
+        self.leases.iter().any(|(other, l)| l.fixed && l.mac == asker.mac && *other != ip)
+    }
+
+    fn hold(&mut self, asker: &Asker, ip: Ipv4Addr, state: State, ends: Instant) {
+        let lease = self.leases.entry(ip).or_insert_with(|| Lease {
+            client: asker.client.clone(),
+            mac: asker.mac,
+            port: None,
+            name: None,
+            state,
+            ends,
+            fixed: false,
+        });
+        // An offer to a client whose lease still runs does not shorten it.
+        if state == State::Offered
+            && lease.client == asker.client
+            && lease.state == State::Bound
+            && lease.ends > ends
+        {
+            return;
+        }
+        lease.client.clone_from(&asker.client);
+        lease.mac = asker.mac;
+        lease.port = Some(asker.port);
+        if !lease.fixed || lease.name.is_none() {
+            lease.name.clone_from(&asker.name);
+        }
+        (lease.state, lease.ends) = (state, ends);
+    }
+
+    /// Whether `ip` is leased to somebody on another port than `port`.
+    pub(crate) fn is_elsewhere(&self, now: Instant, ip: Ipv4Addr, port: PortId) -> bool {
+        self.leases
+            .get(&ip)
+            .is_some_and(|l| l.state == State::Bound && l.ends > now && l.port.is_some_and(|p| p != port))
+    }
+
+    /// The address leased first on `port`.
+    pub(crate) fn first_on(&self, port: PortId) -> Option<Ipv4Addr> {
+        let mine = self.leases.iter().filter(|(_, l)| l.port == Some(port) && l.state == State::Bound);
+        mine.map(|(ip, _)| *ip).min()
+    }
+
+    /// The link is gone: its leases may be claimed by the same clients from another link.
+    pub(crate) fn port_down(&mut self, port: PortId) {
+        for lease in self.leases.values_mut().filter(|l| l.port == Some(port)) {
+            lease.port = None;
+        }
+    }
+
+    /// Every lease in use and every fixed one.
+    pub(crate) fn reports(&self, now: Instant) -> Vec<LeaseReport> {
+        let shown = self.leases.iter().filter(|(_, l)| l.fixed || (l.state == State::Bound && l.ends > now));
+        let report = |(ip, l): (&Ipv4Addr, &Lease)| LeaseReport {
+            ip: *ip,
+            mac: l.mac,
+            port: l.port,
+            name: l.name.clone(),
+            remaining: (l.state == State::Bound && l.ends > now).then(|| l.ends.since(now)),
+            fixed: l.fixed,
+        };
+        let mut all: Vec<_> = shown.map(report).collect();
+        all.sort_by_key(|l| l.ip);
+        all
+    }
+
+    /// Takes leases back that an earlier run had given.
+    pub(crate) fn restore(&mut self, now: Instant, leases: impl IntoIterator<Item = LeaseReport>) {
+        for old in leases {
+            let Some(remaining) = old.remaining.filter(|_| self.is_pool(old.ip) && !old.fixed) else {
+                continue;
+            };
+            if self.leases.len() < LEASES && !self.leases.contains_key(&old.ip) {
+                let ends = now + remaining.min(self.settings.lease_time);
+                let client = old.mac.0.to_vec();
+                let lease = Lease {
+                    client,
+                    mac: old.mac,
+                    port: None,
+                    name: old.name,
+                    state: State::Bound,
+                    ends,
+                    fixed: false,
+                };
+                self.leases.insert(old.ip, lease);
+            }
+        }
+    }
+}
+
+/// Who asks.
+struct Asker {
+    now: Instant,
+    port: PortId,
+    mac: Mac,
+    client: Vec<u8>,
+    name: Option<String>,
+    wish: Option<Ipv4Addr>,
+}
+
+impl Lease {
+    fn is_over(&self, now: Instant) -> bool {
+        self.state == State::Free || self.ends <= now
+    }
+
+    /// Whether the lease may be used from the asker's link: it is that link's, or nobody's now.
+    fn on(&self, asker: &Asker) -> bool {
+        self.port.is_none_or(|p| p == asker.port) || self.is_over(asker.now)
+    }
+}
+
+/// The guest's name for itself as one DNS label (RFC 1123 §2.1); `None` when nothing is left of it.
+fn host_label(name: &str) -> Option<String> {
+    let first = name.split('.').next().unwrap_or_default();
+    let label: String = first.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(63).collect();
+    let label = label.trim_matches('-').to_ascii_lowercase();
+    (!label.is_empty()).then_some(label)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,273 @@
+//! One flow: its key, and a type for each state of its life.
+
+use std::hash::{Hash, Hasher};
+use std::net::{IpAddr, SocketAddr};
+use std::num::Wrapping;
+
+use smoltcp::socket::tcp::State;
+
+use super::after;
+use super::table::FlowSocket;
+use crate::config::Limits;
+use crate::drop_reason::DropReason;
+use crate::host::{Direction, FlowReport, FlowState};
+use crate::time::Instant;
+use crate::types::{Mac, PortId};
+use crate::wire::tcp::{self, Segment};
+
+/// What tells one flow from every other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FlowKey {
+    pub(crate) port: PortId,
+    pub(crate) guest: SocketAddr,
+    /// The other end as the guest sees it.
+    pub(crate) remote: SocketAddr,
+}
+
+impl FlowKey {
+    pub(super) const fn is_v6(&self) -> bool {
+        self.guest.is_ipv6()
+    }
+}
+
+impl Hash for FlowKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        match (self.guest.ip(), self.remote.ip()) {
+            (IpAddr::V4(g), IpAddr::V4(r)) => {
+                state.write_u64(u64::from(u32::from(g)) << 32 | u64::from(u32::from(r)))
+            }
+            (g, r) => {
+                for ip in [g, r] {
+                    match ip {
+                        IpAddr::V4(a) => state.write_u32(a.into()),
+                        IpAddr::V6(a) => state.write_u128(a.into()),
+                    }
+                }
+            }
+        }
+        let ports = u64::from(self.guest.port()) << 16 | u64::from(self.remote.port());
+        state.write_u64(u64::from(self.port.0) << 32 | ports);
+    }
+}
+
+/// One flow.
+pub(super) struct Flow {
+    pub(super) key: FlowKey,
+    pub(super) guest_mac: Mac,
+    pub(super) direction: Direction,
+    /// Lies in `Tcp::touched`.
+    pub(super) touched: bool,
+    /// Lies in its port's egress queue.
+    pub(super) queued: bool,
+    /// The driver has no socket for it any more.
+    pub(super) host_gone: bool,
+    /// Its rings may have pages of their own.
+    pub(super) warm: bool,
+    pub(super) created: Instant,
+    /// When a segment or byte last moved, in either direction.
+    pub(super) last_active: Instant,
+    /// When the guest last sent a segment.
+    pub(super) last_heard: Instant,
+    /// When the ring to the guest last went from empty to not empty.
+    pub(super) sending_since: Instant,
+    /// The earliest entry of the timer wheel.
+    pub(super) deadline: Option<Instant>,
+    pub(super) bytes_to_host: u64,
+    pub(super) bytes_to_guest: u64,
+    pub(super) life: Life,
+}
+
+/// The states of a flow; each owns what it needs and nothing else.
+pub(super) enum Life {
+    /// The guest asked, the host has not answered yet: no socket, no rings.
+    Dialing(Dialing),
+    /// A published connection that waits for the guest's Ethernet address.
+    Resolving(Resolving),
+    /// smoltcp speaks with the guest.
+    Live(Live),
+}
+
+pub(super) struct Dialing {
+    /// The guest's SYN, the whole packet: its options (MSS, window scale, SACK) are answered as they were asked.
+    pub(super) syn: Box<[u8]>,
+    pub(super) irs: Wrapping<u32>,
+    pub(super) loopback: bool,
+}
+
+pub(super) struct Resolving {
+    /// ARP requests sent.
+    pub(super) asked: u8,
+}
+
+impl Resolving {
+    /// Requests, one a second, before the connection is given up.
+    pub(super) const TRIES: u8 = 3;
+}
+
+/// How smoltcp's Closed came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// It has not.
+    Not,
+    /// Both FINs were acknowledged.
+    InOrder,
+    /// The guest sent RST.
+    Reset,
+    /// We did.
+    Aborted,
+}
+
+impl Ending {
+    /// Whether bytes that the host has not taken are forgotten.
+    pub(super) const fn forgets(self) -> bool {
+        matches!(self, Self::Reset | Self::Aborted)
+    }
+}
+
+pub(super) struct Live {
+    pub(super) socket: FlowSocket,
+    /// The guest's initial sequence number; of an active open it comes with the SYN|ACK.
+    irs: Option<Wrapping<u32>>,
+    /// Bytes taken out of the ring to the host, modulo 2³².
+    taken: Wrapping<u32>,
+    /// The highest end of a segment smoltcp was given.
+    seen_end: Wrapping<u32>,
+    pub(super) established: bool,
+    pub(super) told_end: bool,
+    pub(super) ending: Ending,
+    pub(super) time_wait_since: Option<Instant>,
+}
+
+impl Live {
+    pub(super) fn new(socket: FlowSocket, irs: Option<Wrapping<u32>>) -> Self {
+        Self {
+            socket,
+            irs,
+            taken: Wrapping(0),
+            seen_end: irs.unwrap_or_default() + Wrapping(1),
+            established: false,
+            told_end: false,
+            ending: Ending::Not,
+            time_wait_since: None,
+        }
+    }
+
+    /// Whether smoltcp may see `segment`: its data must lie inside the ring (see the module documentation).
+    pub(super) fn admits(&self, segment: &Segment) -> Result<(), DropReason> {
+        if segment.payload == 0 {
+            return Ok(());
+        }
+        if segment.has(tcp::SYN) {
+            return Err(DropReason::BeyondWindow);
+        }
+        let Some(irs) = self.irs else { return Err(DropReason::BeyondWindow) };
+        // recv_capacity is at most 1 MiB: it fits.
+        let capacity = Wrapping(u32::try_from(self.socket.tcp_ref().recv_capacity()).unwrap_or(0));
+        let limit = irs + Wrapping(1) + self.taken + capacity;
+        if after(segment.end(), limit) || after(segment.seq, segment.end()) {
+            return Err(DropReason::BeyondWindow);
+        }
+        Ok(())
+    }
+
+    /// Notes a segment smoltcp has seen.
+    pub(super) fn note_segment(&mut self, segment: &Segment) {
+        let state = self.socket.tcp_ref().state();
+        if self.irs.is_none() && segment.has(tcp::SYN) && state != State::SynSent && state != State::Closed {
+            self.irs = Some(segment.seq);
+            self.seen_end = segment.seq + Wrapping(1);
+        }
+        if segment.payload > 0 && after(segment.end(), self.seen_end) {
+            self.seen_end = segment.end();
+        }
+        if state == State::Closed && self.ending == Ending::Not {
+            self.ending = if segment.has(tcp::RST) { Ending::Reset } else { Ending::InOrder };
+        }
+    }
+
+    pub(super) fn note_taken(&mut self, bytes: usize) {
+        // A ring is smaller than 2³²; the sum is modulo 2³² by its nature.
+        self.taken += Wrapping(u32::try_from(bytes).unwrap_or(u32::MAX));
+    }
+
+    /// Whether both rings are empty, segments that came out of order included: their pages hold nothing.
+    pub(super) fn holds_nothing(&self) -> bool {
+        let socket = self.socket.tcp_ref();
+        let next = self.irs.map(|irs| irs + Wrapping(1) + self.taken);
+        socket.recv_queue() == 0
+            && socket.send_queue() == 0
+            && next.is_some_and(|next| !after(self.seen_end, next))
+    }
+
+    /// The flow has reached TIME-WAIT, and the host has not taken every byte yet.
+    pub(super) fn time_wait(&mut self, now: Instant) {
+        self.time_wait_since.get_or_insert(now);
+    }
+
+    /// The time for smoltcp. It stands still in TIME-WAIT, or the end of that would take the ring's bytes away from
+    /// a host that reads slowly.
+    pub(super) fn clock(&self, now: Instant) -> Instant {
+        self.time_wait_since.unwrap_or(now)
+    }
+}
+
+impl Flow {
+    pub(super) fn new(now: Instant, key: FlowKey, guest_mac: Mac, direction: Direction, life: Life) -> Self {
+        Self {
+            key,
+            guest_mac,
+            direction,
+            touched: false,
+            queued: false,
+            host_gone: false,
+            warm: false,
+            created: now,
+            last_active: now,
+            last_heard: now,
+            sending_since: now,
+            deadline: None,
+            bytes_to_host: 0,
+            bytes_to_guest: 0,
+            life,
+        }
+    }
+
+    /// When the flow is given up unless something moves.
+    pub(super) fn reaped_at(&self, limits: &Limits) -> Instant {
+        const NEVER: Instant = Instant::from_micros(u64::MAX);
+        let Life::Live(live) = &self.life else { return NEVER };
+        if live.ending.forgets() {
+            return self.last_active + limits.tcp_half_closed;
+        }
+        let socket = live.socket.tcp_ref();
+        match socket.state() {
+            State::SynSent | State::SynReceived => self.last_active + limits.tcp_handshake,
+            _ if socket.send_queue() > 0 => {
+                self.last_heard.max(self.sending_since) + limits.tcp_unacknowledged
+            }
+            State::Established => self.last_active + limits.tcp_idle,
+            _ => self.last_active + limits.tcp_half_closed,
+        }
+    }
+
+    pub(super) fn report(&self, now: Instant) -> FlowReport {
+        let state = match &self.life {
+            Life::Dialing(_) | Life::Resolving(_) => FlowState::Dialing,
+            Life::Live(live) => match live.socket.tcp_ref().state() {
+                State::SynSent | State::SynReceived | State::Listen => FlowState::Dialing,
+                State::Established => FlowState::Open,
+                _ => FlowState::Closing,
+            },
+        };
+        FlowReport {
+            direction: self.direction,
+            guest: self.key.guest,
+            remote: self.key.remote,
+            state,
+            bytes_to_host: self.bytes_to_host,
+            bytes_to_guest: self.bytes_to_guest,
+            age: now.since(self.created),
+            idle: now.since(self.last_active),
+        }
+    }
+}

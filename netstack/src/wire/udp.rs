@@ -1,0 +1,47 @@
+//! UDP (RFC 768).
+
+use std::net::Ipv4Addr;
+
+use super::checksum;
+use crate::drop_reason::DropReason;
+
+/// Bytes of the header.
+pub const HEADER: usize = 8;
+
+/// The ports of a datagram.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Source port.
+    pub src: u16,
+    /// Destination port.
+    pub dst: u16,
+}
+
+/// Reads one datagram.
+///
+/// # Errors
+/// `Truncated` below 8 bytes, `BadUdpHeader` when Length is below 8 or exceeds the packet, or the destination is port 0.
+pub fn parse(bytes: &[u8]) -> Result<(Header, &[u8]), DropReason> {
+    let Some((&[s0, s1, d0, d1, l0, l1, _, _], rest)) = bytes.split_first_chunk::<HEADER>() else {
+        return Err(DropReason::Truncated);
+    };
+    let length = usize::from(u16::from_be_bytes([l0, l1]));
+    let payload = length.checked_sub(HEADER).and_then(|n| rest.get(..n)).ok_or(DropReason::BadUdpHeader)?;
+    let header = Header { src: u16::from_be_bytes([s0, s1]), dst: u16::from_be_bytes([d0, d1]) };
+    if header.dst == 0 { Err(DropReason::BadUdpHeader) } else { Ok((header, payload)) }
+}
+
+/// The header of a datagram of ours over IPv4, with its checksum.
+#[must_use]
+pub fn header_v4(src: (Ipv4Addr, u16), dst: (Ipv4Addr, u16), payload: &[u8]) -> [u8; HEADER] {
+    let length = u16::try_from(payload.len() + HEADER).unwrap_or(u16::MAX).to_be_bytes();
+    let (s, d) = (src.1.to_be_bytes(), dst.1.to_be_bytes());
+    let mut out = [s[0], s[1], d[0], d[1], length[0], length[1], 0, 0];
+    let pseudo = [0, super::ipv4::UDP, length[0], length[1]];
+    let sum = checksum(&[&src.0.octets(), &dst.0.octets(), &pseudo, &out, payload]);
+    // RFC 768: a sum of zero is sent as all ones; zero means that there is none.
+    let sum = if sum == 0 { 0xffff } else { sum }.to_be_bytes();
+    out[6] = sum[0];
+    out[7] = sum[1];
+    out
+}
