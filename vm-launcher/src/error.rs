@@ -46,12 +46,12 @@ pub enum LaunchError {
         error: io::Error,
     },
     /// The sidecar ended before it was ready: its own words say why (a bad spec, a port in use).
-    #[error("the network did not start ({status}):\n{log}")]
+    #[error("{reason}")]
     SidecarNotReady {
         /// How it ended.
         status: ExitStatus,
-        /// The last lines of its log.
-        log: String,
+        /// The last line it said.
+        reason: String,
     },
     /// The sidecar neither became ready nor ended.
     #[error("the network was not ready after {} s:\n{log}", after.as_secs())]

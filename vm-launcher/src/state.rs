@@ -170,9 +170,11 @@ impl Log {
         }
     }
 
-    /// Everything, for what is short by nature.
-    pub(crate) fn text(&self) -> io::Result<String> {
-        fs::read_to_string(&self.path)
+    /// The last line, without the name of the program that everything we say begins with.
+    pub(crate) fn last_words(&self) -> String {
+        let tail = self.tail();
+        let line = tail.lines().last().unwrap_or_default();
+        line.strip_prefix("portway: ").unwrap_or(line).to_owned()
     }
 }
 

@@ -41,13 +41,15 @@ const QEMU_FIRST: Duration = Duration::from_millis(250);
 
 /// Runs the VM and its network until the VM ends, and answers the VM's exit code: 0 after a clean power-down.
 ///
+/// `on_ready` is called once, when the network takes requests on its API socket and before the VM starts.
+///
 /// Blocks the calling thread, and blocks SIGTERM, SIGINT and SIGHUP in it: call it from the main thread, before
 /// there are others. The children are bound to this thread's life.
 ///
 /// # Errors
 /// What was wrong before anything started, or which of the two processes failed and its last words. When this
 /// returns, neither runs.
-pub fn run(config: &LaunchConfig) -> Result<u8, LaunchError> {
+pub fn run(config: &LaunchConfig, on_ready: impl FnOnce()) -> Result<u8, LaunchError> {
     check(config)?;
     let boot = config.image.resolve()?;
     let program = qemu::find(config.qemu.as_deref())?;
@@ -62,7 +64,7 @@ pub fn run(config: &LaunchConfig) -> Result<u8, LaunchError> {
 
     let mut network = Network::start(config, &state, network_end.into())?;
     network.await_ready(&signals)?;
-    announce(&network.said);
+    on_ready();
     say(format_args!("accelerator: {} ({})", if accel.kvm { "kvm" } else { "tcg" }, accel.reason));
     let vm = Vm::start(config, &program, &boot, &accel, mac, &state, vm_end.into(), &terminal)?;
     Supervisor { config, signals, network, vm, ending: None }.run()
@@ -92,19 +94,6 @@ fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
 /// nobody to tell.
 fn say(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "portway: {line}");
-}
-
-/// Passes on what the sidecar printed before it was ready: the published ports, a free one that was picked among
-/// them.
-fn announce(said: &Log) {
-    match said.text() {
-        Ok(text) => {
-            for line in text.lines() {
-                let _ = writeln!(io::stderr().lock(), "{line}");
-            }
-        }
-        Err(error) => say(format_args!("cannot read {}: {error}", said.path.display())),
-    }
 }
 
 /// The signals that end the VM, as a file descriptor; the mask is put back when this is dropped.
@@ -140,25 +129,23 @@ struct Network {
     process: Process,
     ready: OwnedFd,
     log: Log,
-    said: Log,
 }
 
 impl Network {
     fn start(config: &LaunchConfig, state: &StateDir, link: OwnedFd) -> Result<Self, LaunchError> {
         let (ready, told) =
             pipe2(OFlag::O_CLOEXEC).map_err(|errno| LaunchError::system("cannot make a pipe", errno))?;
-        let (log, said) = (state.log("sidecar.log")?, state.log("sidecar.out")?);
+        let log = state.log("sidecar.log")?;
         let fds = sidecar::Inherited { link: sys::number(&link), ready: sys::number(&told) };
         let mut command = Command::new(&config.sidecar);
-        let writer =
-            |log: &Log| log.writer().map_err(|error| LaunchError::system("cannot share a log", error));
+        let writer = || log.writer().map_err(|error| LaunchError::system("cannot share a log", error));
         command.args(sidecar::arguments(config, fds)).stdin(Stdio::null());
-        command.stdout(writer(&said)?).stderr(writer(&log)?);
+        command.stdout(writer()?).stderr(writer()?);
         // A group of its own: Ctrl-C in the terminal is for us, and the network is needed until the guest is down.
         command.process_group(0);
         // SIGTERM, so that it closes its sockets in order when we are killed.
         sys::prepare(&mut command, vec![link, told], Signal::SIGTERM);
-        Ok(Self { process: Process::start(command)?, ready, log, said })
+        Ok(Self { process: Process::start(command)?, ready, log })
     }
 
     /// Waits for `ready`, for the end of the sidecar, or for a signal.
@@ -198,7 +185,7 @@ impl Network {
                     Some(status) => status,
                     None => self.process.end(END_PATIENCE).map_err(failed)?,
                 };
-                return Err(LaunchError::SidecarNotReady { status, log: self.log.tail() });
+                return Err(LaunchError::SidecarNotReady { status, reason: self.log.last_words() });
             }
         }
     }

@@ -19,7 +19,7 @@ note() { echo "$2" > "$DIR/$1.new" && mv "$DIR/$1.new" "$DIR/$1"; }
 "#;
 /// A sidecar that is ready at once and ends on SIGTERM.
 const GOOD_SIDECAR: &str = r#"
-ready=$(after --ready-fd "$@"); echo "published tcp 127.0.0.1:2222"
+ready=$(after --ready-fd "$@")
 trap 'note sidecar-ended SIGTERM; exit 0' TERM
 eval "echo ready >&$ready; exec $ready>&-"
 note sidecar $$
@@ -64,7 +64,7 @@ impl Lab {
     }
 
     fn run(&self) -> Result<u8, LaunchError> {
-        run(&self.config)
+        run(&self.config, || {})
     }
 
     /// Runs in a thread of its own, waits until QEMU has begun, and does `then` with the thread and QEMU's pid.
@@ -73,7 +73,7 @@ impl Lab {
         let config = self.config.clone();
         let running = thread::spawn(move || {
             tell.send(pthread_self()).expect("the test waits for it");
-            run(&config)
+            run(&config, || {})
         });
         let launcher = told.recv().expect("the thread has begun");
         self.await_note("qemu");
@@ -218,7 +218,7 @@ fn launcher_to_be_killed() {
     let mut config =
         LaunchConfig::new(image, "demo".into(), dir.join("state"), dir.join("api"), dir.join("sidecar.sh"));
     config.qemu = Some(dir.join("qemu.sh"));
-    let _ = run(&config);
+    let _ = run(&config, || {});
 }
 
 #[test]
