@@ -9,7 +9,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 ///
 /// # Errors
 /// When there is no such descriptor.
-pub fn inherit(fd: i32) -> io::Result<OwnedFd> {
+pub(crate) fn inherit(fd: i32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::ErrorKind::InvalidInput.into());
     }

@@ -12,7 +12,7 @@ use crate::config::{ConfigError, LogLevel};
 ///
 /// # Errors
 /// When the file cannot be opened.
-pub fn start(level: LogLevel, file: Option<&Path>) -> Result<(), ConfigError> {
+pub(crate) fn start(level: LogLevel, file: Option<&Path>) -> Result<(), ConfigError> {
     let level = match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,

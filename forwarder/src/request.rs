@@ -21,19 +21,46 @@ use crate::publish::spec::PublishSpec;
 #[derive(Debug)]
 pub enum Request {
     /// Publish every port of `spec` (a range is several ports). The answer is one entry per port, in order.
-    Publish { spec: PublishSpec, reply: oneshot::Sender<Vec<Result<PortInfo, PublishError>>> },
+    Publish {
+        /// What to publish.
+        spec: PublishSpec,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<Result<PortInfo, PublishError>>>,
+    },
     /// Stop publishing what `spec` names; established flows stay. Answers what was taken away.
-    Unpublish { spec: PublishSpec, reply: oneshot::Sender<Result<Vec<PortInfo>, PublishError>> },
+    Unpublish {
+        /// What to stop publishing.
+        spec: PublishSpec,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Vec<PortInfo>, PublishError>>,
+    },
     /// Every published port.
-    Ports { reply: oneshot::Sender<Vec<PortInfo>> },
+    Ports {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<PortInfo>>,
+    },
     /// Every lease.
-    Leases { reply: oneshot::Sender<Vec<LeaseInfo>> },
+    Leases {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<LeaseInfo>>,
+    },
     /// Every flow and NAT binding, with its counters.
-    Flows { reply: oneshot::Sender<Vec<FlowInfo>> },
+    Flows {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<FlowInfo>>,
+    },
     /// The counters of the whole process.
-    Stats { reply: oneshot::Sender<Stats> },
+    Stats {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Stats>,
+    },
     /// The DNS service's answer to a datagram the stack handed out.
-    DnsAnswer { ticket: DnsTicket, answer: Vec<u8> },
+    DnsAnswer {
+        /// Whom it is for.
+        ticket: DnsTicket,
+        /// The message.
+        answer: Vec<u8>,
+    },
     /// Close listeners, reset flows, end the loop.
     Shutdown,
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// When another file is there, somebody listens there already, or the path cannot be bound; the text says which.
-pub fn listen(path: &Path, mode: u32) -> io::Result<UnixListener> {
+pub(crate) fn listen(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let fault = |kind, text: &str| io::Error::new(kind, format!("{}: {text}", path.display()));
     match std::fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => {

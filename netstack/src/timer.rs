@@ -11,7 +11,7 @@ use crate::time::Instant;
 
 const BITS: u32 = 6;
 const SLOTS: usize = 1 << BITS;
-const LEVELS: usize = 4;
+const LEVELS: u32 = 4;
 
 struct Level<K> {
     slots: [Vec<(Instant, K)>; SLOTS],
@@ -21,7 +21,7 @@ struct Level<K> {
 
 /// Timers with a key each.
 pub(crate) struct TimerWheel<K> {
-    levels: [Level<K>; LEVELS],
+    levels: [Level<K>; LEVELS as usize],
     overflow: Vec<(Instant, K)>,
     /// The tick up to which every entry has fired, in milliseconds.
     tick: u64,
@@ -55,8 +55,8 @@ impl<K: Copy> TimerWheel<K> {
             return;
         }
         // The highest bit in which the two times differ says which level still tells them apart.
-        let level = ((tick ^ self.tick).ilog2() / BITS) as usize;
-        let Some(to) = self.levels.get_mut(level) else {
+        let level = (tick ^ self.tick).ilog2() / BITS;
+        let Some(to) = self.levels.get_mut(level as usize) else {
             self.overflow.push((at, key));
             return;
         };
@@ -65,9 +65,9 @@ impl<K: Copy> TimerWheel<K> {
         to.slots[slot].push((at, key));
     }
 
-    const fn slot(tick: u64, level: usize) -> usize {
-        // LEVELS * BITS is far below 64.
-        ((tick >> (BITS * level as u32)) & (SLOTS as u64 - 1)) as usize
+    #[expect(clippy::cast_possible_truncation, reason = "the mask leaves six bits")]
+    const fn slot(tick: u64, level: u32) -> usize {
+        ((tick >> (BITS * level)) & (SLOTS as u64 - 1)) as usize
     }
 
     /// When something has to be done: not later than the earliest entry (rounded up), perhaps earlier. `None` when
@@ -81,17 +81,18 @@ impl<K: Copy> TimerWheel<K> {
 
     /// The first tick after `self.tick` at which a slot has to be emptied.
     fn next_tick(&self) -> Option<u64> {
-        for (n, level) in self.levels.iter().enumerate() {
+        for (n, level) in (0..).zip(&self.levels) {
             let now = Self::slot(self.tick, n);
             // Entries of a level lie in slots after the current one: place() saw a higher digit.
-            let ahead = level.occupied & u64::MAX.checked_shl(now as u32 + 1).unwrap_or(0);
+            let ahead =
+                level.occupied & u64::MAX.checked_shl(u32::try_from(now).unwrap_or(63) + 1).unwrap_or(0);
             if ahead != 0 {
-                let shift = BITS * n as u32;
+                let shift = BITS * n;
                 let base = self.tick >> (shift + BITS) << (shift + BITS);
                 return Some(base + (u64::from(ahead.trailing_zeros()) << shift));
             }
         }
-        let span = BITS * LEVELS as u32;
+        let span = BITS * LEVELS;
         (!self.overflow.is_empty()).then(|| ((self.tick >> span) + 1) << span)
     }
 
@@ -113,7 +114,7 @@ impl<K: Copy> TimerWheel<K> {
 
     /// Moves to `tick` and empties the slots that begin there.
     fn advance(&mut self, tick: u64) {
-        let wrapped = tick >> (BITS * LEVELS as u32) != self.tick >> (BITS * LEVELS as u32);
+        let wrapped = tick >> (BITS * LEVELS) != self.tick >> (BITS * LEVELS);
         self.tick = tick;
         if wrapped {
             for (at, key) in std::mem::take(&mut self.overflow) {
@@ -126,9 +127,9 @@ impl<K: Copy> TimerWheel<K> {
     }
 
     /// Entries of the slot the clock stands in belong to lower levels now.
-    fn empty_current(&mut self, n: usize) {
+    fn empty_current(&mut self, n: u32) {
         let slot = Self::slot(self.tick, n);
-        let level = &mut self.levels[n];
+        let level = &mut self.levels[n as usize];
         if level.occupied & (1 << slot) == 0 {
             return;
         }

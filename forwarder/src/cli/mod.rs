@@ -30,7 +30,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Start a VM with its network
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// The network alone, for any hypervisor
     Serve {
         #[command(flatten)]
@@ -168,7 +168,7 @@ fn normalise(args: Vec<OsString>) -> Vec<OsString> {
 
 fn execute(command: Command) -> Result<ExitCode, Failure> {
     match command {
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(*args),
         Command::Serve { settings, config, check_config } => {
             let settings = match config {
                 Some(path) => settings.over(Settings::from_file(&path).map_err(Failure::usage)?),

@@ -24,7 +24,7 @@ use crate::neighbours::Neighbours;
 use crate::rings::RingMemory;
 use crate::sink::{FrameSink, Offload};
 use crate::switch::{Destination, Switch};
-use crate::tcp::{FlowKey, Path, Tcp, Verdict};
+use crate::tcp::{Arrival, FlowKey, Path, Tcp, Verdict};
 use crate::time::{Duration, Instant};
 use crate::types::{Mac, PortId};
 use crate::udp::{BindingId, BindingReport, Bindings, Target};
@@ -336,10 +336,11 @@ impl Netstack {
             SocketAddr::new(packet.header.dst.into(), segment.dst),
         );
         let path = Path { gateway: self.config.gateway_mac, guest: guest_mac };
+        let arrival = Arrival { key, path, segment, packet: packet.bytes };
         let Some(outbox) = self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut) else {
             return Err(DropReason::NotForUs);
         };
-        match self.tcp.from_guest(now, key, path, &segment, packet.bytes, outbox, &mut self.commands) {
+        match self.tcp.from_guest(now, arrival, outbox, &mut self.commands) {
             Verdict::Done(result) => result,
             Verdict::Syn => {
                 let target = if key.remote() == SocketAddr::new(self.config.gateway.into(), DNS) {
@@ -354,16 +355,7 @@ impl Netstack {
                         else {
                             return Err(DropReason::NotForUs);
                         };
-                        self.tcp.dial(
-                            now,
-                            key,
-                            path,
-                            &segment,
-                            packet.bytes,
-                            target,
-                            outbox,
-                            &mut self.commands,
-                        )
+                        self.tcp.dial(now, arrival, target, outbox, &mut self.commands)
                     }
                     Err(DropReason::NotForUs) => {
                         self.unreachable(
@@ -410,7 +402,7 @@ impl Netstack {
         }
         match self.host_view(seen) {
             Ok(remote) => {
-                let path = self.udp.to_host(now, port, mac, guest, seen, remote, payload.len());
+                let path = self.udp.to_host(now, Target { port, mac, guest }, seen, remote, payload.len());
                 Ok(Handled::Datagram(Datagram { path, remote, payload }))
             }
             Err(reason) => {

@@ -60,6 +60,16 @@ pub(crate) struct Path {
     pub(crate) guest: Mac,
 }
 
+/// One segment from a guest, and what is known of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Arrival<'f> {
+    pub(crate) key: FlowKey,
+    pub(crate) path: Path,
+    pub(crate) segment: Segment,
+    /// The whole IP packet.
+    pub(crate) packet: &'f [u8],
+}
+
 /// What a segment met.
 pub(crate) enum Verdict {
     /// It was taken, or dropped and counted.
@@ -166,17 +176,16 @@ impl Tcp {
 
     // ---- from the guest ----
 
-    /// One segment from a guest. `packet` is the whole IP packet.
+    /// One segment from a guest.
     pub(crate) fn from_guest(
         &mut self,
         now: Instant,
-        key: FlowKey,
-        path: Path,
-        segment: &Segment,
-        packet: &[u8],
+        arrival: Arrival<'_>,
         outbox: &mut Outbox,
         commands: &mut VecDeque<HostCommand>,
     ) -> Verdict {
+        let Arrival { key, path, segment, packet } = arrival;
+        let segment = &segment;
         let Some(id) = self.table.find(&key) else {
             if segment.opens() {
                 return Verdict::Syn;
@@ -254,14 +263,12 @@ impl Tcp {
     pub(crate) fn dial(
         &mut self,
         now: Instant,
-        key: FlowKey,
-        path: Path,
-        segment: &Segment,
-        packet: &[u8],
+        arrival: Arrival<'_>,
         target: HostTarget,
         outbox: &mut Outbox,
         commands: &mut VecDeque<HostCommand>,
     ) -> Result<(), DropReason> {
+        let Arrival { key, path, segment, packet } = arrival;
         if segment.payload != 0 {
             // Data on a SYN (RFC 7413) has no cookie from us; without an answer the guest sends the SYN alone.
             return Err(DropReason::BeyondWindow);

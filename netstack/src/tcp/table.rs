@@ -1,7 +1,5 @@
 //! The flow table, and the sockets that flows take and give back.
 
-use std::hash::BuildHasher;
-
 use ahash::RandomState;
 use hashbrown::HashTable;
 use smoltcp::iface::{SocketHandle, SocketSet};

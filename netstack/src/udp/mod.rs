@@ -96,7 +96,7 @@ impl Entry {
     }
 }
 
-/// Where a datagram from the host goes.
+/// A guest's end of UDP: where a datagram comes from, or goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) port: PortId,
@@ -139,17 +139,16 @@ impl Bindings {
         self.bindings
     }
 
-    /// A datagram of `guest` to `remote`. `seen` is the destination as the guest knows it, `remote` as the host does.
+    /// A datagram `from` a guest to `remote`. `seen` is the destination as the guest knows it, `remote` as the host does.
     pub(crate) fn to_host(
         &mut self,
         now: Instant,
-        port: PortId,
-        mac: Mac,
-        guest: SocketAddr,
+        from: Target,
         seen: SocketAddr,
         remote: SocketAddr,
         bytes: usize,
     ) -> UdpPath {
+        let Target { port, mac, guest } = from;
         if let Some(slot) = self.by_key.get(&Key::Client(guest, seen)).copied()
             && let Some(entry) = self.entry(slot).filter(|e| e.port == port)
         {
@@ -162,7 +161,7 @@ impl Bindings {
         let key = Key::Guest(port, guest);
         let known = self.by_key.get(&key).copied();
         let new = known.is_none();
-        let slot = known.unwrap_or_else(|| self.insert(now, key, port, mac, guest, remote, 0));
+        let slot = known.unwrap_or_else(|| self.insert(now, key, from, remote, 0));
         if let Some(entry) = self.entry(slot) {
             entry.mac = mac;
             entry.last_active = now;
@@ -211,9 +210,7 @@ impl Bindings {
     ) {
         let key = Key::Client(target.guest, seen);
         let known = self.by_key.get(&key).copied();
-        let slot = known.unwrap_or_else(|| {
-            self.insert(now, key, target.port, target.mac, target.guest, client, listener)
-        });
+        let slot = known.unwrap_or_else(|| self.insert(now, key, target, client, listener));
         if let Some(entry) = self.entry(slot) {
             entry.remote = client;
             entry.listener = listener;
@@ -316,16 +313,8 @@ impl Bindings {
         *self.ages(port, &key) = age;
     }
 
-    fn insert(
-        &mut self,
-        now: Instant,
-        key: Key,
-        port: PortId,
-        mac: Mac,
-        guest: SocketAddr,
-        remote: SocketAddr,
-        listener: u32,
-    ) -> u32 {
+    fn insert(&mut self, now: Instant, key: Key, guest: Target, remote: SocketAddr, listener: u32) -> u32 {
+        let Target { port, mac, guest } = guest;
         let age = *self.ages(port, &key);
         if age.len >= self.limit
             && let Some(idlest) = age.oldest()

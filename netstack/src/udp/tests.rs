@@ -14,7 +14,13 @@ impl Table {
         Self(Bindings::new(limit, 42), Instant::ZERO)
     }
     fn sends(&mut self, guest: &str, to: &str) -> (BindingId, bool) {
-        match self.0.to_host(self.1, PORT, MAC, addr(guest), addr(to), addr(to), 10) {
+        match self.0.to_host(
+            self.1,
+            Target { port: PORT, mac: MAC, guest: addr(guest) },
+            addr(to),
+            addr(to),
+            10,
+        ) {
             UdpPath::Binding { binding, new } => (binding, new),
             UdpPath::Client { .. } => panic!("not a client"),
         }
@@ -96,7 +102,7 @@ fn the_answer_to_a_published_ports_client_goes_back_to_that_client() {
     let target = Target { port: PORT, mac: MAC, guest: addr("192.168.127.2:9") };
     let (seen, client) = (addr("192.168.127.254:4000"), addr("127.0.0.1:4000"));
     t.0.from_client(t.1, target, seen, client, 3, 10);
-    let path = t.0.to_host(t.1, PORT, MAC, target.guest, seen, addr("127.0.0.1:4000"), 10);
+    let path = t.0.to_host(t.1, target, seen, addr("127.0.0.1:4000"), 10);
     assert_eq!(path, UdpPath::Client { listener: 3, client });
     assert!(t.0.is_taken(target.guest, seen, addr("127.0.0.1:1"), 3));
     t.0.listener_closed(3);

@@ -4,6 +4,7 @@
 //! UDP are not verified on the way in: the link is memory of this machine, and a guest with checksum offload
 //! (libkrun) sends no more of it than the pseudo-header sum. IPv4's header checksum is.
 #![deny(clippy::indexing_slicing, clippy::unwrap_used)]
+#![cfg_attr(test, allow(clippy::indexing_slicing))]
 
 pub mod arp;
 pub mod ethernet;
