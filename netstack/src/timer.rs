@@ -14,7 +14,7 @@ const SLOTS: usize = 1 << BITS;
 const LEVELS: usize = 4;
 
 struct Level<K> {
-    slots: [Vec<(u64, Instant, K)>; SLOTS],
+    slots: [Vec<(Instant, K)>; SLOTS],
     /// Bit n: slot n is not empty.
     occupied: u64,
 }
@@ -22,13 +22,13 @@ struct Level<K> {
 /// Timers with a key each.
 pub(crate) struct TimerWheel<K> {
     levels: [Level<K>; LEVELS],
-    overflow: Vec<(u64, Instant, K)>,
+    overflow: Vec<(Instant, K)>,
     /// The tick up to which every entry has fired, in milliseconds.
     tick: u64,
     /// Entries that are due and not yet returned.
     due: Vec<(Instant, K)>,
     /// Scratch for a slot that is emptied.
-    scratch: Vec<(u64, Instant, K)>,
+    scratch: Vec<(Instant, K)>,
 }
 
 impl<K: Copy> TimerWheel<K> {
@@ -45,10 +45,11 @@ impl<K: Copy> TimerWheel<K> {
 
     /// Fires `key` at `at`, or at the next millisecond after it.
     pub(crate) fn insert(&mut self, at: Instant, key: K) {
-        self.place(at.micros().div_ceil(1000), at, key);
+        self.place(at, key);
     }
 
-    fn place(&mut self, tick: u64, at: Instant, key: K) {
+    fn place(&mut self, at: Instant, key: K) {
+        let tick = at.micros().div_ceil(1000);
         if tick <= self.tick {
             self.due.push((at, key));
             return;
@@ -56,12 +57,12 @@ impl<K: Copy> TimerWheel<K> {
         // The highest bit in which the two times differ says which level still tells them apart.
         let level = ((tick ^ self.tick).ilog2() / BITS) as usize;
         let Some(to) = self.levels.get_mut(level) else {
-            self.overflow.push((tick, at, key));
+            self.overflow.push((at, key));
             return;
         };
         let slot = Self::slot(tick, level);
         to.occupied |= 1 << slot;
-        to.slots[slot].push((tick, at, key));
+        to.slots[slot].push((at, key));
     }
 
     const fn slot(tick: u64, level: usize) -> usize {
@@ -115,8 +116,8 @@ impl<K: Copy> TimerWheel<K> {
         let wrapped = tick >> (BITS * LEVELS as u32) != self.tick >> (BITS * LEVELS as u32);
         self.tick = tick;
         if wrapped {
-            for (t, at, key) in std::mem::take(&mut self.overflow) {
-                self.place(t, at, key);
+            for (at, key) in std::mem::take(&mut self.overflow) {
+                self.place(at, key);
             }
         }
         for n in (0..LEVELS).rev() {
@@ -133,8 +134,8 @@ impl<K: Copy> TimerWheel<K> {
         }
         level.occupied &= !(1 << slot);
         let mut entries = std::mem::replace(&mut level.slots[slot], std::mem::take(&mut self.scratch));
-        for (t, at, key) in entries.drain(..) {
-            self.place(t, at, key);
+        for (at, key) in entries.drain(..) {
+            self.place(at, key);
         }
         self.scratch = entries;
     }

@@ -14,7 +14,7 @@
 
 mod reply;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use dhcproto::v4::{self, DhcpOption, MessageType, OptionCode};
@@ -99,7 +99,8 @@ const LEASES: usize = 4096;
 pub(crate) struct DhcpServer {
     settings: Settings,
     subnet: Subnet,
-    leases: HashMap<Ipv4Addr, Lease>,
+    /// Ordered, so that the same messages give the same leases.
+    leases: BTreeMap<Ipv4Addr, Lease>,
 }
 
 impl DhcpServer {

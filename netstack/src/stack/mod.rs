@@ -330,11 +330,11 @@ impl Netstack {
         packet: ipv4::Packet<'_>,
     ) -> Result<(), DropReason> {
         let segment = tcp::parse(packet.payload)?;
-        let key = FlowKey {
+        let key = FlowKey::new(
             port,
-            guest: SocketAddr::new(packet.header.src.into(), segment.src),
-            remote: SocketAddr::new(packet.header.dst.into(), segment.dst),
-        };
+            SocketAddr::new(packet.header.src.into(), segment.src),
+            SocketAddr::new(packet.header.dst.into(), segment.dst),
+        );
         let path = Path { gateway: self.config.gateway_mac, guest: guest_mac };
         let Some(outbox) = self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut) else {
             return Err(DropReason::NotForUs);
@@ -342,10 +342,10 @@ impl Netstack {
         match self.tcp.from_guest(now, key, path, &segment, packet.bytes, outbox, &mut self.commands) {
             Verdict::Done(result) => result,
             Verdict::Syn => {
-                let target = if key.remote == SocketAddr::new(self.config.gateway.into(), DNS) {
+                let target = if key.remote() == SocketAddr::new(self.config.gateway.into(), DNS) {
                     Ok(HostTarget::Service(Service::Dns))
                 } else {
-                    self.host_view(key.remote).map(HostTarget::Address)
+                    self.host_view(key.remote()).map(HostTarget::Address)
                 };
                 match target {
                     Ok(target) => {
@@ -507,7 +507,7 @@ impl Netstack {
     pub fn handle_host(&mut self, now: Instant, event: HostEvent) {
         if let Some((key, mac, syn, error)) =
             self.tcp.handle_host(now, event, &mut self.outboxes, &mut self.commands)
-            && let IpAddr::V4(remote) = key.remote.ip()
+            && let IpAddr::V4(remote) = key.remote().ip()
             && let Err(reason) = self.unreachable(now, key.port, mac, remote, error.into(), &syn)
         {
             self.drops.count(reason);
@@ -579,7 +579,7 @@ impl Netstack {
         };
         let ports = std::iter::once(seen.port()).chain((49_152..=u16::MAX).rev().take(1024));
         for port in ports {
-            let key = FlowKey { port: known.port, guest, remote: SocketAddr::new(seen.ip(), port) };
+            let key = FlowKey::new(known.port, guest, SocketAddr::new(seen.ip(), port));
             if port != 0 && !self.tcp.knows(&key) {
                 return self.tcp.open(now, key, known.mac);
             }

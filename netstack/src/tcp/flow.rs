@@ -15,24 +15,49 @@ use crate::time::Instant;
 use crate::types::{Mac, PortId};
 use crate::wire::tcp::{self, Segment};
 
+/// An address and a port, in 20 bytes where a `SocketAddr` needs 32: there is one flow's worth of these per idle flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct End {
+    ip: IpAddr,
+    port: u16,
+}
+
+impl From<SocketAddr> for End {
+    fn from(address: SocketAddr) -> Self {
+        Self { ip: address.ip(), port: address.port() }
+    }
+}
+
 /// What tells one flow from every other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FlowKey {
     pub(crate) port: PortId,
-    pub(crate) guest: SocketAddr,
-    /// The other end as the guest sees it.
-    pub(crate) remote: SocketAddr,
+    guest: End,
+    remote: End,
 }
 
 impl FlowKey {
+    pub(crate) fn new(port: PortId, guest: SocketAddr, remote: SocketAddr) -> Self {
+        Self { port, guest: guest.into(), remote: remote.into() }
+    }
+
+    pub(crate) const fn guest(&self) -> SocketAddr {
+        SocketAddr::new(self.guest.ip, self.guest.port)
+    }
+
+    /// The other end as the guest sees it.
+    pub(crate) const fn remote(&self) -> SocketAddr {
+        SocketAddr::new(self.remote.ip, self.remote.port)
+    }
+
     pub(super) const fn is_v6(&self) -> bool {
-        self.guest.is_ipv6()
+        self.guest.ip.is_ipv6()
     }
 }
 
 impl Hash for FlowKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        match (self.guest.ip(), self.remote.ip()) {
+        match (self.guest.ip, self.remote.ip) {
             (IpAddr::V4(g), IpAddr::V4(r)) => {
                 state.write_u64(u64::from(u32::from(g)) << 32 | u64::from(u32::from(r)))
             }
@@ -45,7 +70,7 @@ impl Hash for FlowKey {
                 }
             }
         }
-        let ports = u64::from(self.guest.port()) << 16 | u64::from(self.remote.port());
+        let ports = u64::from(self.guest.port) << 16 | u64::from(self.remote.port);
         state.write_u64(u64::from(self.port.0) << 32 | ports);
     }
 }
@@ -261,8 +286,8 @@ impl Flow {
         };
         FlowReport {
             direction: self.direction,
-            guest: self.key.guest,
-            remote: self.key.remote,
+            guest: self.key.guest(),
+            remote: self.key.remote(),
             state,
             bytes_to_host: self.bytes_to_host,
             bytes_to_guest: self.bytes_to_guest,

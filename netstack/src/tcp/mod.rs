@@ -323,7 +323,7 @@ impl Tcp {
         if self.resolving.len() >= self.limits.resolving {
             return Err(OpenError::Limit);
         }
-        let key = FlowKey { port: PortId(u16::MAX), guest, remote };
+        let key = FlowKey::new(PortId(u16::MAX), guest, remote);
         let life = Life::Resolving(Resolving { asked: 1 });
         let id = self.table.insert(Flow::new(now, key, Mac::BROADCAST, Direction::Published, life));
         self.opened_total += 1;
@@ -362,7 +362,7 @@ impl Tcp {
             let Some(flow) = self.table.get_mut(id).filter(|f| matches!(f.life, Life::Resolving(_))) else {
                 continue;
             };
-            if flow.key.guest.ip() != guest {
+            if flow.key.guest().ip() != guest {
                 rest.push_back(id);
                 continue;
             }
@@ -400,8 +400,8 @@ impl Tcp {
             return false;
         };
         let local =
-            IpListenEndpoint { addr: Some(flow.key.remote.ip().into()), port: flow.key.remote.port() };
-        let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest, local).is_ok();
+            IpListenEndpoint { addr: Some(flow.key.remote().ip().into()), port: flow.key.remote().port() };
+        let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
         Self::queue(port, flow, id);
         self.arm(now, id);
         done
@@ -491,7 +491,7 @@ impl Tcp {
         } else {
             port.dialing -= 1;
         }
-        let local = IpListenEndpoint { addr: Some(key.remote.ip().into()), port: key.remote.port() };
+        let local = IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() };
         if socket.tcp().listen(local).is_ok() {
             let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), port.mtu);
             port.iface.poll_ingress_single(now.into(), &mut device, &mut socket.set);
@@ -786,7 +786,7 @@ impl Tcp {
                         continue;
                     }
                     r.asked += 1;
-                    ask(flow.key.guest.ip());
+                    ask(flow.key.guest().ip());
                 }
                 Life::Dialing(_) => {}
             }

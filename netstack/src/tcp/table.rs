@@ -1,8 +1,9 @@
 //! The flow table, and the sockets that flows take and give back.
 
-use std::collections::HashMap;
+use std::hash::BuildHasher;
 
 use ahash::RandomState;
+use hashbrown::HashTable;
 use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp;
 use smoltcp::storage::RingBuffer;
@@ -20,20 +21,22 @@ struct Slot {
 pub(super) struct FlowTable {
     slots: Vec<Slot>,
     free: Vec<u32>,
-    by_key: HashMap<FlowKey, u32, RandomState>,
+    /// Slots by the hash of their flow's key: the key itself stands in the flow alone.
+    by_key: HashTable<u32>,
+    hash: RandomState,
     /// The slot found last: bursts of one flow need no hash.
     last: u32,
 }
 
 impl FlowTable {
     pub(super) fn new(seed: u64) -> Self {
-        let keys = RandomState::with_seeds(
+        let hash = RandomState::with_seeds(
             seed,
             seed.rotate_left(17),
             !seed,
             seed.wrapping_mul(0x9e37_79b9_7f4a_7c15),
         );
-        Self { slots: Vec::new(), free: Vec::new(), by_key: HashMap::with_hasher(keys), last: 0 }
+        Self { slots: Vec::new(), free: Vec::new(), by_key: HashTable::new(), hash, last: 0 }
     }
 
     /// Flows, resolving ones included.
@@ -48,7 +51,9 @@ impl FlowTable {
         {
             return Some(at(self.last, &self.slots));
         }
-        let slot = *self.by_key.get(key)?;
+        let slots = &self.slots;
+        let is_it = |slot: &u32| slots[*slot as usize].flow.as_ref().is_some_and(|f| f.key == *key);
+        let slot = *self.by_key.find(self.hash.hash_one(key), is_it)?;
         self.last = slot;
         Some(at(slot, &self.slots))
     }
@@ -76,9 +81,10 @@ impl FlowTable {
 
     /// Makes `find` know the flow by its key.
     pub(super) fn index(&mut self, id: FlowId) {
-        if let Some(key) = self.get(id).map(|f| f.key) {
-            self.by_key.insert(key, id.slot);
-        }
+        let Some(key) = self.get(id).map(|f| f.key) else { return };
+        let (slots, hash) = (&self.slots, &self.hash);
+        let rehash = |slot: &u32| slots[*slot as usize].flow.as_ref().map_or(0, |f| hash.hash_one(f.key));
+        self.by_key.insert_unique(hash.hash_one(key), id.slot, rehash);
     }
 
     pub(super) fn remove(&mut self, id: FlowId) -> Option<Box<Flow>> {
@@ -86,8 +92,9 @@ impl FlowTable {
         let flow = slot.flow.take()?;
         slot.generation = slot.generation.wrapping_add(1);
         self.free.push(id.slot);
-        if self.by_key.get(&flow.key) == Some(&id.slot) {
-            self.by_key.remove(&flow.key);
+        // A flow that was never indexed (it waited for ARP) is not found here.
+        if let Ok(entry) = self.by_key.find_entry(self.hash.hash_one(flow.key), |slot| *slot == id.slot) {
+            entry.remove();
         }
         Some(flow)
     }
