@@ -1,1 +1,3 @@
-//! tests.
+//! What the system tests stand on: the lab around the real binary.
+
+pub mod vm;

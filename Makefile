@@ -1,0 +1,88 @@
+# Portway's commands. `make demo` and `make test` install what the machine lacks (tests/setup.sh) and work from a
+# clean checkout; the others take what is there.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+export CARGO_TERM_COLOR ?= auto
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+AGENT_TRIPLE := x86_64-unknown-linux-gnu
+# Tests end within seconds each; the real VM takes a minute or two under TCG.
+FUZZ_SECONDS ?= 10
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.PHONY: demo
+demo: ## boot a VM with Portway as its network and show it (ONCE=1: and end)
+	@tests/demo.sh
+
+.PHONY: test
+test: setup fmt clippy guest unit docs fuzz-smoke ## everything CI runs, the real VM included
+
+.PHONY: check
+check: ## the fast loop: types and lints of what changed
+	@cargo clippy --workspace --all-targets --locked
+
+.PHONY: setup
+setup: ## install what is missing (as root), or name it
+	@tests/setup.sh
+
+.PHONY: fmt
+fmt: ## formatting
+	@cargo fmt --all --check
+
+.PHONY: clippy
+clippy: ## lints, as errors
+	@cargo clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: guest
+guest: ## the guest of the demo and of the VM test
+	@tests/guest/build.sh $(TARGET)/guest/demo
+
+.PHONY: unit
+unit: guest ## all tests: unit, simulation, loopback, real VM
+	@cargo build --workspace --bins --locked
+	export PORTWAY_BIN=$(TARGET)/debug/portway PORTWAY_GUEST=$(TARGET)/guest/demo
+	if cargo nextest --version > /dev/null 2>&1; then
+	  cargo nextest run --workspace --locked
+	  cargo test --workspace --locked --doc --quiet
+	else
+	  cargo test --workspace --locked
+	fi
+
+.PHONY: docs
+docs: ## the API's documentation, warnings as errors
+	@RUSTDOCFLAGS="-D warnings" cargo doc --workspace --locked --no-deps --document-private-items --quiet
+
+# A target of its own: building cargo-deny from source takes longer than all the rest of `make test`.
+.PHONY: deny
+deny: ## licences, sources and duplicates of dependencies
+	@if ! cargo deny --version > /dev/null 2>&1; then
+	  if [ "$(NO_DENY)" = 1 ]; then echo "deny: cargo-deny is not installed, and NO_DENY=1: skipped"; exit 0; fi
+	  echo "deny: building cargo-deny (some minutes, once)"
+	  cargo install --quiet --locked cargo-deny
+	fi
+	cargo deny --workspace check bans licenses sources
+
+.PHONY: fuzz-smoke
+fuzz-smoke: ## each fuzz target for FUZZ_SECONDS, where a nightly toolchain and cargo-fuzz are
+	@if [ ! -e fuzz/Cargo.toml ]; then echo "fuzz: no targets yet: skipped"; exit 0; fi
+	if ! cargo +nightly fuzz --version > /dev/null 2>&1; then
+	  echo "fuzz: skipped: no nightly toolchain with cargo-fuzz here (rustup toolchain install nightly; cargo install cargo-fuzz)"
+	  exit 0
+	fi
+	for target in $$(cargo +nightly fuzz list); do
+	  echo "fuzz: $$target for $(FUZZ_SECONDS) s"
+	  cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -verbosity=0
+	done
+
+.PHONY: fuzz
+fuzz: ## as fuzz-smoke, five minutes each
+	@$(MAKE) --no-print-directory fuzz-smoke FUZZ_SECONDS=300
+
+.PHONY: bench
+bench: ## the benchmarks in the tree
+	@cargo bench --workspace --locked

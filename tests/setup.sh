@@ -1,0 +1,53 @@
+#!/bin/bash
+# setup.sh: what `make demo` and `make test` need of the machine.
+#
+# On Debian and Ubuntu, as root, what is missing is installed; otherwise it is named, with the command that installs
+# it. A machine that has everything is left alone and nothing is downloaded.
+set -euo pipefail
+export PATH=$PATH:/usr/sbin:/sbin
+
+# What is looked for, and the package that has it.
+wanted=(
+  qemu-system-x86_64:qemu-system-x86 dropbear:dropbear-bin ssh:openssh-client curl:curl ip:iproute2 ss:iproute2
+  ping:iputils-ping dig:bind9-dnsutils gcc:gcc setpriv:util-linux python3:python3
+)
+packages=()
+for pair in "${wanted[@]}"; do
+  command -v "${pair%%:*}" > /dev/null || packages+=("${pair##*:}")
+done
+# The guest needs a busybox without shared libraries, and Rust a C library to link with.
+busybox=$(command -v busybox || true)
+if [ -z "$busybox" ] || ldd "$busybox" > /dev/null 2>&1; then packages+=(busybox-static); fi
+[ -e /usr/include/stdlib.h ] || packages+=(libc6-dev)
+[ -e /etc/ssl/certs/ca-certificates.crt ] || packages+=(ca-certificates)
+
+if [ ${#packages[@]} -gt 0 ]; then
+  mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
+  if ! command -v apt-get > /dev/null; then
+    echo "setup: missing: ${packages[*]} (Debian's names): install them with this system's package manager" >&2; exit 1
+  elif [ "$(id -u)" != 0 ]; then
+    echo "setup: missing: sudo apt-get install --no-install-recommends ${packages[*]}" >&2; exit 1
+  fi
+  echo "setup: installing ${packages[*]}"
+  log=$(mktemp); trap 'rm -f "$log"' EXIT
+  export DEBIAN_FRONTEND=noninteractive
+  { apt-get -q update && apt-get -qy install --no-install-recommends "${packages[@]}"; } > "$log" 2>&1 \
+    || { tail -20 "$log" >&2; echo "setup: apt-get failed (above)" >&2; exit 1; }
+fi
+
+# The guest's kernel comes by apt-get download, which needs apt's lists.
+if command -v apt-cache > /dev/null && [ "$(id -u)" = 0 ] \
+  && ! apt-cache show linux-image-cloud-amd64 linux-image-virtual 2> /dev/null | grep -q .; then
+  echo "setup: apt-get update"
+  apt-get -qq update
+fi
+
+# Rust is not taken from apt: stable Debian's is too old.
+need=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname "$0")/../Cargo.toml" | head -1)
+if ! command -v cargo > /dev/null; then
+  echo "setup: Rust is missing: install $need or newer with rustup" >&2; exit 1
+fi
+have=$(cd / && rustc --version | cut -d' ' -f2)
+if [ "$(printf '%s\n' "$need" "$have" | sort -V | head -1)" != "$need" ]; then
+  echo "setup: Rust $have is too old: $need or newer is needed (rustup update)" >&2; exit 1
+fi

@@ -1,0 +1,166 @@
+//! A real VM whose whole network is Portway: one boot, and what issue 2 promises of it.
+//!
+//! Needs QEMU, ssh, busybox and dropbear (`tests/setup.sh`); without QEMU it is skipped, with a line that says so.
+
+use std::net::Ipv4Addr;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use portway_tests::vm::{
+    BlackHole, Vm, blob, fetch_file, first_word, resolver, send_file, serve_file, sha256, sink, udp_echo,
+};
+
+/// What is moved through each kind of connection, each way.
+const BLOB_LEN: usize = 100 * 1000 * 1000;
+/// The host, as the guest sees it.
+const HOST: &str = "192.168.127.254";
+const OUTSIDE_NAME: &str = "outside.example";
+const OUTSIDE_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 80);
+/// What counts as at once for a refusal under TCG, where a round trip takes some milliseconds.
+const AT_ONCE_MS: u64 = 500;
+/// What a good connect may take among 200 that hang.
+const AMONG_HANGING_MS: u64 = 2000;
+
+#[test]
+fn a_vm_boots_with_portway_as_its_whole_network() -> Result<()> {
+    if !has_qemu() {
+        eprintln!("SKIPPED: no qemu-system-x86_64 in PATH (tests/setup.sh says what to install)");
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("blob");
+    blob(&file, BLOB_LEN)?;
+    let sum = sha256(&file)?;
+    let upstream = format!("127.0.0.1:{}", resolver(OUTSIDE_NAME, OUTSIDE_ADDRESS)?);
+    let publish = ["-publish", "0:80", "-publish", "0:7001", "-publish", "0:7002", "-publish", "0:7003/udp"];
+    let vm = Vm::boot(dir.path(), &[&publish[..], &["--dns-upstream", &upstream]].concat())?;
+
+    let step = |what: &str, start: Instant| eprintln!("vm: {what}: {:.1} s", start.elapsed().as_secs_f32());
+    let start = Instant::now();
+    first_published_connection(&vm)?;
+    step("ssh right after the boot", start);
+    leases(&vm)?;
+    names(&vm)?;
+    refused(&vm)?;
+    udp(&vm)?;
+    let start = Instant::now();
+    black_hole(&vm)?;
+    step("200 hanging connects", start);
+
+    let start = Instant::now();
+    let web = serve_file(&file)?;
+    let got =
+        vm.guest(&format!("wget -qO /tmp/blob http://host.portway.internal:{web}/ && sha256sum /tmp/blob"))?;
+    ensure!(first_word(&got) == sum, "outgoing, to the guest: {got}");
+    step("100 MB to the guest, outgoing", start);
+
+    let start = Instant::now();
+    let kept = dir.path().join("uploaded");
+    let port = sink(&kept)?;
+    let got = vm.guest(&format!("nc {HOST} {port} < /tmp/blob"))?;
+    ensure!(got.trim() == format!("got {BLOB_LEN} bytes"), "outgoing, to the host: {got:?}");
+    ensure!(sha256(&kept)? == sum, "outgoing, to the host: other bytes");
+    step("100 MB to the host, outgoing", start);
+
+    let start = Instant::now();
+    let got = send_file(vm.published(7001)?, &file)?;
+    ensure!(first_word(&got) == sum, "published, to the guest: {got}");
+    step("100 MB to the guest, published", start);
+
+    let start = Instant::now();
+    let fetched = dir.path().join("fetched");
+    fetch_file(vm.published(7002)?, &fetched)?;
+    ensure!(sha256(&fetched)? == sum, "published, to the host: other bytes");
+    step("100 MB to the host, published", start);
+
+    let (status, console) = vm.stop()?;
+    ensure!(status.success(), "portway run ended with {status}:\n{console}");
+    ensure!(console.contains("portway-agent: powering off: power button"), "no clean power-down:\n{console}");
+    Ok(())
+}
+
+fn has_qemu() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join("qemu-system-x86_64").is_file())
+}
+
+/// The very first connection to a guest that has said nothing to the gateway but DHCP.
+fn first_published_connection(vm: &Vm) -> Result<()> {
+    ensure!(vm.guest("echo hello")? == "hello\n");
+    Ok(())
+}
+
+fn leases(vm: &Vm) -> Result<()> {
+    let lease = vm.guest("cat /run/portway/lease")?;
+    for option in [
+        "ip=192.168.127.2",
+        "subnet=255.255.255.0",
+        "broadcast=192.168.127.255",
+        "router=192.168.127.1",
+        "dns=192.168.127.1",
+        "domain=portway.internal",
+        "search=portway.internal",
+        "serverid=192.168.127.1",
+        "mtu=65520",
+        "staticroutes=0.0.0.0/0 192.168.127.1",
+    ] {
+        ensure!(lease.lines().any(|line| line == option), "no {option} in the lease:\n{lease}");
+    }
+    let listed: serde_json::Value = serde_json::from_str(&vm.portway(&["leases", "--format", "json"])?)?;
+    ensure!(listed[0]["ip"] == "192.168.127.2" && listed[0]["name"] == "demo", "{listed}");
+    Ok(())
+}
+
+fn names(vm: &Vm) -> Result<()> {
+    for (name, address) in [
+        ("gateway.portway.internal", "192.168.127.1"),
+        ("host.portway.internal", HOST),
+        ("host.containers.internal", HOST),
+        ("demo.portway.internal", "192.168.127.2"),
+        (OUTSIDE_NAME, &OUTSIDE_ADDRESS.to_string()),
+    ] {
+        let answer = vm.guest(&format!("nslookup -type=a {name}"))?;
+        ensure!(answer.contains(&format!("Address: {address}\n")), "{name} is not {address}:\n{answer}");
+    }
+    let answer = vm.guest("nslookup nobody.portway.internal; nslookup nobody.example; true")?;
+    ensure!(answer.matches("NXDOMAIN").count() >= 2, "names that nobody has:\n{answer}");
+    Ok(())
+}
+
+fn refused(vm: &Vm) -> Result<()> {
+    // A port that was free a moment ago; nobody listens there.
+    let closed = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    let answer = vm.guest(&format!("guest-probe connect {HOST}:{closed}"))?;
+    ensure!(answer.starts_with("refused ") && number(&answer)? < AT_ONCE_MS, "{answer}");
+    Ok(())
+}
+
+fn udp(vm: &Vm) -> Result<()> {
+    let echo = udp_echo()?;
+    let answer = vm.guest(&format!("guest-probe udp-ping {HOST}:{echo}"))?;
+    ensure!(answer.starts_with("echoed "), "outgoing: {answer}");
+    let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+    socket.connect((Ipv4Addr::LOCALHOST, vm.published(7003)?))?;
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(10)))?;
+    socket.send(b"hello")?;
+    let mut buffer = [0; 16];
+    let len = socket.recv(&mut buffer).context("published: no echo")?;
+    ensure!(buffer.get(..len) == Some(b"hello".as_slice()), "published: other bytes");
+    Ok(())
+}
+
+fn black_hole(vm: &Vm) -> Result<()> {
+    let hole = BlackHole::new()?;
+    let good = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let good_port = good.local_addr()?.port();
+    let answer = vm.guest(&format!("guest-probe dial-many 200 {HOST}:{} {HOST}:{good_port}", hole.port))?;
+    let pending: u64 = answer.split_whitespace().nth(1).context("a count")?.parse()?;
+    ensure!(pending >= 190, "the hole is none, {pending} hang: {answer}");
+    ensure!(number(&answer)? < AMONG_HANGING_MS, "delayed: {answer}");
+    Ok(())
+}
+
+/// The last number of a line.
+fn number(line: &str) -> Result<u64> {
+    line.split_whitespace().filter_map(|word| word.parse().ok()).next_back().with_context(|| line.to_owned())
+}
