@@ -373,19 +373,16 @@ impl Tcp {
                 rest.push_back(id);
                 continue;
             }
-            flow.key.port = port;
-            flow.guest_mac = mac;
-            let key = flow.key;
-            let socket = if self.room(port).is_ok() && !self.knows(&key) {
-                self.pool.take(self.table.len())
-            } else {
-                None
-            };
+            let key = FlowKey::new(port, flow.key.guest(), flow.key.remote());
+            let free = self.room(port).is_ok() && !self.knows(&key);
+            let socket = if free { self.pool.take(self.table.len()) } else { None };
             let (Some(socket), Some(flow)) = (socket, self.table.get_mut(id)) else {
                 commands.push_back(HostCommand::Reset { flow: id });
                 self.table.remove(id);
                 continue;
             };
+            flow.key = key;
+            flow.guest_mac = mac;
             flow.life = Life::Live(Live::new(socket, None));
             self.table.index(id);
             if let Some(port) = self.port(port) {

@@ -1,0 +1,75 @@
+//! What a packet costs with one flow and with ten thousand: `cargo bench -p portway-netstack --bench flows`.
+//!
+//! A packet here is one full data segment in, its bytes taken by the host, and its acknowledgement out. The figures of
+//! one run are compared with each other; the absolute ones depend on the machine. Ends with 1 above a ratio of 2.
+//! The resident cost of an idle flow is measured where the real ring memory is: row `flow_many` of the side-by-side
+//! benchmark (`make bench`).
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark speaks to its reader")]
+
+#[path = "../tests/lab/mod.rs"]
+mod lab;
+
+use std::time::Instant;
+
+use lab::{Lab, segment};
+use portway_netstack::{FlowId, Limits};
+
+const ROUNDS: u32 = 200_000;
+
+struct Flow {
+    id: FlowId,
+    from: String,
+    seq: u32,
+    ack: u32,
+}
+
+fn open(lab: &mut Lab, n: usize) -> Flow {
+    let from = format!("192.168.127.2:{}", 1024 + n % 60_000);
+    let to = format!("192.0.2.{}:443", 1 + n / 60_000);
+    let (id, seq, ack) = lab.open(&from, &to);
+    Flow { id, from, seq, ack }
+}
+
+/// Nanoseconds per packet over `flows`, one after the other.
+fn cost(lab: &mut Lab, flows: &mut [Flow], pick: impl Fn(u32) -> usize) -> f64 {
+    // The frames are made before the clock runs; sequence numbers are patched in, checksums are not looked at.
+    let frames: Vec<Vec<u8>> = flows
+        .iter()
+        .map(|f| segment("PA", &f.from, "192.0.2.1:443", f.seq, f.ack).with(&[7; 1448]).frame(lab::mac_of(0)))
+        .collect();
+    let mut frame = frames[0].clone();
+    let port = lab.ports[0];
+    let began = Instant::now();
+    for round in 0..ROUNDS {
+        let at = pick(round) % flows.len();
+        let flow = &mut flows[at];
+        frame.copy_from_slice(&frames[at]);
+        frame[38..42].copy_from_slice(&flow.seq.to_be_bytes());
+        lab.stack.handle_frame(lab.now, port, &frame);
+        while let Some(touched) = lab.stack.poll_flow() {
+            lab.stack.to_host(lab.now, touched, <[u8]>::len);
+        }
+        lab.stack.poll_transmit(lab.now, port, &mut lab.wires[0]);
+        lab.wires[0].frames.clear();
+        flow.seq = flow.seq.wrapping_add(1448);
+    }
+    let _ = flows[0].id;
+    began.elapsed().as_secs_f64() * 1e9 / f64::from(ROUNDS)
+}
+
+fn main() {
+    let mut lab = Lab::with(Limits::default(), 1, 1500);
+    let mut flows = vec![open(&mut lab, 0)];
+    cost(&mut lab, &mut flows, |_| 0);
+    let alone = cost(&mut lab, &mut flows, |_| 0);
+    for n in 1..10_000 {
+        flows.push(open(&mut lab, n));
+    }
+    lab.after(lab::secs(2));
+    let held = cost(&mut lab, &mut flows, |_| 0);
+    let spread = cost(&mut lab, &mut flows[..64], |round| round as usize * 7);
+    println!("1 flow                            {alone:8.0} ns per packet");
+    println!("1 of 10000 flows, the rest idle   {held:8.0} ns per packet  ratio {:.2}", held / alone);
+    println!("64 of 10000 flows in turn         {spread:8.0} ns per packet  ratio {:.2}", spread / alone);
+    std::process::exit(i32::from(held / alone > 2.0));
+}

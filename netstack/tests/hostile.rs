@@ -1,0 +1,108 @@
+//! Bytes no honest guest would send: counted, never fatal.
+
+mod lab;
+
+use lab::real::Dice;
+use lab::{Lab, mac_of, segment, syn};
+use portway_netstack::{DropReason, HostCommand, HostEvent, Limits};
+
+/// The stack still does its work.
+fn still_serves(lab: &mut Lab) {
+    lab.stack.abort_all();
+    lab.transmit();
+    lab.host_sees();
+    lab.wires[0].frames.clear();
+    let (flow, seq, ack) = lab.open("192.168.127.2:65000", "192.0.2.99:1");
+    lab.guest_sends(&segment("PA", "192.168.127.2:65000", "192.0.2.99:1", seq, ack).with(b"ok"));
+    assert_eq!(lab.host_reads(flow), b"ok");
+}
+
+#[test]
+fn frames_shorter_than_a_header_are_runts() {
+    let mut lab = Lab::new();
+    for n in 0..14 {
+        lab.frame(0, &vec![0x55; n]);
+    }
+    assert_eq!(lab.dropped(DropReason::Runt), 14);
+    still_serves(&mut lab);
+}
+
+#[test]
+fn every_truncation_and_every_flipped_byte_of_a_good_frame_is_harmless() {
+    let mut lab = Lab::new();
+    let mut udp = Vec::new();
+    lab.udp("192.168.127.2:5", "192.168.127.1:53", &[0; 40], &mut udp);
+    for good in [syn("192.168.127.2:1", "192.0.2.7:80").frame(mac_of(0)), udp] {
+        for n in 0..good.len() {
+            lab.frame(0, &good[..n]);
+            for value in [0, 0xff, good[n] ^ 1] {
+                let mut bad = good.clone();
+                bad[n] = value;
+                lab.frame(0, &bad);
+            }
+        }
+    }
+    still_serves(&mut lab);
+}
+
+#[test]
+fn garbage_behind_every_ethertype_and_protocol_is_harmless() {
+    let mut lab = Lab::new();
+    let mut dice = Dice(42);
+    for round in 0..20_000 {
+        let len = usize::try_from(dice.roll(120)).unwrap();
+        let mut frame = [&lab::GATEWAY_MAC.0[..], &mac_of(0).0].concat();
+        frame.extend([[8, 0], [8, 6], [0x86, 0xdd], [1, 2]][round % 4]);
+        frame.extend((0..len).map(|_| u8::try_from(dice.roll(256)).unwrap()));
+        if round % 8 == 0 && len > 20 {
+            // A header that passes, so that the layer above is reached.
+            let protocol = [1, 6, 17, 47][round / 8 % 4];
+            let total = u16::try_from(len).unwrap().to_be_bytes();
+            let head =
+                [0x45, 0, total[0], total[1], 0, 0, 0, 0, 64, protocol, 0, 0, 192, 168, 127, 2, 192, 0, 2, 1];
+            frame[14..34].copy_from_slice(&head);
+            let sum = portway_netstack::wire::checksum(&[&head]).to_be_bytes();
+            frame[24..26].copy_from_slice(&sum);
+        }
+        lab.frame(0, &frame);
+    }
+    still_serves(&mut lab);
+}
+
+#[test]
+fn random_segments_in_batches_on_open_flows_never_panic() {
+    for seed in 1..=60 {
+        let mut lab = Lab::with(Limits { flows: 64, ..Limits::default() }, 1, 65_520);
+        let mut dice = Dice(seed);
+        let (flow, seq, ack) = lab.open("192.168.127.2:1", "192.0.2.7:80");
+        lab.host_writes(flow, &[1; 5000]);
+        let port = lab.ports[0];
+        for _ in 0..1500 {
+            let flags = ["A", "PA", "FA", "S", "R", "SA", "RA"][usize::try_from(dice.roll(7)).unwrap()];
+            let near = |base: u32, dice: &mut Dice| match dice.roll(4) {
+                0 => u32::try_from(dice.roll(1 << 32)).unwrap(),
+                1 => base,
+                _ => base.wrapping_add(u32::try_from(dice.roll(2_000_000)).unwrap()).wrapping_sub(500_000),
+            };
+            let from = format!("192.168.127.2:{}", 1 + dice.roll(2));
+            let len = [0, 1, 1448, 60_000][usize::try_from(dice.roll(4)).unwrap()];
+            let (seq, ack) = (near(seq, &mut dice), near(ack, &mut dice));
+            let mut s = segment(flags, &from, "192.0.2.7:80", seq, ack).with(&vec![3; len]);
+            s.window = u16::try_from(dice.roll(65_536)).unwrap();
+            lab.stack.handle_frame(lab.now, port, &s.frame(mac_of(0)));
+            if dice.roll(5) == 0 {
+                lab.after(lab::ms(dice.roll(3000)));
+                for command in lab.host_sees() {
+                    if let HostCommand::Connect { flow, .. } = command {
+                        lab.host_says(HostEvent::Connected { flow });
+                    }
+                }
+                if dice.roll(2) == 0 {
+                    lab.host_reads(flow);
+                    lab.host_writes(flow, &[2; 3000]);
+                }
+            }
+        }
+        still_serves(&mut lab);
+    }
+}
