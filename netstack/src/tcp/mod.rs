@@ -366,9 +366,10 @@ impl Tcp {
                 rest.push_back(id);
                 continue;
             }
-            flow.key.port = port;
-            flow.guest_mac = mac;
-            let key = flow.key;
+            let mut key = flow.key;
+            key.port = port;
+            // Before the flow takes this key itself: `find` looks at the flow it found last (slot 0 at the start)
+            // whether or not that is indexed, and would take this one for another.
             let socket = if self.room(port).is_ok() && !self.knows(&key) {
                 self.pool.take(self.table.len())
             } else {
@@ -379,6 +380,8 @@ impl Tcp {
                 self.table.remove(id);
                 continue;
             };
+            flow.key = key;
+            flow.guest_mac = mac;
             flow.life = Life::Live(Live::new(socket, None));
             self.table.index(id);
             if let Some(port) = self.port(port) {
