@@ -180,7 +180,8 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
                 return Ok(ExitCode::SUCCESS);
             }
             crate::log::start(config.log_level, config.log_file.as_deref()).map_err(Failure::usage)?;
-            crate::sidecar::run(&config).map_err(|e| Failure::failed(owner::explain(&e)))?;
+            // The whole chain: the outermost error alone only names the setting.
+            crate::sidecar::run(&config).map_err(|e| Failure::failed(owner::explain(&format!("{e:#}"))))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Publish { specs, at } => change(&Method::POST, &specs, &at),
