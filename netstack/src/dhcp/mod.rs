@@ -170,8 +170,7 @@ impl DhcpServer {
                 // RENEWING and REBINDING have it in ciaddr.
                 if server.is_some_and(|s| s != self.settings.gateway) {
                     // §3.1 step 4: the client took another server's offer; ours is free again.
-                    self.leases
-                        .retain(|_, l| l.fixed || l.state != State::Offered || l.client != asker.client);
+                    self.leases.retain(|_, l| l.fixed || l.state != State::Offered || !l.is_of(&asker));
                     return Err(DropReason::DhcpIgnored);
                 }
                 let ip = match requested {
@@ -191,14 +190,14 @@ impl DhcpServer {
             }
             MessageType::Decline => {
                 let ip = requested.ok_or(DropReason::BadDhcp)?;
-                let lease = self.leases.get_mut(&ip).filter(|l| l.client == asker.client && !l.fixed);
+                let lease = self.leases.get_mut(&ip).filter(|l| l.is_of(&asker) && !l.fixed);
                 let lease = lease.ok_or(DropReason::DhcpIgnored)?;
                 lease.state = State::Declined;
                 lease.ends = now + QUARANTINE;
                 Ok(None)
             }
             MessageType::Release => {
-                let lease = self.leases.get_mut(&message.ciaddr()).filter(|l| l.client == asker.client);
+                let lease = self.leases.get_mut(&message.ciaddr()).filter(|l| l.is_of(&asker));
                 let lease = lease.ok_or(DropReason::DhcpIgnored)?;
                 lease.state = State::Free;
                 lease.ends = now;
@@ -238,8 +237,7 @@ impl DhcpServer {
 
     /// The address for a client: its own, the one it or its link wishes, the lowest free one, the one free longest.
     fn choose(&self, asker: &Asker, requested: Option<Ipv4Addr>) -> Result<Ipv4Addr, DropReason> {
-        let own =
-            self.leases.iter().filter(|(_, l)| l.client == asker.client || (l.fixed && l.mac == asker.mac));
+        let own = self.leases.iter().filter(|(_, l)| l.is_of(asker) || (l.fixed && l.mac == asker.mac));
         let own = own
             .filter(|(_, l)| l.state != State::Declined)
             .max_by_key(|(_, l)| (l.fixed, l.ends))
@@ -278,7 +276,7 @@ impl DhcpServer {
         match self.leases.get(&ip) {
             None => self.leases.len() < LEASES && !self.has_fixed_elsewhere(asker, ip),
             Some(l) if l.fixed => l.mac == asker.mac && l.on(asker),
-            Some(l) if l.client == asker.client => l.state != State::Declined && l.on(asker),
+            Some(l) if l.is_of(asker) => l.state != State::Declined && l.on(asker),
             Some(l) => l.is_over(asker.now) && !self.has_fixed_elsewhere(asker, ip),
         }
     }
@@ -298,11 +296,7 @@ impl DhcpServer {
             fixed: false,
         });
         // An offer to a client whose lease still runs does not shorten it.
-        if state == State::Offered
-            && lease.client == asker.client
-            && lease.state == State::Bound
-            && lease.ends > ends
-        {
+        if state == State::Offered && lease.is_of(asker) && lease.state == State::Bound && lease.ends > ends {
             return;
         }
         lease.client.clone_from(&asker.client);
@@ -387,6 +381,12 @@ struct Asker {
 impl Lease {
     fn is_over(&self, now: Instant) -> bool {
         self.state == State::Free || self.ends <= now
+    }
+
+    /// Whether the lease is the asker's. One that was kept over a restart, or made before the guest's system sent an
+    /// identifier (its boot loader did), is known by its Ethernet address alone.
+    fn is_of(&self, asker: &Asker) -> bool {
+        self.client == asker.client || (self.client == self.mac.0 && self.mac == asker.mac)
     }
 
     /// Whether the lease may be used from the asker's link: it is that link's, or nobody's now.

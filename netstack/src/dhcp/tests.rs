@@ -222,3 +222,16 @@ fn a_hostname_becomes_one_label_or_nothing() {
     assert_eq!(host_label("Web_1.example.com").as_deref(), Some("web1"));
     assert_eq!(host_label("--..--"), None);
 }
+
+#[test]
+fn a_lease_kept_over_a_restart_is_its_guests_though_that_sends_an_identifier() {
+    let mut lab = Lab::new(&[]);
+    lab.leases(B);
+    assert_eq!(lab.leases(A), ip(3));
+    let kept = lab.0.reports(lab.1);
+    let mut again = Lab::new(&[]);
+    again.0.restore(again.1, kept);
+    let id = [DhcpOption::ClientIdentifier([&[1][..], &A.0].concat())];
+    let offer = again.says(&message(MessageType::Discover, A, &id)).unwrap().unwrap();
+    assert_eq!(offer.yiaddr(), ip(3));
+}
