@@ -1,4 +1,5 @@
 //! How connections carry bytes and end.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 mod lab;
 

@@ -42,6 +42,11 @@ impl Cache {
         Self::default()
     }
 
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     pub(super) fn get(&mut self, now: Instant, question: &Question, query: &[u8]) -> Option<Vec<u8>> {
         let entry = self.entries.get(&key(question, query)?).filter(|e| e.ends > now)?;
         let age = u32::try_from(now.duration_since(entry.kept).as_secs()).unwrap_or(u32::MAX);

@@ -1,5 +1,6 @@
 //! The lab: a `Netstack` with a virtual clock, guests that are frames by hand, and a host that is a script.
-#![allow(dead_code, clippy::unwrap_used, reason = "every test file uses a part of the lab")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "every test file uses a part of the lab")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on ends")]
 
 pub mod real;
 
