@@ -4,7 +4,12 @@
 //! one run are compared with each other; the absolute ones depend on the machine. Ends with 1 above a ratio of 2.
 //! The resident cost of an idle flow is measured where the real ring memory is: row `flow_many` of the side-by-side
 //! benchmark (`make bench`).
-#![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a benchmark has a clock and speaks")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a benchmark has a clock and speaks"
+)]
 
 #[path = "../tests/lab/mod.rs"]
 mod lab;

@@ -1,3 +1,5 @@
 //! What the system tests stand on: the lab around the real binary.
 
+pub mod guest;
+pub mod sidecar;
 pub mod vm;

@@ -290,6 +290,13 @@ impl Link {
     }
 }
 
+impl Drop for Link {
+    /// A start that fails behind this link must not leave its socket.
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 fn stream_of(fd: OwnedFd) -> io::Result<UnixStream> {
     let kind = socket2::SockRef::from(&fd).r#type()?;
     if kind != socket2::Type::STREAM {
