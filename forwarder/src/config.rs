@@ -6,6 +6,10 @@
 //!                            ├─ merge (the command line wins, lists append) ─► Config (checked) ─► sidecar
 //!  --config FILE ► Settings ─┘
 //! ```
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "doc comments of options are help texts, with brackets of their own"
+)]
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};

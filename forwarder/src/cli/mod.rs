@@ -2,6 +2,10 @@
 //!
 //! Every long option may be written with one dash, as LinuxKit documents `-publish`: [`normalise`] rewrites argv
 //! before clap sees it. Exit codes: 0, 1 for a failure, 2 for bad usage; an error is one line that says what to do.
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "doc comments of options are help texts, with brackets of their own"
+)]
 
 mod listing;
 mod owner;

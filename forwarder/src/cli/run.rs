@@ -1,4 +1,8 @@
 //! `portway run`: the options, made into a [`LaunchConfig`] for `vm-launcher`.
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "doc comments of options are help texts, with brackets of their own"
+)]
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use portway_netstack::{FlowId, HostEvent};
 
-use super::{Driver, Kind, token};
+use super::{Driver, Entrance, Kind, token};
 use crate::host::{HostFlow, HostStream, connect_error};
 use crate::publish::Listener;
 
@@ -95,44 +95,54 @@ impl Driver {
         moved + read > 0
     }
 
-    /// Accepts what waits at every published port.
+    /// Serves every published port that may have somebody waiting.
     pub(super) fn accept_all(&mut self) -> bool {
         let mut moved = false;
         self.starved = false;
-        for n in 0..self.entrances.len() {
-            while let Some(Some(entrance)) = self.entrances.get_mut(n) {
-                if !entrance.ready {
+        for n in std::mem::take(&mut self.ready_entrances) {
+            moved |= match self.entrances.get(n) {
+                Some(Some(Entrance { listener: Listener::Udp(_), .. })) => self.receive_published(n),
+                _ => self.accept(n),
+            };
+            if self.entrances.get(n).is_some_and(|e| e.as_ref().is_some_and(|e| e.ready)) {
+                self.ready_entrances.push(n);
+            }
+        }
+        moved
+    }
+
+    /// Accepts what waits at one entrance.
+    fn accept(&mut self, n: usize) -> bool {
+        let mut moved = false;
+        while let Some(Some(entrance)) = self.entrances.get_mut(n) {
+            let accepted = match &entrance.listener {
+                Listener::Tcp(l) => l.accept().map(|(s, client)| {
+                    let _ = s.set_nodelay(true);
+                    (HostStream::Tcp(s), client)
+                }),
+                // A client of a unix socket has no address; the guest sees the host alias.
+                Listener::Unix(l, _) => l
+                    .accept()
+                    .map(|(s, _)| (HostStream::Unix(s), SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0))),
+                Listener::Udp(_) => break,
+            };
+            let published = entrance.published;
+            match accepted {
+                Ok((stream, client)) => {
+                    moved = true;
+                    self.open_to_guest(published, stream, client);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    entrance.ready = false;
                     break;
                 }
-                let accepted = match &entrance.listener {
-                    Listener::Tcp(l) => l.accept().map(|(s, client)| {
-                        let _ = s.set_nodelay(true);
-                        (HostStream::Tcp(s), client)
-                    }),
-                    // A client of a unix socket has no address; the guest sees the host alias.
-                    Listener::Unix(l, _) => l.accept().map(|(s, _)| {
-                        (HostStream::Unix(s), SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0))
-                    }),
-                    Listener::Udp(_) => break,
-                };
-                let published = entrance.published;
-                match accepted {
-                    Ok((stream, client)) => {
-                        moved = true;
-                        self.open_to_guest(published, stream, client);
-                    }
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => entrance.ready = false,
-                    Err(e)
-                        if matches!(
-                            e.kind(),
-                            io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
-                        ) => {}
-                    Err(error) => {
-                        // Out of descriptors: those who wait are accepted when a flow has ended.
-                        tracing::warn!(%error, "cannot accept at a published port, trying again");
-                        self.starved = true;
-                        break;
-                    }
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(error) => {
+                    // Out of descriptors: those who wait are accepted when a flow has ended.
+                    tracing::warn!(%error, "cannot accept at a published port, trying again");
+                    self.starved = true;
+                    break;
                 }
             }
         }

@@ -6,7 +6,8 @@
 //! Everything is edge-triggered and every readiness is a flag that only `EWOULDBLOCK` (or a short read) clears, so a
 //! wake can be late but never lost. One turn of the pump: read a batch of frames of every readable link, serve the flows
 //! they touched and the flows whose sockets are ready, run the stack's commands, write every link. It turns until nothing
-//! moves, then sleeps until an event or the stack's next timer.
+//! moves, [`TURNS`] times at the most, so that a flood on one link keeps nobody else from being heard; then it sleeps until
+//! an event or the stack's next timer.
 //!
 //! There is no lock, no channel of buffers and no allocation per packet. Slow things happen in the control thread; they
 //! come in as [`Request`]s and go out as [`Slow`]s.
@@ -46,6 +47,9 @@ pub enum Slow {
 
 /// Slow things that may wait for the control thread; at it DNS queries are dropped, and the guest asks again.
 pub const SLOW_LIMIT: usize = 1024;
+
+/// Turns of the pump before events are looked at again.
+const TURNS: usize = 8;
 
 /// What a token stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +98,8 @@ pub struct Driver {
     udp: UdpSockets,
     published: Vec<Option<Published>>,
     entrances: Vec<Option<Entrance>>,
+    /// Entrances that may have somebody waiting.
+    ready_entrances: Vec<usize>,
     /// Whether an entrance could not accept for want of descriptors.
     starved: bool,
     requests: mpsc::Receiver<Request>,
@@ -150,6 +156,7 @@ impl Driver {
             udp: UdpSockets::new(),
             published: Vec::new(),
             entrances: Vec::new(),
+            ready_entrances: Vec::new(),
             starved: false,
             requests,
             slow,
@@ -171,9 +178,12 @@ impl Driver {
     pub fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(1024);
         self.tick();
-        self.pump();
+        let mut busy = self.pump();
         while !self.ending && !(self.links.iter().all(|l| l.ended)) {
-            match self.poll.poll(&mut events, self.timeout()) {
+            match self
+                .poll
+                .poll(&mut events, if busy { Some(std::time::Duration::ZERO) } else { self.timeout() })
+            {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
@@ -185,7 +195,7 @@ impl Driver {
                 self.stack.handle_timeout(self.now);
             }
             self.tick_links();
-            self.pump();
+            busy = self.pump();
         }
         self.end();
         Ok(())
@@ -231,8 +241,10 @@ impl Driver {
             }
             Kind::Binding => self.udp.note(n),
             Kind::Listener => {
-                if let Some(Some(entrance)) = self.entrances.get_mut(n) {
-                    entrance.ready = true;
+                if let Some(Some(entrance)) = self.entrances.get_mut(n)
+                    && !std::mem::replace(&mut entrance.ready, true)
+                {
+                    self.ready_entrances.push(n);
                 }
             }
         }
@@ -250,9 +262,10 @@ impl Driver {
         }
     }
 
-    /// Moves bytes until nothing moves.
-    fn pump(&mut self) {
-        loop {
+    /// Moves bytes until nothing moves, or its turns are over. True in the second case.
+    fn pump(&mut self) -> bool {
+        let mut busy = true;
+        for _ in 0..TURNS {
             let mut moved = false;
             for n in 0..self.links.len() {
                 moved |= self.receive(n);
@@ -272,6 +285,7 @@ impl Driver {
             }
             moved |= self.run_commands();
             if !moved && self.ready.is_empty() {
+                busy = false;
                 break;
             }
             self.tick();
@@ -279,6 +293,7 @@ impl Driver {
         if self.stack.leases_changed() {
             self.tell_leases();
         }
+        busy
     }
 
     /// One batch of frames of link `n`.

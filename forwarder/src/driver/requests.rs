@@ -81,6 +81,7 @@ impl Driver {
                 let address = format!("{} {}", spec.proto, bound.join(","));
                 return Err(PublishError::Bind { address, reason: error.to_string() });
             }
+            self.ready_entrances.push(at);
             let entrance = Some(Entrance { listener, published: slot, ready: true });
             if at == self.entrances.len() {
                 self.entrances.push(entrance);

@@ -100,9 +100,6 @@ impl Driver {
         for slot in std::mem::take(&mut self.udp.ready) {
             moved |= self.receive_binding(slot);
         }
-        for n in 0..self.entrances.len() {
-            moved |= self.receive_published(n);
-        }
         moved
     }
 
@@ -124,12 +121,10 @@ impl Driver {
         true
     }
 
-    fn receive_published(&mut self, n: usize) -> bool {
+    /// Takes datagrams of one published port.
+    pub(super) fn receive_published(&mut self, n: usize) -> bool {
         let Some(Some(entrance)) = self.entrances.get_mut(n) else { return false };
         let Listener::Udp(socket) = &entrance.listener else { return false };
-        if !entrance.ready {
-            return false;
-        }
         let Some(Some(port)) = self.published.get_mut(entrance.published) else { return false };
         let guest = match &port.guest {
             crate::publish::spec::GuestName::Address(ip) => Some(*ip),

@@ -169,7 +169,11 @@ impl Lab {
     }
 
     pub fn with_rings(limits: Limits, guests: usize, mtu: u16, rings: usize) -> Self {
-        let mut stack = Netstack::new(config(limits), Box::new(HeapRings { next: 0, left: rings }), 0x5eed);
+        Self::with_memory(limits, guests, mtu, Box::new(HeapRings { next: 0, left: rings }))
+    }
+
+    pub fn with_memory(limits: Limits, guests: usize, mtu: u16, rings: Box<dyn RingMemory>) -> Self {
+        let mut stack = Netstack::new(config(limits), rings, 0x5eed);
         let port = PortConfig { name: None, mtu, address: None };
         let ports = (0..guests).map(|_| stack.add_port(Instant::ZERO, port.clone(), false)).collect();
         let wires = (0..guests).map(|_| Wire { frames: vec![], room: usize::MAX }).collect();
