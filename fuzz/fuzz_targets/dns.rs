@@ -12,6 +12,7 @@ static DNS: LazyLock<std::sync::Arc<Dns>> = LazyLock::new(|| {
         aliases: vec![],
         gateway: vec![[192, 168, 127, 1].into()],
         host: vec![[192, 168, 127, 254].into()],
+        host_loopback: true,
         records: vec![("a.test".into(), [192, 0, 2, 1].into())],
         upstreams: Some(vec![]),
         resolv_conf: "/nonexistent".into(),

@@ -1,109 +1,155 @@
-//! Names of the operator and of the host's hosts file (hosts(5)).
+//! hosts(5): names of the host's own, A, AAAA and PTR; and the operator's `--dns-host` records.
+//!
+//! A name found here is answered here: its other address family is NODATA, so are HTTPS and SVCB, whose address
+//! hints would lead past the entry; further types are left to the resolvers.
+//!
+//! **Loopback.** `127.0.0.1 db` on the host means a service of the host, but 127.0.0.1 in a guest is the guest. Such
+//! an entry is answered with the host alias (of the same family), the guest's way to the host's loopback; without
+//! one it is left out. The names of loopback itself (`localhost` …) are never taken from the file: a guest's
+//! localhost is the guest (RFC 6761 §6.3). `--dns-host` records are given to guests as they are written.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
 
-use super::message::{A, AAAA, Data, PTR, Question};
+use super::wire::{Data, Name, Query, kind};
 
-/// How often the file is looked at, at the most.
-const LOOK: Duration = Duration::from_secs(1);
-/// Bytes of the file that are read.
-const LARGEST: u64 = 4 << 20;
+/// Seconds a guest may keep an answer from here.
+pub(super) const TTL: u32 = 10;
+/// Entries kept of a file.
+const ENTRIES_MAX: usize = 500_000;
 
-/// Names and addresses.
-#[derive(Debug, Default)]
-pub(super) struct Hosts {
-    names: HashMap<String, Vec<IpAddr>>,
-    addresses: HashMap<IpAddr, String>,
-    file: Option<PathBuf>,
-    /// What a loopback address of the file becomes.
-    alias: Vec<IpAddr>,
-    looked: Option<Instant>,
-    seen: Option<(SystemTime, u64, u64)>,
+/// The lines of a hosts file that say something.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct HostsFile {
+    names: HashMap<Name, Vec<IpAddr>>,
+    addresses: HashMap<IpAddr, Name>,
 }
 
-impl Hosts {
-    pub(super) fn fixed(records: &[(String, IpAddr)]) -> Self {
+/// What stands for the host's loopback in answers to guests; empty: nothing does.
+#[derive(Debug, Default)]
+pub(super) struct LoopbackAlias(pub(super) Vec<IpAddr>);
+
+impl LoopbackAlias {
+    fn translate(&self, address: IpAddr) -> Option<IpAddr> {
+        if !address.to_canonical().is_loopback() {
+            return Some(address);
+        }
+        self.0.iter().copied().find(|alias| alias.is_ipv4() == address.is_ipv4())
+    }
+}
+
+impl HostsFile {
+    /// Reads the text of a hosts file; lines and names that make no sense are skipped.
+    pub(super) fn parse(text: &str) -> Self {
         let mut hosts = Self::default();
-        for (name, ip) in records {
-            hosts.names.entry(name.to_ascii_lowercase()).or_default().push(*ip);
-            hosts.addresses.entry(*ip).or_insert_with(|| name.clone());
+        let mut entries = 0_usize;
+        for line in text.lines() {
+            let line = line.split('#').next().unwrap_or_default();
+            let mut words = line.split_whitespace();
+            // An address with a scope (fe80::1%lo0) means nothing in another network.
+            let Some(address) = words.next().and_then(|word| word.parse::<IpAddr>().ok()) else { continue };
+            for name in words.filter(|name| !is_local(name)).filter_map(Name::from_text) {
+                if entries >= ENTRIES_MAX {
+                    tracing::warn!(limit = ENTRIES_MAX, "hosts file has more names; the rest is not used");
+                    return hosts;
+                }
+                entries = entries.saturating_add(1);
+                hosts.insert(name, address);
+            }
         }
         hosts
     }
 
-    pub(super) fn file(file: Option<PathBuf>, alias: Vec<IpAddr>) -> Self {
-        Self { file, alias, ..Self::default() }
+    /// Adds one record; the first name of an address is the one its PTR gives.
+    pub(super) fn insert(&mut self, name: Name, address: IpAddr) {
+        self.addresses.entry(address).or_insert_with(|| name.clone());
+        let addresses = self.names.entry(name).or_default();
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
     }
 
-    /// The records for a question; an empty list is NODATA, `None` a name that is not here.
-    pub(super) fn lookup(&self, question: &Question) -> Option<Vec<Data>> {
-        if question.class != 1 {
-            return None;
+    /// The answer to `query` from here; `None` when the file does not say.
+    pub(super) fn answer(&self, query: &Query<'_>, loopback: Option<&LoopbackAlias>) -> Option<Vec<u8>> {
+        if query.kind == kind::PTR
+            && let Some(name) = self.pointer(&query.name)
+        {
+            return Some(query.answer(TTL, &[Data::Pointer(name)]));
         }
-        if question.kind == PTR {
-            let name = self.addresses.get(&question.reverse()?)?;
-            return Some(vec![Data::Name(name.clone())]);
-        }
-        let all = self.names.get(&question.name)?;
-        let wanted = all.iter().filter(|ip| match question.kind {
-            A => ip.is_ipv4(),
-            AAAA => ip.is_ipv6(),
+        let known: Vec<IpAddr> = self
+            .names
+            .get(&query.name)?
+            .iter()
+            .filter_map(|&address| loopback.map_or(Some(address), |alias| alias.translate(address)))
+            .collect();
+        let wanted = |address: &&IpAddr| match query.kind {
+            kind::A => address.is_ipv4(),
+            kind::AAAA => address.is_ipv6(),
+            kind::ANY => true,
             _ => false,
-        });
-        Some(wanted.map(|ip| Data::Address(*ip)).collect())
-    }
-
-    /// The same, after the file was read again if it has changed.
-    pub(super) fn lookup_fresh(&mut self, question: &Question) -> Option<Vec<Data>> {
-        self.refresh(Instant::now());
-        self.lookup(question)
-    }
-
-    fn refresh(&mut self, now: Instant) {
-        use std::os::unix::fs::MetadataExt;
-        let Some(path) = &self.file else { return };
-        if self.looked.is_some_and(|at| now.duration_since(at) < LOOK) {
-            return;
-        }
-        self.looked = Some(now);
-        let meta = std::fs::metadata(path).ok();
-        let seen = meta.and_then(|m| Some((m.modified().ok()?, m.len(), m.ino())));
-        if seen == self.seen {
-            return;
-        }
-        self.seen = seen;
-        let text = match seen {
-            Some((_, len, _)) if len <= LARGEST => std::fs::read_to_string(path).unwrap_or_default(),
-            _ => String::new(),
         };
-        self.read(&text);
-    }
-
-    fn read(&mut self, text: &str) {
-        self.names.clear();
-        self.addresses.clear();
-        for line in text.lines() {
-            let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
-            // A scope (fe80::1%eth0) means nothing to a guest.
-            let Some(ip) = words.next().and_then(|w| w.parse::<IpAddr>().ok()) else { continue };
-            let given: Vec<IpAddr> = if ip.is_loopback() { self.alias.clone() } else { vec![ip] };
-            for (n, name) in words.enumerate() {
-                let name = name.trim_end_matches('.').to_ascii_lowercase();
-                // localhost is the guest's own (RFC 6761 §6.3).
-                if name == "localhost" || name.ends_with(".localhost") || name.is_empty() {
-                    continue;
+        match query.kind {
+            _ if known.is_empty() => None,
+            kind::A | kind::AAAA | kind::ANY | kind::HTTPS | kind::SVCB => {
+                let mut data: Vec<Data<'_>> = Vec::new();
+                for address in known.iter().filter(wanted) {
+                    // 127.0.0.1 and 127.0.1.1 both become the alias; say it once.
+                    if !data.contains(&Data::Address(*address)) {
+                        data.push(Data::Address(*address));
+                    }
                 }
-                let all = self.names.entry(name.clone()).or_default();
-                all.extend(given.iter().filter(|g| !all.contains(g)).copied().collect::<Vec<_>>());
-                if n == 0 && !ip.is_loopback() {
-                    self.addresses.entry(ip).or_insert(name);
-                }
+                Some(query.answer(TTL, &data))
             }
+            _ => None,
         }
     }
+
+    fn pointer(&self, name: &Name) -> Option<&Name> {
+        let address = reversed(name)?;
+        // Loopback is each machine's own.
+        if address.is_loopback() { None } else { self.addresses.get(&address) }
+    }
+}
+
+/// The address a name under in-addr.arpa or ip6.arpa stands for.
+pub(super) fn reversed(name: &Name) -> Option<IpAddr> {
+    let labels: Vec<&str> = name
+        .suffixes()
+        .filter_map(|s| s.split_first().and_then(|(n, rest)| rest.get(..usize::from(*n))))
+        .map(|label| std::str::from_utf8(label).unwrap_or_default())
+        .collect();
+    let address = match labels.as_slice() {
+        [d, c, b, a, "in-addr", "arpa", ""] => format!("{a}.{b}.{c}.{d}").parse().ok().map(IpAddr::V4)?,
+        [nibbles @ .., "ip6", "arpa", ""] if nibbles.len() == 32 => {
+            let mut bits = 0_u128;
+            for nibble in nibbles.iter().rev() {
+                let digit = u128::from_str_radix(nibble, 16).ok().filter(|_| nibble.len() == 1)?;
+                bits = (bits << 4) | digit;
+            }
+            IpAddr::V6(bits.into())
+        }
+        _ => return None,
+    };
+    // One spelling only: `01.0.0.127.in-addr.arpa` is another name.
+    (Name::reverse(address) == *name).then_some(address)
+}
+
+/// Names of the machine's own loopback, which a hosts file holds on every system.
+fn is_local(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    let name = name.strip_suffix('.').unwrap_or(&name);
+    name.ends_with(".localhost")
+        || matches!(
+            name,
+            "localhost"
+                | "localhost4"
+                | "localhost6"
+                | "localhost.localdomain"
+                | "localhost4.localdomain4"
+                | "localhost6.localdomain6"
+                | "ip6-localhost"
+                | "ip6-loopback"
+        )
 }
 
 #[cfg(test)]
@@ -111,13 +157,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loopback_names_become_the_host_alias_and_localhost_stays_the_guests() {
-        let alias = IpAddr::from([192, 168, 127, 254]);
-        let mut hosts = Hosts::file(None, vec![alias]);
-        hosts.read("127.0.0.1 localhost\n127.0.1.1 Box box.lan # us\n192.0.2.7\tdb db2\nbad line\n::1 box\n");
-        assert_eq!(hosts.names["box"], [alias]);
-        assert_eq!(hosts.names["db2"], [IpAddr::from([192, 0, 2, 7])]);
-        assert!(!hosts.names.contains_key("localhost"));
-        assert_eq!(hosts.addresses[&IpAddr::from([192, 0, 2, 7])], "db");
+    fn a_reverse_name_and_its_address_belong_together() {
+        for address in ["192.0.2.7", "2001:db8::1f", "::"] {
+            let address: IpAddr = address.parse().unwrap();
+            assert_eq!(reversed(&Name::reverse(address)), Some(address));
+        }
+        for name in ["1.2.3.in-addr.arpa", "01.2.3.4.in-addr.arpa", "f.ip6.arpa", "in-addr.arpa", "x.example"]
+        {
+            assert_eq!(reversed(&Name::from_text(name).unwrap()), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn comments_scopes_and_loopback_names_are_skipped() {
+        let hosts = HostsFile::parse(
+            "127.0.0.1 localhost LOCALHOST.localdomain\n::1 ip6-localhost\nfe80::1%lo0 scoped\n\
+             192.0.2.1 db.example DB # 192.0.2.2 not\nnot-an-address x\n192.0.2.3 bad..name\n",
+        );
+        let mut names: Vec<_> = hosts.names.keys().cloned().collect();
+        names.sort();
+        assert_eq!(names, [Name::from_text("db").unwrap(), Name::from_text("db.example").unwrap()]);
     }
 }

@@ -1,159 +1,217 @@
-//! Queries to the host's resolvers, as the bytes they came in.
+//! Queries on their way to the host's resolvers, and the answers back: bytes in, bytes out, only the id changed.
 //!
-//! Every query goes out with a fresh id from a fresh port, on a connected socket: an answer must come from the server,
-//! bear the id and repeat the question (RFC 5452 §9). The server that answered last is asked first; the next one after
-//! [`EACH`], or at once on an error. SERVFAIL, REFUSED and NOTIMP of one server let the next one try; the last such answer
-//! stands when nobody knows better.
+//! ```text
+//! query ─► server 1 ──(2 s, or at once when it refuses)──► server 2 ──► … 5 s in all
+//!            └───────────── the first good answer wins, late ones too ─────┘
+//! ```
+//! Each attempt has a socket of its own, thus a fresh source port from the kernel, and a fresh random id; an answer
+//! counts only from the address asked (connected socket), with that id and question (RFC 5452). The server that
+//! answered last is asked first. SERVFAIL, REFUSED and NOTIMP make us ask the next, and are passed on if none
+//! is better. Silence of all is no answer: the caller says SERVFAIL, never NXDOMAIN.
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::time::{Instant, sleep_until};
 
-use super::message::Question;
-use super::resolv::Watched;
+use super::wire::{self, Query, Rcode};
 
-/// How long a guest waits at the most.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-/// How long one server is given.
-const EACH: Duration = Duration::from_secs(2);
+/// Time after which a query has failed.
+pub(super) const TOTAL: Duration = Duration::from_secs(5);
+/// Time a server has before the next one is asked too (the only one: asked again, the datagram may be lost).
+pub(super) const NEXT_SERVER: Duration = Duration::from_secs(2);
+/// Largest datagram there is.
+const DATAGRAM_MAX: usize = 65_535;
 
-/// How a query came, and goes on.
+/// How a query came, and thus how it goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Transport {
-    Udp,
-    Tcp,
+    Datagram,
+    Stream,
 }
 
+/// Remembers which server works.
+#[derive(Debug, Default)]
 pub(super) struct Relay {
-    fixed: Option<Vec<SocketAddr>>,
-    watched: Mutex<Watched>,
-    /// The server that answered last.
-    good: AtomicUsize,
+    preferred: Mutex<Option<SocketAddr>>,
 }
+
+type Attempt<'a> = Pin<Box<dyn Future<Output = io::Result<Vec<u8>>> + Send + 'a>>;
 
 impl Relay {
-    pub(super) fn new(fixed: Option<Vec<SocketAddr>>, resolv_conf: PathBuf) -> Self {
-        Self { fixed, watched: Mutex::new(Watched::new(resolv_conf)), good: AtomicUsize::new(0) }
-    }
-
-    pub(super) fn search(&self) -> Vec<String> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner).resolv.search.clone()
-    }
-
-    fn servers(&self) -> Vec<SocketAddr> {
-        if let Some(fixed) = &self.fixed {
-            return fixed.clone();
-        }
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        watched.refresh();
-        watched.resolv.servers.clone()
-    }
-
-    /// An upstream's answer, with the guest's id; `None` when there is none.
+    /// Asks `servers`; the answer bears the client's id. `None` when none gave any.
     pub(super) async fn ask(
         &self,
-        query: &[u8],
-        question: &Question,
+        query: &Query<'_>,
         transport: Transport,
+        servers: &[SocketAddr],
     ) -> Option<Vec<u8>> {
-        tokio::time::timeout(PATIENCE, self.ask_all(query, question, transport)).await.ok().flatten()
-    }
-
-    async fn ask_all(&self, query: &[u8], question: &Question, transport: Transport) -> Option<Vec<u8>> {
-        let servers = self.servers();
-        let first = self.good.load(Ordering::Relaxed);
-        let mut poor = None;
-        for n in 0..servers.len() {
-            let at = (first + n) % servers.len();
-            let asked = ask_one(servers[at], query, question, transport);
-            match tokio::time::timeout(EACH, asked).await {
-                Ok(Ok(answer)) => {
-                    let code = answer.get(3).map_or(2, |b| b & 0x0f);
-                    if matches!(code, 2 | 4 | 5) && n + 1 < servers.len() {
-                        poor = Some(answer);
-                        continue;
-                    }
-                    self.good.store(at, Ordering::Relaxed);
-                    return Some(answer);
+        let mut untried = self.order(servers);
+        let mut running: Vec<(SocketAddr, Attempt<'_>)> = Vec::new();
+        let mut poor_answer = None;
+        let start = Instant::now();
+        let deadline = start + TOTAL;
+        let mut next_at = start;
+        loop {
+            if next_at <= Instant::now() {
+                // With all of them asked, the one silent longest is asked again.
+                let server = untried.pop_front().or_else(|| running.first().map(|(server, _)| *server));
+                let Some(server) = server else { break };
+                running.push((server, Box::pin(attempt(server, query, transport))));
+                next_at = Instant::now() + NEXT_SERVER;
+            }
+            let finished = tokio::select! {
+                finished = first_of(&mut running) => Some(finished),
+                () = sleep_until(next_at) => None,
+                () = sleep_until(deadline) => break,
+            };
+            let Some((server, result)) = finished else { continue };
+            match result {
+                Ok(reply) if is_poor(&reply) => {
+                    tracing::debug!(%server, rcode = wire::rcode(&reply), "resolver does not answer this one");
+                    poor_answer.get_or_insert(reply);
                 }
-                Ok(Err(error)) => tracing::debug!(%error, server = %servers[at], "a resolver did not answer"),
-                Err(_) => tracing::debug!(server = %servers[at], "a resolver is silent"),
+                Ok(mut reply) => {
+                    self.prefer(server);
+                    wire::set_id(&mut reply, query.id());
+                    return Some(reply);
+                }
+                Err(error) => tracing::debug!(%server, %error, "resolver cannot be asked"),
+            }
+            running.retain(|(other, _)| *other != server); // its repeats would fare no better
+            if running.is_empty() || !untried.is_empty() {
+                next_at = Instant::now();
             }
         }
-        poor
+        poor_answer.map(|mut reply| {
+            wire::set_id(&mut reply, query.id());
+            reply
+        })
+    }
+
+    /// Forgets which server works; for a new list of servers.
+    pub(super) fn reset(&self) {
+        *self.preferred.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn prefer(&self, server: SocketAddr) {
+        *self.preferred.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+    }
+
+    fn order(&self, servers: &[SocketAddr]) -> VecDeque<SocketAddr> {
+        let mut order: VecDeque<SocketAddr> = servers.iter().copied().collect();
+        let preferred = *self.preferred.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = preferred.and_then(|server| order.iter().position(|s| *s == server))
+            && let Some(server) = order.remove(at)
+        {
+            order.push_front(server);
+        }
+        order
     }
 }
 
-async fn ask_one(
-    server: SocketAddr,
-    query: &[u8],
-    question: &Question,
-    transport: Transport,
-) -> std::io::Result<Vec<u8>> {
-    let id = getrandom::u32().map_err(|e| std::io::Error::other(e.to_string()))?.to_be_bytes();
-    let id = [id[0], id[1]];
-    let mut asked = query.to_vec();
-    asked[..2].copy_from_slice(&id);
-    let mut answer = match transport {
-        Transport::Udp => over_udp(server, &asked, id, question).await?,
-        Transport::Tcp => over_tcp(server, &asked, id, question).await?,
-    };
-    answer[..2].copy_from_slice(&query[..2]);
-    // The question as the guest wrote it.
-    let end = question.end;
-    answer[12..end].copy_from_slice(&query[12..end]);
-    Ok(answer)
+/// Another server may know better than this one.
+fn is_poor(reply: &[u8]) -> bool {
+    let rcode = wire::rcode(reply);
+    [Rcode::ServFail, Rcode::Refused, Rcode::NotImp].iter().any(|r| *r as u8 == rcode)
 }
 
-/// Whether `answer` answers what was asked.
-fn is_ours(answer: &[u8], id: [u8; 2], question: &Question) -> bool {
-    answer.len() >= question.end
-        && answer[..2] == id
-        && answer[2] & 0x80 != 0
-        && Question::read(answer).is_some_and(|q| q == *question)
+/// The first attempt to end, taken out; for ever pending when there is none.
+async fn first_of(running: &mut Vec<(SocketAddr, Attempt<'_>)>) -> (SocketAddr, io::Result<Vec<u8>>) {
+    poll_fn(|context| {
+        for at in 0..running.len() {
+            if let Some((server, attempt)) = running.get_mut(at)
+                && let Poll::Ready(result) = attempt.as_mut().poll(context)
+            {
+                let server = *server;
+                drop(running.remove(at));
+                return Poll::Ready((server, result));
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
-async fn over_udp(
+async fn attempt(server: SocketAddr, query: &Query<'_>, transport: Transport) -> io::Result<Vec<u8>> {
+    let mut id = [0; 2];
+    getrandom::fill(&mut id).map_err(|_| io::Error::other("the system gives no random bytes"))?;
+    let mut bytes = query.bytes().to_vec();
+    wire::set_id(&mut bytes, id);
+    match transport {
+        Transport::Datagram => ask_by_datagram(server, query, id, &bytes).await,
+        Transport::Stream => ask_by_stream(server, query, id, &bytes).await,
+    }
+}
+
+async fn ask_by_datagram(
     server: SocketAddr,
-    query: &[u8],
+    query: &Query<'_>,
     id: [u8; 2],
-    question: &Question,
-) -> std::io::Result<Vec<u8>> {
-    let any: SocketAddr = if server.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
-    let socket = UdpSocket::bind(any).await?;
+    bytes: &[u8],
+) -> io::Result<Vec<u8>> {
+    let any: IpAddr =
+        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect(server).await?;
-    socket.send(query).await?;
-    let mut buffer = vec![0; 65_535];
+    socket.send(bytes).await?;
     loop {
-        let len = socket.recv(&mut buffer).await?;
-        if is_ours(&buffer[..len], id, question) {
-            buffer.truncate(len);
-            buffer.shrink_to_fit();
-            return Ok(buffer);
+        // A refusal by ICMP makes a socket ready for nothing but its error.
+        let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if ready.is_error() {
+            match socket.try_io(Interest::ERROR, || pending_error(&socket)) {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        // Made only when there is something to read: hundreds of queries may be waiting.
+        let mut reply = vec![0; DATAGRAM_MAX];
+        match socket.try_recv(&mut reply) {
+            Ok(length) => {
+                reply.truncate(length);
+                if query.is_answered_by(id, &reply) {
+                    reply.shrink_to_fit();
+                    return Ok(reply);
+                }
+                tracing::debug!(%server, "datagram is no answer to what was asked");
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
 }
 
-async fn over_tcp(
+/// The error the socket holds; "would block" when it holds none, which clears the readiness.
+fn pending_error(socket: &UdpSocket) -> io::Result<()> {
+    Err(socket.take_error()?.unwrap_or_else(|| io::ErrorKind::WouldBlock.into()))
+}
+
+async fn ask_by_stream(
     server: SocketAddr,
-    query: &[u8],
+    query: &Query<'_>,
     id: [u8; 2],
-    question: &Question,
-) -> std::io::Result<Vec<u8>> {
+    bytes: &[u8],
+) -> io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect(server).await?;
-    let len = u16::try_from(query.len()).map_err(|_| std::io::ErrorKind::InvalidInput)?;
-    stream.write_all(&[&len.to_be_bytes()[..], query].concat()).await?;
-    loop {
-        let len = stream.read_u16().await?;
-        let mut answer = vec![0; usize::from(len)];
-        stream.read_exact(&mut answer).await?;
-        if is_ours(&answer, id, question) {
-            return Ok(answer);
-        }
+    let length = u16::try_from(bytes.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut framed = Vec::with_capacity(bytes.len().saturating_add(2));
+    framed.extend_from_slice(&length.to_be_bytes());
+    framed.extend_from_slice(bytes);
+    stream.write_all(&framed).await?;
+    let length = stream.read_u16().await?;
+    let mut reply = vec![0; usize::from(length)];
+    stream.read_exact(&mut reply).await?;
+    if query.is_answered_by(id, &reply) {
+        Ok(reply)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "the answer is to another question"))
     }
 }

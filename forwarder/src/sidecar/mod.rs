@@ -85,6 +85,7 @@ fn dns_config(config: &Config) -> DnsConfig {
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
         gateway: vec![config.gateway.into()],
         host: vec![config.host_alias.into()],
+        host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
         upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
         resolv_conf: config.resolv_conf.clone(),
@@ -158,6 +159,7 @@ impl Control {
     }
 
     async fn slow_things(self, mut slow: mpsc::Receiver<Slow>) {
+        let mut known = Vec::new();
         while let Some(thing) = slow.recv().await {
             match thing {
                 Slow::Dns(ticket, query) => {
@@ -174,13 +176,30 @@ impl Control {
                     Err(error) => tracing::warn!(%error, "a DNS connection cannot be served"),
                 },
                 Slow::Leases(leases, names) => {
-                    self.dns.set_guests(&names);
+                    self.name_guests(&names, &mut known);
                     if let Some(dir) = &self.state_dir
                         && let Err(error) = state::keep_leases(dir, &leases)
                     {
                         tracing::warn!(%error, dir = %dir.display(), "leases could not be kept");
                     }
                 }
+            }
+        }
+    }
+}
+
+impl Control {
+    /// Makes DNS know the guests by the names they have now, and forget those in `known` that are gone.
+    fn name_guests(&self, names: &[(String, std::net::IpAddr)], known: &mut Vec<String>) {
+        for gone in known.iter().filter(|k| !names.iter().any(|(name, _)| name == *k)) {
+            self.dns.remove_guest(gone);
+        }
+        known.clear();
+        for (name, ip) in names {
+            match self.dns.set_guest(name, &[*ip]) {
+                Ok(()) => known.push(name.clone()),
+                // A guest may call itself anything; it just has no name then.
+                Err(error) => tracing::debug!(%error, "a guest's name is not given"),
             }
         }
     }
