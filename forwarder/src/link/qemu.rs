@@ -12,6 +12,9 @@ const LONGEST: usize = 69_632;
 /// Bytes one `read` may bring.
 const BUFFER: usize = 512 * 1024;
 
+/// A `read` that brings as much belongs to a bulk transfer.
+const BULK: usize = 16 * 1024;
+
 /// Bytes received and not yet handed on.
 #[derive(Debug)]
 pub struct Framing {
@@ -55,8 +58,9 @@ impl Framing {
             Ok(0) => return Err(io::Error::other("end of file")),
             Ok(n) => {
                 self.end += n;
-                // A stream socket that gave less than asked has given all; news of more comes as an event.
-                batch.more = n == asked;
+                // A stream socket that gave less than asked has given all, and news of more comes as an event. In the
+                // midst of a bulk transfer more has come meanwhile, and is worth a look before anything is answered.
+                batch.more = n == asked || n >= BULK;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(batch),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => batch.more = false,
