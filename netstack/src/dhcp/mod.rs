@@ -130,7 +130,8 @@ impl DhcpServer {
         bytes: &[u8],
         wish: Option<Ipv4Addr>,
     ) -> Result<Option<Reply>, DropReason> {
-        let message = v4::Message::decode(&mut Decoder::new(bytes)).map_err(|_| DropReason::BadDhcp)?;
+        let readable = with_known_options(bytes).ok_or(DropReason::BadDhcp)?;
+        let message = v4::Message::decode(&mut Decoder::new(&readable)).map_err(|_| DropReason::BadDhcp)?;
         if message.opcode() != v4::Opcode::BootRequest || message.hlen() != 6 {
             return Err(DropReason::BadDhcp);
         }
@@ -401,6 +402,36 @@ fn host_label(name: &str) -> Option<String> {
     let label: String = first.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(63).collect();
     let label = label.trim_matches('-').to_ascii_lowercase();
     (!label.is_empty()).then_some(label)
+}
+
+/// The message with only those options that are read here. dhcproto 0.15 asserts the lengths of some others (80, 81, 94,
+/// 152–155) in builds with debug assertions, so a guest's bytes must not reach it there. `None` when an option is cut off.
+fn with_known_options(bytes: &[u8]) -> Option<Vec<u8>> {
+    /// Bytes of the fixed fields and the magic cookie (RFC 2131 §2).
+    const FIXED: usize = 240;
+    const PAD: u8 = 0;
+    const END: u8 = 255;
+    /// Host name, requested address, message type, server, parameter request list, client identifier.
+    const READ: [u8; 6] = [12, 50, 53, 54, 55, 61];
+    let (fixed, mut rest) = bytes.split_at_checked(FIXED)?;
+    let mut out = fixed.to_vec();
+    while let Some((&code, after)) = rest.split_first() {
+        match code {
+            PAD => rest = after,
+            END => break,
+            _ => {
+                let (&len, after) = after.split_first()?;
+                let (value, after) = after.split_at_checked(usize::from(len))?;
+                if READ.contains(&code) {
+                    out.extend([code, len]);
+                    out.extend_from_slice(value);
+                }
+                rest = after;
+            }
+        }
+    }
+    out.push(END);
+    Some(out)
 }
 
 #[cfg(test)]

@@ -195,8 +195,19 @@ impl Live {
         Ok(())
     }
 
+    /// Ends a socket that listens: the guest reset its handshake, or smoltcp did not take its SYN. smoltcp would wait
+    /// for another connection, while the host has one that nobody uses.
+    pub(super) fn never_listens(&mut self) {
+        let socket = self.socket.tcp();
+        if socket.state() == State::Listen {
+            socket.abort();
+            self.ending = Ending::Reset;
+        }
+    }
+
     /// Notes a segment smoltcp has seen.
     pub(super) fn note_segment(&mut self, segment: &Segment) {
+        self.never_listens();
         let state = self.socket.tcp_ref().state();
         if self.irs.is_none() && segment.has(tcp::SYN) && state != State::SynSent && state != State::Closed {
             self.irs = Some(segment.seq);

@@ -500,7 +500,9 @@ impl Tcp {
             let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), port.mtu);
             port.iface.poll_ingress_single(now.into(), &mut device, &mut socket.set);
         }
-        flow.life = Life::Live(Live::new(socket, Some(dialing.irs)));
+        let mut live = Live::new(socket, Some(dialing.irs));
+        live.never_listens();
+        flow.life = Life::Live(live);
         flow.last_active = now;
         flow.last_heard = now;
         flow.warm = true;
