@@ -9,6 +9,7 @@
 
 pub mod qemu;
 mod transmit;
+pub mod vnet;
 
 use std::io;
 use std::os::fd::OwnedFd;

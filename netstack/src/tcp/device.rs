@@ -131,7 +131,7 @@ impl<S: FrameSink> TxToken for Slot<'_, S> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let header = self.header;
         let mut f = Some(f);
-        let offload = Offload { segment_size: self.segment_size };
+        let offload = Offload::default();
         let written = self.sink.frame(ethernet::HEADER + len, offload, |frame| {
             let (head, packet) = frame.split_at_mut(ethernet::HEADER);
             head.copy_from_slice(&header);
