@@ -8,12 +8,16 @@ use smoltcp::socket::tcp::State;
 
 use super::after;
 use super::table::FlowSocket;
+use super::window::Advertised;
 use crate::config::Limits;
 use crate::drop_reason::DropReason;
 use crate::host::{Direction, FlowReport, FlowState};
 use crate::time::Instant;
 use crate::types::{Mac, PortId};
-use crate::wire::tcp::{self, Segment};
+use crate::wire::{
+    self,
+    tcp::{self, Segment},
+};
 
 /// An address and a port, in 20 bytes where a `SocketAddr` needs 32: there is one flow's worth of these per idle flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +165,9 @@ pub(super) struct Live {
     pub(super) told_end: bool,
     pub(super) ending: Ending,
     pub(super) time_wait_since: Option<Instant>,
+    pub(super) advertised: Advertised,
+    /// When it was last counted among the senders.
+    pub(super) sent_in: u64,
 }
 
 impl Live {
@@ -174,7 +181,15 @@ impl Live {
             told_end: false,
             ending: Ending::Not,
             time_wait_since: None,
+            advertised: Advertised::default(),
+            sent_in: 0,
         }
+    }
+
+    /// The guest's SYN or SYN|ACK says whether windows are scaled.
+    pub(super) fn begin_window(&mut self, packet: &[u8]) {
+        let capacity = self.socket.tcp_ref().recv_capacity();
+        self.advertised.begin(wire::transport(packet), capacity);
     }
 
     /// Whether smoltcp may see `segment`: its data must lie inside the ring (see the module documentation).
@@ -206,12 +221,13 @@ impl Live {
     }
 
     /// Notes a segment smoltcp has seen.
-    pub(super) fn note_segment(&mut self, segment: &Segment) {
+    pub(super) fn note_segment(&mut self, segment: &Segment, packet: &[u8]) {
         self.never_listens();
         let state = self.socket.tcp_ref().state();
         if self.irs.is_none() && segment.has(tcp::SYN) && state != State::SynSent && state != State::Closed {
             self.irs = Some(segment.seq);
             self.seen_end = segment.seq + Wrapping(1);
+            self.begin_window(packet);
         }
         if segment.payload > 0 && after(segment.end(), self.seen_end) {
             self.seen_end = segment.end();

@@ -24,6 +24,7 @@
 mod device;
 mod flow;
 mod table;
+mod window;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -33,10 +34,11 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
-use self::device::{Egress, Ingress};
+use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
 use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving};
 use self::table::{FlowTable, SocketPool};
+use self::window::Senders;
 use crate::config::Limits;
 use crate::drop_reason::DropReason;
 use crate::host::{
@@ -83,11 +85,20 @@ struct TcpPort {
     iface: Interface,
     /// Without sockets: smoltcp answers a segment for it with the RST that RFC 9293 §3.10.7.1 asks for.
     nobody: SocketSet<'static>,
-    mtu: u16,
+    shape: Shape,
+    senders: Senders,
     egress: VecDeque<FlowId>,
     flows: usize,
     dialing: usize,
     dialing_loopback: usize,
+}
+
+impl TcpPort {
+    /// The bytes of window one flow may tell the guest.
+    fn share(&self) -> u32 {
+        // With offload a frame of the guest's queue is up to 64 KiB long, whatever the MTU.
+        self.senders.share(if self.shape.offload { 65_535 } else { u32::from(self.shape.mtu) })
+    }
 }
 
 /// All flows.
@@ -130,7 +141,8 @@ impl Tcp {
     ) {
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
-        let mut iface = Interface::new(config, &mut device::Shape { mtu, offload }, now.into());
+        let mut shape = Shape { mtu, offload };
+        let mut iface = Interface::new(config, &mut shape, now.into());
         iface.set_any_ip(true);
         iface.update_ip_addrs(|addresses| {
             // The list holds two entries by default; any_ip makes the one address stand for all.
@@ -147,7 +159,8 @@ impl Tcp {
         self.ports[slot] = Some(TcpPort {
             iface,
             nobody: SocketSet::new(Vec::new()),
-            mtu,
+            shape,
+            senders: Senders::default(),
             egress: VecDeque::new(),
             flows: 0,
             dialing: 0,
@@ -216,9 +229,13 @@ impl Tcp {
         let Some(port) = self.ports.get_mut(usize::from(key.port.0)).and_then(Option::as_mut) else {
             return Verdict::Done(Err(DropReason::NotForUs));
         };
-        let mut device = Ingress::new(packet, outbox, path, key.is_v6(), port.mtu);
+        if segment.payload > 0 {
+            port.senders.note(now, &mut live.sent_in);
+        }
+        let window = Window { share: port.share(), advertised: &mut live.advertised };
+        let mut device = Ingress::new(packet, outbox, path, key.is_v6(), &port.shape).with_window(window);
         port.iface.poll_ingress_single(now.into(), &mut device, &mut live.socket.set);
-        live.note_segment(segment);
+        live.note_segment(segment, packet);
         flow.last_active = now;
         flow.last_heard = now;
         flow.warm = true;
@@ -254,7 +271,7 @@ impl Tcp {
     ) {
         if let Some(port) = self.port(port) {
             let v6 = packet.first().is_some_and(|b| b >> 4 == 6);
-            let mut device = Ingress::new(packet, outbox, path, v6, port.mtu);
+            let mut device = Ingress::new(packet, outbox, path, v6, &port.shape);
             port.iface.poll_ingress_single(now.into(), &mut device, &mut port.nobody);
         }
     }
@@ -497,10 +514,11 @@ impl Tcp {
         }
         let local = IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() };
         if socket.tcp().listen(local).is_ok() {
-            let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), port.mtu);
+            let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
             port.iface.poll_ingress_single(now.into(), &mut device, &mut socket.set);
         }
         let mut live = Live::new(socket, Some(dialing.irs));
+        live.begin_window(&dialing.syn);
         live.never_listens();
         flow.life = Life::Live(live);
         flow.last_active = now;
@@ -659,8 +677,9 @@ impl Tcp {
             return false;
         };
         let path = Path { gateway: self.gateway_mac, guest: flow.guest_mac };
-        let mut device = Egress::new(sink, path, flow.key, port.mtu);
         let clock = live.clock(now);
+        let window = Window { share: port.share(), advertised: &mut live.advertised };
+        let mut device = Egress::new(sink, path, flow.key, &port.shape, window);
         let mut more = true;
         for _ in 0..TURN {
             if port.iface.poll_egress(clock.into(), &mut device, &mut live.socket.set) == PollResult::None {

@@ -32,6 +32,31 @@ pub fn checksum(parts: &[&[u8]]) -> u16 {
     !u16::try_from(sum).unwrap_or(0)
 }
 
+/// What an IP packet carries, IPv6's extension headers not looked at; nothing when it is none.
+#[must_use]
+pub fn transport(packet: &[u8]) -> &[u8] {
+    let header = match packet.first() {
+        Some(first) if first >> 4 == 4 => usize::from(first & 0x0f) * 4,
+        Some(first) if first >> 4 == 6 => 40,
+        _ => return &[],
+    };
+    packet.get(header..).unwrap_or_default()
+}
+
+/// Finishes a partial checksum: sums `bytes` from `start`, the pseudo-header's sum in the field included, and stores
+/// the result `offset` bytes behind `start` (virtio 1.2, §5.1.6.2). A field outside of `bytes` is left alone.
+pub fn finish_checksum(bytes: &mut [u8], start: usize, offset: usize) {
+    let Some(covered) = bytes.get_mut(start..) else { return };
+    let sum = match checksum(&[covered]) {
+        // For UDP zero would mean that there is none (RFC 768); for TCP both are the same number.
+        0 => 0xffff,
+        sum => sum,
+    };
+    if let Some(field) = covered.get_mut(offset..).and_then(|f| f.first_chunk_mut()) {
+        *field = sum.to_be_bytes();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -67,3 +67,57 @@ pub fn parse(bytes: &[u8]) -> Result<Segment, DropReason> {
     let payload = u32::try_from(payload).map_err(|_| DropReason::BadLength)?;
     Ok(Segment { src, dst, seq: Wrapping(u32::from_be_bytes([q0, q1, q2, q3])), flags, payload })
 }
+
+/// Whether a SYN or SYN|ACK carries the window scale option (RFC 7323 §2.2).
+#[must_use]
+pub fn offers_scaling(segment: &[u8]) -> bool {
+    let header = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
+    let mut options = segment.get(20..header).unwrap_or_default();
+    loop {
+        options = match options {
+            [] | [0, ..] => return false,
+            [1, rest @ ..] => rest,
+            [3, ..] => return true,
+            [_, length, ..] if *length >= 2 => options.get(usize::from(*length)..).unwrap_or_default(),
+            _ => return false,
+        };
+    }
+}
+
+/// The acknowledgment number and window of a segment that tells one: ACK is set, SYN and RST are not.
+#[must_use]
+pub fn acknowledged(segment: &[u8]) -> Option<(Wrapping<u32>, u16)> {
+    let (&[_, _, _, _, _, _, _, _, a0, a1, a2, a3, _, flags, w0, w1], _) = segment.split_first_chunk()?;
+    (flags & (ACK | SYN | RST) == ACK)
+        .then(|| (Wrapping(u32::from_be_bytes([a0, a1, a2, a3])), u16::from_be_bytes([w0, w1])))
+}
+
+/// Changes the window of a segment, and with `checksummed` the checksum to match (RFC 1624, equation 3).
+pub fn set_window(segment: &mut [u8], window: u16, checksummed: bool) {
+    let Some([w0, w1, c0, c1]) = segment.get_mut(14..18) else { return };
+    if checksummed {
+        let before = u32::from(u16::from_be_bytes([*w0, *w1]));
+        let sum = u32::from(u16::from_be_bytes([*c0, *c1]));
+        let sum = (!sum & 0xffff) + (!before & 0xffff) + u32::from(window);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        [*c0, *c1] = (!u16::try_from(sum & 0xffff).unwrap_or(0)).to_be_bytes();
+    }
+    [*w0, *w1] = window.to_be_bytes();
+}
+
+/// Writes the sum of the pseudo-header (RFC 9293 §3.1), and nothing else, into the checksum field of the TCP segment
+/// in `packet`, whose IP header has `header` bytes: what virtio asks for where the checksum is left to the link.
+pub fn partial_checksum(packet: &mut [u8], header: usize) {
+    let Some((ip, segment)) = packet.split_at_mut_checked(header) else { return };
+    let length = u32::try_from(segment.len()).unwrap_or(0).to_be_bytes();
+    let addresses = match ip.first().map(|b| b >> 4) {
+        Some(4) => ip.get(12..20),
+        Some(6) => ip.get(8..40),
+        _ => None,
+    };
+    let (Some(addresses), Some(field)) = (addresses, segment.get_mut(16..18)) else { return };
+    let sum = super::checksum(&[addresses, &[0, 0, 0, super::ipv4::TCP], &length]);
+    // `checksum` complements; the field holds the sum itself.
+    field.copy_from_slice(&(!sum).to_be_bytes());
+}
