@@ -23,6 +23,7 @@ mod host;
 pub mod icmp;
 mod neighbours;
 mod rings;
+pub mod segments;
 mod sink;
 mod stack;
 mod switch;

@@ -8,7 +8,7 @@ use super::flow::FlowKey;
 use super::window::Advertised;
 use crate::sink::{FrameSink, Offload, PartialChecksum, SegmentKind, Segments};
 use crate::stack::Outbox;
-use crate::wire::{self, ethernet};
+use crate::wire::{self, ethernet, ipv4};
 
 /// The capabilities an `Interface` copies when it is made.
 #[derive(Clone, Copy)]
@@ -115,7 +115,7 @@ impl TxToken for Reply<'_> {
             let result = f(packet);
             if out.offload {
                 // smoltcp left the checksum to the link; frames of the outbox are whole.
-                wire::tcp::partial_checksum(packet, out.ip());
+                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
                 wire::finish_checksum(packet, out.ip(), 16);
             }
             if let (Some(window), Some(segment)) = (window, packet.get_mut(out.ip()..)) {
@@ -199,7 +199,7 @@ impl<S: FrameSink> TxToken for Slot<'_, S> {
             head.copy_from_slice(&out.header);
             let result = f.take().map(|f| f(packet));
             if out.offload {
-                wire::tcp::partial_checksum(packet, out.ip());
+                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
             }
             if let Some(segment) = packet.get_mut(out.ip()..) {
                 advertised.curb(share, segment, !out.offload);

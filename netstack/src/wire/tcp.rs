@@ -10,8 +10,12 @@ pub const FIN: u8 = 0x01;
 pub const SYN: u8 = 0x02;
 /// The RST bit.
 pub const RST: u8 = 0x04;
+/// The PSH bit.
+pub const PSH: u8 = 0x08;
 /// The ACK bit.
 pub const ACK: u8 = 0x10;
+/// The CWR bit (RFC 3168).
+pub const CWR: u8 = 0x80;
 
 /// What of a segment matters to the demultiplexer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,20 +108,4 @@ pub fn set_window(segment: &mut [u8], window: u16, checksummed: bool) {
         [*c0, *c1] = (!u16::try_from(sum & 0xffff).unwrap_or(0)).to_be_bytes();
     }
     [*w0, *w1] = window.to_be_bytes();
-}
-
-/// Writes the sum of the pseudo-header (RFC 9293 §3.1), and nothing else, into the checksum field of the TCP segment
-/// in `packet`, whose IP header has `header` bytes: what virtio asks for where the checksum is left to the link.
-pub fn partial_checksum(packet: &mut [u8], header: usize) {
-    let Some((ip, segment)) = packet.split_at_mut_checked(header) else { return };
-    let length = u32::try_from(segment.len()).unwrap_or(0).to_be_bytes();
-    let addresses = match ip.first().map(|b| b >> 4) {
-        Some(4) => ip.get(12..20),
-        Some(6) => ip.get(8..40),
-        _ => None,
-    };
-    let (Some(addresses), Some(field)) = (addresses, segment.get_mut(16..18)) else { return };
-    let sum = super::checksum(&[addresses, &[0, 0, 0, super::ipv4::TCP], &length]);
-    // `checksum` complements; the field holds the sum itself.
-    field.copy_from_slice(&(!sum).to_be_bytes());
 }

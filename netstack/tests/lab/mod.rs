@@ -174,7 +174,7 @@ impl Lab {
 
     pub fn with_memory(limits: Limits, guests: usize, mtu: u16, rings: Box<dyn RingMemory>) -> Self {
         let mut stack = Netstack::new(config(limits), rings, 0x5eed);
-        let port = PortConfig { name: None, mtu, address: None };
+        let port = PortConfig { name: None, mtu, address: None, isolate: false };
         let ports = (0..guests).map(|_| stack.add_port(Instant::ZERO, port.clone(), false)).collect();
         let wires = (0..guests).map(|_| Wire { frames: vec![], room: usize::MAX }).collect();
         Self { stack, now: Instant::ZERO, wires, ports }
