@@ -4,7 +4,7 @@
 mod lab;
 
 use lab::real::{Dice, Faults, Guest};
-use lab::{Lab, Seen, secs, segment, syn};
+use lab::{Lab, Seen, ms, secs, segment, syn};
 use portway_netstack::{DropReason, HostCommand, HostEvent, Limits};
 use smoltcp::socket::tcp::State;
 
@@ -18,7 +18,30 @@ fn bytes_of_the_guest_reach_the_host_and_are_acknowledged() {
     lab.guest_sends(&segment("PA", GUEST, FAR, seq, ack).with(b"GET /"));
     assert_eq!(lab.stack.poll_flow(), Some(flow));
     assert_eq!(lab.host_reads(flow), b"GET /");
+    assert_eq!(lab.guest_sees(), []);
+    lab.after(ms(1));
     assert!(matches!(lab.guest_sees()[..], [Seen::Tcp { flags: "A", ack: 1006, .. }, ..]));
+}
+
+#[test]
+fn the_answer_to_a_small_request_carries_its_acknowledgment() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.guest_sends(&segment("PA", GUEST, FAR, seq, ack).with(b"GET /"));
+    lab.host_reads(flow);
+    lab.host_writes(flow, b"200 OK");
+    lab.after(secs(1));
+    assert!(
+        matches!(&lab.guest_sees()[..], [Seen::Tcp { ack: 1006, payload, .. }, ..] if payload == b"200 OK")
+    );
+}
+
+#[test]
+fn large_segments_are_acknowledged_at_once() {
+    let mut lab = Lab::new();
+    let (_, seq, ack) = lab.open(GUEST, FAR);
+    lab.guest_sends(&segment("PA", GUEST, FAR, seq, ack).with(&[7; 1400]));
+    assert!(matches!(lab.guest_sees()[..], [Seen::Tcp { flags: "A", ack: 2401, .. }, ..]));
 }
 
 #[test]

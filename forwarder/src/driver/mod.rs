@@ -341,6 +341,7 @@ impl Driver {
                 }
             }
         });
+        udp.flush();
         if state == LinkState::Gone {
             self.take_down(n);
         }

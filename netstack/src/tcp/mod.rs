@@ -677,7 +677,7 @@ impl Tcp {
             return false;
         };
         let path = Path { gateway: self.gateway_mac, guest: flow.guest_mac };
-        let clock = live.clock(now);
+        let clock = live.clock(now) + live.take_ack_haste();
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let mut device = Egress::new(sink, path, flow.key, &port.shape, window);
         let mut more = true;
