@@ -233,3 +233,35 @@ fn a_published_connection_waits_for_the_guests_arp_answer() {
     lab.guest_sends(&segment("A", GUEST, FAR, 1, 1));
     assert!(lab.guest_sees_flags().contains(&"S"));
 }
+
+#[test]
+fn a_guest_that_remembers_the_ports_is_reset_and_asked_again_at_once() {
+    let mut lab = Lab::new();
+    lab.guest_sends(&segment("A", GUEST, FAR, 1, 1));
+    lab.guest_sees();
+    lab.stack.open_to_guest(lab.now, addr("192.168.127.2:22"), addr("127.0.0.1:51000")).unwrap();
+    let [Seen::Tcp { seq: first, .. }] = lab.guest_sees()[..] else { panic!() };
+    // RFC 9293 §3.10.7.4: in TIME-WAIT a SYN that is no news is answered with what was acknowledged last.
+    let answer = segment("A", "192.168.127.2:22", "192.168.127.254:51000", 900, 77);
+    lab.guest_sends(&answer);
+    let seen = lab.guest_sees();
+    let [Seen::Tcp { flags: "R", seq: 77, .. }, Seen::Tcp { flags: "S", seq: second, .. }] = seen[..] else {
+        panic!("{seen:?}")
+    };
+    assert_ne!(first, second);
+    lab.guest_sends(&segment("SA", "192.168.127.2:22", "192.168.127.254:51000", 500, second + 1));
+    assert_eq!(lab.guest_sees_flags(), ["A"]);
+}
+
+#[test]
+fn a_guest_that_never_stops_remembering_is_asked_no_more_than_three_times_at_once() {
+    let mut lab = Lab::new();
+    lab.guest_sends(&segment("A", GUEST, FAR, 1, 1));
+    lab.guest_sees();
+    lab.stack.open_to_guest(lab.now, addr("192.168.127.2:22"), addr("127.0.0.1:51000")).unwrap();
+    assert_eq!(lab.guest_sees_flags(), ["S"]);
+    for _ in 0..9 {
+        lab.guest_sends(&segment("A", "192.168.127.2:22", "192.168.127.254:51000", 900, 77));
+    }
+    assert_eq!(lab.guest_sees_flags().iter().filter(|f| **f == "S").count(), 3);
+}

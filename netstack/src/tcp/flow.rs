@@ -174,6 +174,8 @@ pub(super) struct Live {
     pub(super) ending: Ending,
     pub(super) time_wait_since: Option<Instant>,
     pub(super) advertised: Advertised,
+    /// How often our SYN met a connection that the guest still remembered.
+    remembered: u8,
     /// What the guest sent last is acknowledged without delay.
     ack_now: bool,
     /// When it was last counted among the senders.
@@ -192,6 +194,7 @@ impl Live {
             ending: Ending::Not,
             time_wait_since: None,
             advertised: Advertised::default(),
+            remembered: 0,
             ack_now: false,
             sent_in: 0,
         }
@@ -235,6 +238,17 @@ impl Live {
             socket.abort();
             self.ending = Ending::Reset;
         }
+    }
+
+    /// Whether `segment`, the answer to our SYN, says that the guest still has a connection on these ports in TIME-WAIT, or
+    /// half open: an ACK alone (RFC 9293 §3.5.1, figure 9). True three times at the most.
+    pub(super) fn is_remembered(&mut self, segment: &Segment) -> bool {
+        let answer = segment.has(tcp::ACK) && segment.flags & (tcp::SYN | tcp::RST) == 0;
+        if !answer || self.remembered >= 3 || self.socket.tcp_ref().state() != State::SynSent {
+            return false;
+        }
+        self.remembered += 1;
+        true
     }
 
     /// Notes a segment smoltcp has seen.

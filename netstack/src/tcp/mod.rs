@@ -233,8 +233,14 @@ impl Tcp {
             port.senders.note(now, &mut live.sent_in);
         }
         let window = Window { share: port.share(), advertised: &mut live.advertised };
+        let calling = live.socket.tcp_ref().state() == State::SynSent;
         let mut device = Ingress::new(packet, outbox, path, key.is_v6(), &port.shape).with_window(window);
         port.iface.poll_ingress_single(now.into(), &mut device, &mut live.socket.set);
+        if calling && live.is_remembered(segment) {
+            // smoltcp has answered with RST, which ends what the guest remembers, and would say SYN again in a second.
+            live.socket.tcp().abort();
+            let _ = live.socket.tcp().connect(port.iface.context(), key.guest(), listen_on(&key));
+        }
         live.note_segment(segment, packet);
         flow.last_active = now;
         flow.last_heard = now;
@@ -420,8 +426,7 @@ impl Tcp {
         let Some(port) = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut) else {
             return false;
         };
-        let local =
-            IpListenEndpoint { addr: Some(flow.key.remote().ip().into()), port: flow.key.remote().port() };
+        let local = listen_on(&flow.key);
         let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
         Self::queue(port, flow, id);
         self.arm(now, id);
@@ -512,7 +517,7 @@ impl Tcp {
         } else {
             port.dialing -= 1;
         }
-        let local = IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() };
+        let local = listen_on(&key);
         if socket.tcp().listen(local).is_ok() {
             let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
             port.iface.poll_ingress_single(now.into(), &mut device, &mut socket.set);
@@ -861,6 +866,11 @@ impl Tcp {
     pub(crate) fn port_of(&self, id: FlowId) -> Option<PortId> {
         self.table.get(id).map(|f| f.key.port)
     }
+}
+
+/// smoltcp's name of our end of a flow.
+fn listen_on(key: &FlowKey) -> IpListenEndpoint {
+    IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() }
 }
 
 /// `a` comes after `b` in sequence space (RFC 9293 §3.4).
