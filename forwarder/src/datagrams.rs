@@ -29,33 +29,40 @@ mod linux {
 
     /// Room for one batch, used again and again; its pages come as datagrams need them.
     pub(crate) struct Receiver {
-        headers: MultiHeaders<SockaddrStorage>,
+        /// For sockets of IPv4 and of IPv6. The kernel leaves the length of the sender's address in the header, where the
+        /// next call takes it for the room there is: headers that have seen IPv4 have none for IPv6.
+        headers: [MultiHeaders<SockaddrStorage>; 2],
         buffer: Box<[u8]>,
     }
 
     impl Receiver {
         pub(crate) fn new() -> Self {
-            Self { headers: MultiHeaders::preallocate(BATCH, None), buffer: vec![0; BATCH * LARGEST].into() }
+            Self {
+                headers: std::array::from_fn(|_| MultiHeaders::preallocate(BATCH, None)),
+                buffer: vec![0; BATCH * LARGEST].into(),
+            }
         }
 
-        /// Hands what one call brings to `each`. False when there is nothing more for now.
+        /// Hands what one call brings to `each`. `v6`: the socket is of IPv6. False when there is nothing more for now.
         pub(crate) fn receive(
             &mut self,
             socket: &UdpSocket,
+            v6: bool,
             mut each: impl FnMut(SocketAddr, &[u8]),
         ) -> bool {
             let mut rooms = self.buffer.chunks_exact_mut(LARGEST);
             let mut slices: [[IoSliceMut<'_>; 1]; BATCH] =
                 std::array::from_fn(|_| [IoSliceMut::new(rooms.next().unwrap_or_default())]);
             let flags = MsgFlags::MSG_DONTWAIT;
-            match recvmmsg(socket.as_raw_fd(), &mut self.headers, &mut slices, flags, None) {
+            match recvmmsg(socket.as_raw_fd(), &mut self.headers[usize::from(v6)], &mut slices, flags, None) {
                 Ok(messages) => {
                     let mut count = 0;
                     for message in messages {
                         count += 1;
                         let from = message.address.as_ref().and_then(address);
-                        if let (Some(from), Some(bytes)) = (from, message.iovs().next()) {
-                            each(from, bytes);
+                        if let Some(from) = from {
+                            // An empty datagram has no slice.
+                            each(from, message.iovs().next().unwrap_or_default());
                         }
                     }
                     // Fewer than asked for: the queue is empty, and news comes as an event.
@@ -107,6 +114,7 @@ mod plain {
         pub(crate) fn receive(
             &mut self,
             socket: &UdpSocket,
+            _: bool,
             mut each: impl FnMut(SocketAddr, &[u8]),
         ) -> bool {
             match socket.recv_from(&mut self.0) {
@@ -138,11 +146,29 @@ mod tests {
         send_segments(&from, &bytes, 1200, to.local_addr().unwrap()).unwrap();
         let (mut receiver, mut got) = (Receiver::new(), Vec::new());
         // On loopback a datagram is there when `sendmsg` returns.
-        assert!(!receiver.receive(&to, |sender, bytes| {
+        assert!(!receiver.receive(&to, false, |sender, bytes| {
             assert_eq!(sender, from.local_addr().unwrap());
             got.push(bytes.to_vec());
         }));
         assert_eq!(got, bytes.chunks(1200).map(<[u8]>::to_vec).collect::<Vec<_>>());
-        assert!(!receiver.receive(&to, |_, _| panic!()));
+        assert!(!receiver.receive(&to, false, |_, _| panic!()));
+    }
+
+    #[test]
+    fn empty_datagrams_and_senders_of_both_families_are_seen() {
+        let bind = |ip: std::net::IpAddr| UdpSocket::bind(SocketAddr::new(ip, 0)).ok();
+        let mut receiver = Receiver::new();
+        for ip in ["127.0.0.1", "::1", "127.0.0.1", "::1"] {
+            let ip: std::net::IpAddr = ip.parse().unwrap();
+            // A host without IPv6 has no ::1.
+            let (Some(from), Some(to)) = (bind(ip), bind(ip)) else { continue };
+            for bytes in [&b"x"[..], b""] {
+                from.send_to(bytes, to.local_addr().unwrap()).unwrap();
+            }
+            let mut got = Vec::new();
+            receiver.receive(&to, ip.is_ipv6(), |sender, bytes| got.push((sender, bytes.len())));
+            let sender = from.local_addr().unwrap();
+            assert_eq!(got, [(sender, 1), (sender, 0)]);
+        }
     }
 }

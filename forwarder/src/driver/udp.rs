@@ -24,6 +24,7 @@ const TURN: usize = 4;
 struct BindingSocket {
     id: BindingId,
     socket: UdpSocket,
+    v6: bool,
     /// Whether the kernel and the route take segments; not asked again after the first refusal.
     segments: bool,
 }
@@ -87,7 +88,7 @@ impl UdpSockets {
         let Datagram { remote, payload, path, .. } = *datagram;
         match path {
             UdpPath::Client { listener, client } => {
-                if let Some(Some(Entrance { listener: Listener::Udp(socket), .. })) =
+                if let Some(Some(Entrance { listener: Listener::Udp(socket, _), .. })) =
                     entrances.get(listener as usize)
                     && let Err(error) = socket.send_to(payload, client)
                 {
@@ -158,7 +159,7 @@ impl UdpSockets {
             };
             let mut socket = UdpSocket::bind(any)?;
             registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
-            *at = Some(BindingSocket { id, socket, segments: true });
+            *at = Some(BindingSocket { id, socket, v6: remote.is_ipv6(), segments: true });
         }
         at.as_ref().map(|s| &s.socket).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
@@ -186,8 +187,9 @@ impl Driver {
         let Some(port) = self.stack.port_of_binding(at.id) else { return false };
         let Some(sink) = Self::sink(&mut self.links, port) else { return false };
         for n in 0..TURN {
-            let more = receiver
-                .receive(&at.socket, |from, bytes| self.stack.datagram_from_host(at.id, from, bytes, sink));
+            let more = receiver.receive(&at.socket, at.v6, |from, bytes| {
+                self.stack.datagram_from_host(at.id, from, bytes, sink)
+            });
             if !more {
                 return n > 0;
             }
@@ -199,7 +201,7 @@ impl Driver {
     /// Takes datagrams of one published port.
     pub(super) fn receive_published(&mut self, n: usize) -> bool {
         let Some(Some(entrance)) = self.entrances.get_mut(n) else { return false };
-        let Listener::Udp(socket) = &entrance.listener else { return false };
+        let Listener::Udp(socket, v6) = &entrance.listener else { return false };
         let Some(Some(port)) = self.published.get_mut(entrance.published) else { return false };
         let guest = match &port.guest {
             crate::publish::spec::GuestName::Address(ip) => Some(*ip),
@@ -208,7 +210,7 @@ impl Driver {
         let listener = u32::try_from(n).unwrap_or(u32::MAX);
         let (stack, links, now) = (&mut self.stack, &mut self.links, self.now);
         for n in 0..TURN {
-            let more = self.udp.receiver.receive(socket, |client, bytes| {
+            let more = self.udp.receiver.receive(socket, *v6, |client, bytes| {
                 port.accepted += 1;
                 let Some(ip) = guest else { return };
                 let Some(known) = stack.port_of_guest(ip) else { return };
