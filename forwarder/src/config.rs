@@ -157,10 +157,19 @@ pub enum LinkKind {
     Stdio,
     /// A tap device of the kernel.
     Tap,
+    /// Rings in the guest's memory.
+    #[cfg(target_os = "linux")]
+    VhostUser,
 }
 
 impl LinkKind {
-    const ALL: [Self; 3] = [Self::Qemu, Self::Stdio, Self::Tap];
+    const ALL: &'static [Self] = &[
+        Self::Qemu,
+        Self::Stdio,
+        Self::Tap,
+        #[cfg(target_os = "linux")]
+        Self::VhostUser,
+    ];
 
     /// As it is typed.
     #[must_use]
@@ -169,6 +178,8 @@ impl LinkKind {
             Self::Qemu => "qemu",
             Self::Stdio => "stdio",
             Self::Tap => "tap",
+            #[cfg(target_os = "linux")]
+            Self::VhostUser => "vhost-user",
         }
     }
 
@@ -178,6 +189,8 @@ impl LinkKind {
         match self {
             Self::Qemu => 65_520,
             Self::Stdio | Self::Tap => 1500,
+            #[cfg(target_os = "linux")]
+            Self::VhostUser => 1500,
         }
     }
 
@@ -186,6 +199,8 @@ impl LinkKind {
         match self {
             Self::Qemu => "qemu:unix:PATH, qemu:connect:unix:PATH or qemu:fd:N",
             Self::Stdio => "stdio alone",
+            #[cfg(target_os = "linux")]
+            Self::VhostUser => "vhost-user:unix:PATH, vhost-user:connect:unix:PATH or vhost-user:fd:N",
             Self::Tap => "tap:NAME or tap:NAME,netns=PATH or tap:NAME,netns=PID",
         }
     }
@@ -290,8 +305,8 @@ impl FromStr for LinkSpec {
         let mut parts = text.split(',');
         let place = parts.next().unwrap_or_default();
         let (kind, address) = place.split_once(':').unwrap_or((place, ""));
-        let kind = LinkKind::ALL.into_iter().find(|k| k.name() == kind).ok_or_else(|| {
-            let kinds = LinkKind::ALL.map(LinkKind::name).join(", ");
+        let kind = LinkKind::ALL.iter().copied().find(|k| k.name() == kind).ok_or_else(|| {
+            let kinds = LinkKind::ALL.iter().map(|k| k.name()).collect::<Vec<_>>().join(", ");
             format!("{kind:?} is not a kind of link ({kinds}); an example: qemu:unix:/run/user/1000/vm.sock")
         })?;
         let fault = || format!("{place:?} is not an address of a {} link: {}", kind.name(), kind.example());
@@ -300,6 +315,8 @@ impl FromStr for LinkSpec {
             LinkKind::Stdio => return Err(fault()),
             LinkKind::Tap => tap_address(address).ok_or_else(fault)?,
             LinkKind::Qemu => socket_address(address)?.ok_or_else(fault)?,
+            #[cfg(target_os = "linux")]
+            LinkKind::VhostUser => socket_address(address)?.ok_or_else(fault)?,
         };
         let mut link = Self { kind, address, name: None, mac: None, ip: None, mtu: None, isolate: false };
         for option in parts {

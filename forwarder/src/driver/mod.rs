@@ -233,8 +233,15 @@ impl Driver {
                 if let Some(link) = self.links.get_mut(n) {
                     let was_up = link.is_up();
                     let readable = event.is_readable() || event.is_error() || event.is_read_closed();
-                    link.note(event.token(), readable, event.is_writable(), self.poll.registry());
-                    self.note_link_up(n, was_up);
+                    match link.note(event.token(), readable, event.is_writable(), self.poll.registry()) {
+                        LinkState::Same => self.note_link_up(n, was_up),
+                        LinkState::Gone => self.take_down(n),
+                        LinkState::Restarted => {
+                            let (port, offload) = (link.port, link.offload());
+                            self.stack.port_down(port);
+                            self.stack.set_offload(self.now, port, offload);
+                        }
+                    }
                 }
             }
             Kind::Flow => {

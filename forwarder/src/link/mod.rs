@@ -16,10 +16,16 @@ pub mod stream;
 #[cfg(target_os = "linux")]
 pub mod tap;
 mod transmit;
+#[cfg(target_os = "linux")]
+pub mod vhost_user;
 pub mod vnet;
 
 use std::io;
+#[cfg(target_os = "linux")]
+use std::os::fd::AsRawFd;
 use std::os::fd::{OwnedFd, RawFd};
+#[cfg(target_os = "linux")]
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::net::UnixListener;
@@ -32,6 +38,8 @@ use self::stream::Stream;
 #[cfg(target_os = "linux")]
 use self::tap::Tap;
 pub use self::transmit::TransmitBuffer;
+#[cfg(target_os = "linux")]
+use self::vhost_user::{Changes, VhostUser};
 use crate::config::{LinkAddress, LinkConfig, LinkKind};
 use crate::unix_path;
 
@@ -70,6 +78,9 @@ pub enum Carrier {
     /// A tap device.
     #[cfg(target_os = "linux")]
     Tap(Box<Tap>),
+    /// Guest memory.
+    #[cfg(target_os = "linux")]
+    VhostUser(Box<VhostUser>),
 }
 
 impl Carrier {
@@ -78,6 +89,8 @@ impl Carrier {
             Self::Stream(s) => s.wants_receive(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.wants_receive(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.wants_receive(),
         }
     }
 
@@ -86,6 +99,8 @@ impl Carrier {
             Self::Stream(s) => s.receive(|frame| handle(frame, Offload::default())),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.receive(handle),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.receive(handle),
         }
     }
 
@@ -94,15 +109,8 @@ impl Carrier {
             Self::Stream(s) => s.flush(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.flush(),
-        }
-    }
-
-    /// Whether something was written that `flush` has to bring to the VMM.
-    fn is_waiting(&self) -> bool {
-        match self {
-            Self::Stream(s) => !s.transmit.is_empty(),
             #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.is_blocked(),
+            Self::VhostUser(v) => v.flush(),
         }
     }
 
@@ -111,6 +119,8 @@ impl Carrier {
             Self::Stream(s) => s.is_blocked(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.is_blocked(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.is_blocked(),
         }
     }
 
@@ -121,6 +131,8 @@ impl Carrier {
             Self::Stream(s) => s.transmit.written(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.written(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.written(),
         }
     }
 
@@ -130,6 +142,8 @@ impl Carrier {
             Self::Stream(_) => false,
             #[cfg(target_os = "linux")]
             Self::Tap(_) => true,
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.offload(),
         }
     }
 
@@ -138,6 +152,8 @@ impl Carrier {
             Self::Stream(s) => s.fds(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => (t.fd(), None),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => (v.control_fd(), None),
         }
     }
 
@@ -146,6 +162,9 @@ impl Carrier {
             Self::Stream(s) => s.note(readable, writable),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.note(readable, writable),
+            // Its news are messages and kicks: see `Link::note`.
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(_) => {}
         }
     }
 }
@@ -156,6 +175,8 @@ impl FrameSink for Carrier {
             Self::Stream(s) => s.transmit.has_room(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.has_room(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.has_room(),
         }
     }
 
@@ -164,6 +185,8 @@ impl FrameSink for Carrier {
             Self::Stream(s) => s.transmit.frame(len, offload, fill),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.frame(len, offload, fill),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.frame(len, offload, fill),
         }
     }
 }
@@ -183,6 +206,10 @@ pub struct Link {
     /// When to connect again.
     retry_at: Option<Instant>,
     counters: LinkCounters,
+    mtu: u16,
+    /// What is watched of a vhost-user front end beside its socket.
+    #[cfg(target_os = "linux")]
+    kicks: [Option<Arc<std::fs::File>>; 2],
     /// Whether nothing can attach any more.
     pub ended: bool,
 }
@@ -204,6 +231,9 @@ impl Tokens {
     const MAIN: usize = 1;
     /// The one it writes, where that is another.
     const WRITE: usize = 2;
+    /// The first of those on which a guest tells of news in its rings.
+    #[cfg(target_os = "linux")]
+    const KICK: usize = 3;
 
     const fn get(self, n: usize) -> Token {
         Token(self.first.0 + n * self.step)
@@ -217,6 +247,8 @@ pub enum LinkState {
     Same,
     /// The VMM is gone; its port is to be taken down.
     Gone,
+    /// The guest's driver started anew and may take other frames than before.
+    Restarted,
 }
 
 impl Link {
@@ -235,6 +267,9 @@ impl Link {
             tokens,
             retry_at: None,
             counters: LinkCounters::default(),
+            mtu: config.mtu,
+            #[cfg(target_os = "linux")]
+            kicks: [None, None],
             ended: false,
         };
         match &config.address {
@@ -307,6 +342,11 @@ impl Link {
         let carrier = match self.kind {
             LinkKind::Qemu => Carrier::Stream(Box::new(Stream::socket(fd, Prefix::Be32)?)),
             LinkKind::Stdio => Carrier::Stream(Box::new(Stream::socket(fd, Prefix::Le16)?)),
+            #[cfg(target_os = "linux")]
+            LinkKind::VhostUser => {
+                let stream = std::os::unix::net::UnixStream::from(fd);
+                Carrier::VhostUser(Box::new(VhostUser::new(stream, self.mtu)?))
+            }
             LinkKind::Tap => return Err(io::ErrorKind::Unsupported.into()),
         };
         self.attach(carrier, registry)
@@ -352,11 +392,54 @@ impl Link {
     }
 
     /// One of the link's descriptors has news.
-    pub fn note(&mut self, token: Token, readable: bool, writable: bool, registry: &Registry) {
+    pub fn note(&mut self, token: Token, readable: bool, writable: bool, registry: &Registry) -> LinkState {
         if token == self.tokens.get(Tokens::LISTENER) {
             self.accept(registry);
-        } else if let Some(carrier) = &mut self.carrier {
-            carrier.note(readable, writable);
+            return LinkState::Same;
+        }
+        match &mut self.carrier {
+            None => LinkState::Same,
+            #[cfg(target_os = "linux")]
+            Some(Carrier::VhostUser(front_end)) => {
+                let noted = if token == self.tokens.get(Tokens::MAIN) {
+                    front_end.handle_control()
+                } else {
+                    let ring = usize::from(token != self.tokens.get(Tokens::KICK));
+                    front_end.note_kick(ring).map(|()| Changes::default())
+                };
+                let noted = noted.and_then(|changes| self.watch_kicks(changes, registry));
+                noted.unwrap_or_else(|error| self.lost(&error))
+            }
+            Some(carrier) => {
+                carrier.note(readable, writable);
+                LinkState::Same
+            }
+        }
+    }
+
+    /// Watches the descriptors a front end has given for its rings, and no others.
+    #[cfg(target_os = "linux")]
+    fn watch_kicks(&mut self, changes: Changes, registry: &Registry) -> io::Result<LinkState> {
+        if changes.kicks
+            && let Some(Carrier::VhostUser(front_end)) = &self.carrier
+        {
+            let kicks = front_end.kicks();
+            self.forget_kicks(registry);
+            for (n, kick) in kicks.iter().enumerate() {
+                if let Some(kick) = kick {
+                    let token = self.tokens.get(Tokens::KICK + n);
+                    registry.register(&mut SourceFd(&kick.as_raw_fd()), token, Interest::READABLE)?;
+                }
+            }
+            self.kicks = kicks;
+        }
+        Ok(if changes.device { LinkState::Restarted } else { LinkState::Same })
+    }
+
+    #[cfg(target_os = "linux")]
+    fn forget_kicks(&mut self, registry: &Registry) {
+        for kick in self.kicks.iter_mut().filter_map(Option::take) {
+            let _ = registry.deregister(&mut SourceFd(&kick.as_raw_fd()));
         }
     }
 
@@ -383,6 +466,8 @@ impl Link {
     /// Forgets the VMM and makes ready for the next one.
     pub fn detach(&mut self, registry: &Registry) {
         self.counters = self.counters();
+        #[cfg(target_os = "linux")]
+        self.forget_kicks(registry);
         if let Some(carrier) = self.carrier.take() {
             let (main, write) = carrier.fds();
             for fd in std::iter::once(main).chain(write) {
@@ -427,12 +512,6 @@ impl Link {
             }
             Err(error) => self.lost(&error),
         }
-    }
-
-    /// Whether frames wait for `flush`.
-    #[must_use]
-    pub fn is_waiting(&self) -> bool {
-        self.carrier.as_ref().is_some_and(Carrier::is_waiting)
     }
 
     /// Brings what the stack wrote to the VMM, as far as that takes it.
