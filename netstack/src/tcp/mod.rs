@@ -21,6 +21,7 @@
 //! Limits: [`crate::Limits`] (`flows`, `dialing`, `dialing_loopback`, `resolving` and the times). Sources: RFC 9293,
 //! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp).
 
+mod clock;
 mod device;
 mod flow;
 mod table;
@@ -34,6 +35,7 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
+use self::clock::{engine_time, our_time};
 use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
 use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving};
@@ -142,7 +144,7 @@ impl Tcp {
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
         let mut shape = Shape { mtu, offload };
-        let mut iface = Interface::new(config, &mut shape, now.into());
+        let mut iface = Interface::new(config, &mut shape, engine_time(now));
         iface.set_any_ip(true);
         iface.update_ip_addrs(|addresses| {
             // The list holds two entries by default; any_ip makes the one address stand for all.
@@ -235,7 +237,7 @@ impl Tcp {
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let calling = live.socket.tcp_ref().state() == State::SynSent;
         let mut device = Ingress::new(packet, outbox, path, key.is_v6(), &port.shape).with_window(window);
-        port.iface.poll_ingress_single(now.into(), &mut device, &mut live.socket.set);
+        port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
         if calling && live.is_remembered(segment) {
             // smoltcp has answered with RST, which ends what the guest remembers, and would say SYN again in a second.
             live.socket.tcp().abort();
@@ -278,7 +280,7 @@ impl Tcp {
         if let Some(port) = self.port(port) {
             let v6 = packet.first().is_some_and(|b| b >> 4 == 6);
             let mut device = Ingress::new(packet, outbox, path, v6, &port.shape);
-            port.iface.poll_ingress_single(now.into(), &mut device, &mut port.nobody);
+            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut port.nobody);
         }
     }
 
@@ -520,7 +522,7 @@ impl Tcp {
         let local = listen_on(&key);
         if socket.tcp().listen(local).is_ok() {
             let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
-            port.iface.poll_ingress_single(now.into(), &mut device, &mut socket.set);
+            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut socket.set);
         }
         let mut live = Live::new(socket, Some(dialing.irs));
         live.begin_window(&dialing.syn);
@@ -687,7 +689,9 @@ impl Tcp {
         let mut device = Egress::new(sink, path, flow.key, &port.shape, window);
         let mut more = true;
         for _ in 0..TURN {
-            if port.iface.poll_egress(clock.into(), &mut device, &mut live.socket.set) == PollResult::None {
+            if port.iface.poll_egress(engine_time(clock), &mut device, &mut live.socket.set)
+                == PollResult::None
+            {
                 more = false;
                 break;
             }
@@ -742,10 +746,11 @@ impl Tcp {
         match &mut flow.life {
             Life::Live(live) => {
                 let port = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut);
-                if let Some(t) = port.and_then(|p| p.iface.poll_at(live.clock(now).into(), &live.socket.set))
+                if let Some(t) =
+                    port.and_then(|p| p.iface.poll_at(engine_time(live.clock(now)), &live.socket.set))
                     && live.time_wait_since.is_none()
                 {
-                    at = at.min(Instant::from(t));
+                    at = at.min(our_time(t));
                 }
             }
             Life::Resolving(r) => at = at.min(flow.created + Duration::from_secs(u64::from(r.asked))),
@@ -800,8 +805,8 @@ impl Tcp {
                         let due = {
                             let Life::Live(live) = &mut flow.life else { continue };
                             port.iface
-                                .poll_at(live.clock(now).into(), &live.socket.set)
-                                .is_some_and(|t| Instant::from(t) <= now)
+                                .poll_at(engine_time(live.clock(now)), &live.socket.set)
+                                .is_some_and(|t| our_time(t) <= now)
                         };
                         if due {
                             Self::queue(port, flow, id);
