@@ -263,3 +263,34 @@ fn a_published_connection_carries_bytes_both_ways_through_a_faulty_link() {
         assert_eq!(back.len(), data.len(), "seed {seed}");
     }
 }
+
+#[test]
+fn bytes_that_the_guest_dropped_behind_a_closed_window_are_sent_again() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.guest_sees();
+    assert_eq!(lab.host_writes(flow, &[7; 3000]), 3000);
+    lab.guest_sees();
+    // The guest keeps 1000 bytes, has no memory for the rest, and closes its window.
+    lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + 1000).window(0));
+    // Later it has memory again. Nothing but time tells that 2000 bytes were lost.
+    lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + 1000));
+    assert_eq!(lab.guest_sees(), []);
+    lab.after(ms(500));
+    let first = lab.guest_sees().into_iter().next();
+    assert!(matches!(&first, Some(Seen::Tcp { seq, .. }) if *seq == ack + 1000), "{first:?}");
+}
+
+#[test]
+fn a_lost_fin_is_sent_again_whatever_the_guest_acknowledges_twice() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.host_says(HostEvent::Eof { flow });
+    assert_eq!(lab.guest_sees_flags(), ["FA"]);
+    for _ in 0..5 {
+        lab.guest_sends(&segment("A", GUEST, FAR, seq, ack));
+    }
+    lab.guest_sees();
+    lab.after(ms(500));
+    assert_eq!(lab.guest_sees_flags().first(), Some(&"FA"));
+}

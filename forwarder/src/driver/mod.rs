@@ -275,8 +275,10 @@ impl Driver {
         let now = Clock::now();
         for n in 0..self.links.len() {
             let was_up = self.links[n].is_up();
-            self.links[n].tick(now, self.poll.registry());
-            self.note_link_up(n, was_up);
+            match self.links[n].tick(now, self.poll.registry()) {
+                LinkState::Gone => self.take_down(n),
+                LinkState::Same | LinkState::Restarted => self.note_link_up(n, was_up),
+            }
         }
     }
 

@@ -380,14 +380,26 @@ impl Link {
 
     /// When `tick` has something to do.
     #[must_use]
-    pub const fn wants_tick(&self) -> Option<Instant> {
-        self.retry_at
+    pub fn wants_tick(&self) -> Option<Instant> {
+        match &self.carrier {
+            #[cfg(target_os = "linux")]
+            Some(Carrier::VhostUser(front_end)) => front_end.wants_look(),
+            _ => self.retry_at,
+        }
     }
 
-    /// Connects again when it is time.
-    pub fn tick(&mut self, now: Instant, registry: &Registry) {
+    /// Does what it is time for: connects again, looks at rings again.
+    pub fn tick(&mut self, now: Instant, registry: &Registry) -> LinkState {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.connect(registry);
+        }
+        match &mut self.carrier {
+            #[cfg(target_os = "linux")]
+            Some(Carrier::VhostUser(front_end)) if front_end.wants_look().is_some_and(|at| at <= now) => {
+                let looked = front_end.look_again();
+                looked.map_or_else(|error| self.lost(&error), |()| LinkState::Same)
+            }
+            _ => LinkState::Same,
         }
     }
 

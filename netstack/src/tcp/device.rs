@@ -202,6 +202,7 @@ impl<S: FrameSink> TxToken for Slot<'_, S> {
                 wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
             }
             if let Some(segment) = packet.get_mut(out.ip()..) {
+                advertised.note_sent(segment);
                 advertised.curb(share, segment, !out.offload);
             }
             result

@@ -174,12 +174,24 @@ pub(super) struct Live {
     pub(super) ending: Ending,
     pub(super) time_wait_since: Option<Instant>,
     pub(super) advertised: Advertised,
+    /// What the guest acknowledged last.
+    acknowledged: Option<Wrapping<u32>>,
     /// How often our SYN met a connection that the guest still remembered.
     remembered: u8,
     /// What the guest sent last is acknowledged without delay.
     ack_now: bool,
     /// When it was last counted among the senders.
     pub(super) sent_in: u64,
+}
+
+/// What smoltcp sees of a segment.
+pub(super) enum Shown {
+    /// All of it.
+    Whole,
+    /// Another packet.
+    Instead(Vec<u8>),
+    /// Nothing; it says nothing new.
+    Nothing,
 }
 
 impl Live {
@@ -194,6 +206,7 @@ impl Live {
             ending: Ending::Not,
             time_wait_since: None,
             advertised: Advertised::default(),
+            acknowledged: None,
             remembered: 0,
             ack_now: false,
             sent_in: 0,
@@ -228,6 +241,32 @@ impl Live {
             return Err(DropReason::BeyondWindow);
         }
         Ok(())
+    }
+
+    /// What smoltcp is to see of `segment`, which it admits.
+    ///
+    /// smoltcp 0.14 has one timer, and loses the one that sends again what got lost in two cases, after which a flow stands
+    /// still for ever: when the guest closes its window while bytes are under way (the zero-window probe's timer takes its
+    /// place, and is stopped when the window opens), and at the third duplicate ACK when only a FIN is under way. Both happen
+    /// with guests that drop what they have no memory for. So a window is never quite closed while bytes are under way, which
+    /// hold it anyway; and duplicate ACKs of a FIN's predecessor are not shown.
+    pub(super) fn shown(&mut self, segment: &Segment, packet: &[u8]) -> Shown {
+        let Some((ack, window)) = tcp::acknowledged(wire::transport(packet)) else { return Shown::Whole };
+        let again = self.acknowledged.replace(ack) == Some(ack);
+        let under_way = self.advertised.in_flight(ack);
+        let alone = segment.payload == 0 && !segment.has(tcp::FIN);
+        if again && alone && under_way == 1 && self.socket.tcp_ref().send_queue() == 0 {
+            return Shown::Nothing;
+        }
+        if window == 0 && under_way > 0 {
+            let mut copy = packet.to_vec();
+            let header = packet.len() - wire::transport(packet).len();
+            if let Some(segment) = copy.get_mut(header..) {
+                tcp::set_window(segment, 1, true);
+            }
+            return Shown::Instead(copy);
+        }
+        Shown::Whole
     }
 
     /// Ends a socket that listens: the guest reset its handshake, or smoltcp did not take its SYN. smoltcp would wait

@@ -38,7 +38,7 @@ use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 use self::clock::{engine_time, our_time};
 use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
-use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving};
+use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving, Shown};
 use self::table::{FlowTable, SocketPool};
 use self::window::Senders;
 use crate::config::Limits;
@@ -234,9 +234,18 @@ impl Tcp {
         if segment.payload > 0 {
             port.senders.note(now, &mut live.sent_in);
         }
+        let instead;
+        let shown = match live.shown(segment, packet) {
+            Shown::Whole => packet,
+            Shown::Instead(other) => {
+                instead = other;
+                &instead[..]
+            }
+            Shown::Nothing => return Verdict::Done(Ok(())),
+        };
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let calling = live.socket.tcp_ref().state() == State::SynSent;
-        let mut device = Ingress::new(packet, outbox, path, key.is_v6(), &port.shape).with_window(window);
+        let mut device = Ingress::new(shown, outbox, path, key.is_v6(), &port.shape).with_window(window);
         port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
         if calling && live.is_remembered(segment) {
             // smoltcp has answered with RST, which ends what the guest remembers, and would say SYN again in a second.

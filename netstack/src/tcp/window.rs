@@ -57,6 +57,8 @@ pub(super) struct Advertised {
     shift: Option<u8>,
     /// The first sequence number beyond what the guest was told it may send.
     edge: Option<Wrapping<u32>>,
+    /// The first sequence number beyond what was sent to it, FIN included.
+    sent: Option<Wrapping<u32>>,
 }
 
 impl Advertised {
@@ -64,8 +66,25 @@ impl Advertised {
     pub(super) fn begin(&mut self, segment: &[u8], capacity: usize) {
         // As smoltcp's `Socket::new`: as little as makes the whole ring fit into 16 bits.
         let shift = (usize::BITS - capacity.leading_zeros()).saturating_sub(16);
-        *self =
-            Self { shift: u8::try_from(shift).ok().filter(|_| wire::offers_scaling(segment)), edge: None };
+        *self = Self {
+            shift: u8::try_from(shift).ok().filter(|_| wire::offers_scaling(segment)),
+            edge: None,
+            sent: self.sent,
+        };
+    }
+
+    /// Notes an outgoing segment.
+    pub(super) fn note_sent(&mut self, segment: &[u8]) {
+        if let Some(end) = wire::sequence_end(segment)
+            && self.sent.is_none_or(|sent| after(end, sent))
+        {
+            self.sent = Some(end);
+        }
+    }
+
+    /// The sequence numbers that are under way when the guest has acknowledged `ack`.
+    pub(super) fn in_flight(&self, ack: Wrapping<u32>) -> u32 {
+        self.sent.filter(|sent| after(*sent, ack)).map_or(0, |sent| (sent - ack).0)
     }
 
     /// Puts no more than `share` bytes into the window of an outgoing segment. `checksummed`: its checksum covers the

@@ -96,6 +96,15 @@ pub fn acknowledged(segment: &[u8]) -> Option<(Wrapping<u32>, u16)> {
         .then(|| (Wrapping(u32::from_be_bytes([a0, a1, a2, a3])), u16::from_be_bytes([w0, w1])))
 }
 
+/// The sequence number behind a segment: its payload, SYN and FIN counted (RFC 9293 §3.4). `None` when it is cut off.
+#[must_use]
+pub fn sequence_end(segment: &[u8]) -> Option<Wrapping<u32>> {
+    let (&[_, _, _, _, s0, s1, s2, s3, _, _, _, _, offset, flags], _) = segment.split_first_chunk()?;
+    let payload = segment.len().checked_sub(usize::from(offset >> 4) * 4)?;
+    let counted = u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
+    Some(Wrapping(u32::from_be_bytes([s0, s1, s2, s3])) + Wrapping(u32::try_from(payload).ok()? + counted))
+}
+
 /// Changes the window of a segment, and with `checksummed` the checksum to match (RFC 1624, equation 3).
 pub fn set_window(segment: &mut [u8], window: u16, checksummed: bool) {
     let Some([w0, w1, c0, c1]) = segment.get_mut(14..18) else { return };

@@ -129,6 +129,11 @@ impl Segment {
         self
     }
 
+    pub fn window(mut self, window: u16) -> Self {
+        self.window = window;
+        self
+    }
+
     pub fn frame(&self, mac: Mac) -> Vec<u8> {
         let mut b = PacketBuilder::ethernet2(mac.0, GATEWAY_MAC.0)
             .ipv4(self.from.ip().octets(), self.to.ip().octets(), 64)

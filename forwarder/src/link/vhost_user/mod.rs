@@ -27,7 +27,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use portway_netstack::{FrameSink, Offload};
@@ -51,6 +51,8 @@ const FRAMES: u64 = 64;
 const BYTES: u64 = 512 * 1024;
 /// How long the front end may take for one message once it has begun.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// How long after something moved [`VhostUser::look_again`] looks.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// What changed by the front end's messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -89,6 +91,8 @@ pub struct VhostUser {
     dropped: u64,
     /// What `frame`, which cannot fail, found wrong; `flush` says it.
     fault: Option<io::Error>,
+    /// When to look again whether guest and device wait for each other.
+    look_at: Option<Instant>,
 }
 
 impl std::fmt::Debug for VhostUser {
@@ -96,7 +100,11 @@ impl std::fmt::Debug for VhostUser {
         let features = format_args!("{:#x}", self.features);
         f.debug_struct("VhostUser")
             .field("features", &features)
+            .field("rings", &self.rings)
             .field("posted", &self.posted.len())
+            .field("posted_bytes", &self.posted_bytes)
+            .field("readable", &self.readable)
+            .field("dropped", &self.dropped)
             .finish_non_exhaustive()
     }
 }
@@ -128,6 +136,7 @@ impl VhostUser {
             written: (0, 0),
             dropped: 0,
             fault: None,
+            look_at: None,
         })
     }
 
@@ -238,6 +247,42 @@ impl VhostUser {
         if self.offload() { LARGEST } else { vnet::LEN + 14 + 4 + usize::from(self.mtu) }
     }
 
+    /// When [`Self::look_again`] has something to do.
+    #[must_use]
+    pub const fn wants_look(&self) -> Option<Instant> {
+        self.look_at
+    }
+
+    /// Looks for news that nobody told of. Guest and device each write what they wait for and then look whether it has
+    /// come already; that needs a barrier between the two on both sides, and QEMU's TCG gives a guest with one CPU none
+    /// (it leaves barriers out where it runs one thread). Without this look a stream could stop for good.
+    ///
+    /// # Errors
+    /// When a ring is broken.
+    pub fn look_again(&mut self) -> io::Result<()> {
+        self.look_at = None;
+        if let Some(ring) = &mut self.rings[FROM_GUEST] {
+            if !self.readable && ring.has_available()? {
+                tracing::debug!("a kick was lost");
+                self.readable = true;
+            }
+            if ring.remind()? {
+                tracing::debug!("an interrupt of the transmit ring was lost");
+            }
+        }
+        if let Some(ring) = &mut self.rings[TO_GUEST]
+            && ring.remind()?
+        {
+            tracing::debug!("an interrupt of the receive ring was lost");
+        }
+        let before = self.posted_bytes;
+        self.refill()?;
+        if self.posted_bytes > before {
+            tracing::debug!("a kick of the receive ring was lost");
+        }
+        Ok(())
+    }
+
     // ---- from the guest ----
 
     /// Whether `receive` may have frames.
@@ -280,7 +325,10 @@ impl VhostUser {
                 None => self.dropped += 1,
             }
         }
-        ring.publish()?;
+        if batch.frames > 0 {
+            ring.publish()?;
+            self.look_at = Some(Instant::now() + LOOK);
+        }
         self.readable = batch.more;
         Ok(batch)
     }
@@ -355,8 +403,10 @@ impl VhostUser {
         if let Some(fault) = self.fault.take() {
             return Err(fault);
         }
-        if let Some(ring) = &mut self.rings[TO_GUEST] {
-            ring.publish()?;
+        if let Some(ring) = &mut self.rings[TO_GUEST]
+            && ring.publish()?
+        {
+            self.look_at = Some(Instant::now() + LOOK);
         }
         if self.has_room() { Ok(()) } else { self.refill() }
     }

@@ -30,6 +30,21 @@ pub(super) struct Ring {
     published: Wrapping<u16>,
     /// Where `published` was when the guest was last asked whether it wants to know.
     asked: Wrapping<u16>,
+    /// Where it was when the guest was last told.
+    told: Wrapping<u16>,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring")
+            .field("size", &self.queue.size())
+            .field("next_available", &self.queue.next_avail())
+            .field("available", &self.queue.avail_idx(&self.memory, Ordering::Acquire).ok())
+            .field("next_used", &self.next_used)
+            .field("published", &self.published)
+            .field("used_event", &self.used_event().ok())
+            .finish_non_exhaustive()
+    }
 }
 
 fn broken(what: impl std::fmt::Display) -> io::Error {
@@ -73,6 +88,7 @@ impl Ring {
             next_used: used,
             published: used,
             asked: used,
+            told: used,
         }))
     }
 
@@ -114,37 +130,78 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes what was put visible, and tells the guest if it wants to know.
+    /// Whether the guest made more available than was taken.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub(super) fn has_available(&self) -> io::Result<bool> {
+        let index = self.queue.avail_idx(&self.memory, Ordering::Acquire).map_err(broken)?;
+        Ok(index.0 != self.queue.next_avail())
+    }
+
+    /// Tells the guest of what is published once more, if it still waits for that. True when it did.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub(super) fn remind(&mut self) -> io::Result<bool> {
+        let waits = match self.used_event()? {
+            // It waits for an entry that it could have had since the last time it was told.
+            Some(event) => {
+                self.told != self.published
+                    && self.published - event - Wrapping(1) < self.published - self.told
+            }
+            None => false,
+        };
+        if waits {
+            self.tell();
+        }
+        Ok(waits)
+    }
+
+    fn tell(&mut self) {
+        self.told = self.published;
+        if let Some(call) = &self.call {
+            // A full counter (EAGAIN) has the guest woken already.
+            let _ = nix::unistd::write(call, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Makes what was put visible, and tells the guest if it wants to know. False: there was nothing.
     ///
     /// # Errors
     /// When the ring cannot be read or written.
-    pub(super) fn publish(&mut self) -> io::Result<()> {
+    pub(super) fn publish(&mut self) -> io::Result<bool> {
         if self.published == self.next_used {
-            return Ok(());
+            return Ok(false);
         }
         self.published = self.next_used;
         let index = GuestAddress(self.queue.used_ring()).unchecked_add(2);
         self.memory.store(self.published.0.to_le(), index, Ordering::Release).map_err(broken)?;
         // What the guest wants is read after it can see the entries (virtio 1.2, §2.7.7.2).
         fence(Ordering::SeqCst);
-        if self.wants_interrupt()?
-            && let Some(call) = &self.call
-        {
-            // A full counter (EAGAIN) has the guest woken already.
-            let _ = nix::unistd::write(call, &1u64.to_ne_bytes());
+        let wanted = match self.used_event()? {
+            Some(event) => self.published - event - Wrapping(1) < self.published - self.asked,
+            None => self.load(0)? & NO_INTERRUPT == 0,
+        };
+        self.asked = self.published;
+        if wanted {
+            self.tell();
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn wants_interrupt(&mut self) -> io::Result<bool> {
-        let available = GuestAddress(self.queue.avail_ring());
-        let load = |at| self.memory.load(at, Ordering::Relaxed).map(u16::from_le).map_err(broken);
+    /// A u16 of the available ring, `offset` bytes behind its start.
+    fn load(&self, offset: u64) -> io::Result<u16> {
+        let at = GuestAddress(self.queue.avail_ring()).unchecked_add(offset);
+        self.memory.load(at, Ordering::Relaxed).map(u16::from_le).map_err(broken)
+    }
+
+    /// The used entry after which the guest wants to be told, with `EVENT_IDX`.
+    fn used_event(&self) -> io::Result<Option<Wrapping<u16>>> {
         if !self.event_idx {
-            return Ok(load(available)? & NO_INTERRUPT == 0);
+            return Ok(None);
         }
-        let event = Wrapping(load(available.unchecked_add(4 + 2 * u64::from(self.queue.size())))?);
-        let since = std::mem::replace(&mut self.asked, self.published);
-        Ok(self.published - event - Wrapping(1) < self.published - since)
+        self.load(4 + 2 * u64::from(self.queue.size())).map(|event| Some(Wrapping(event)))
     }
 
     /// Asks the guest to tell when it makes more available. True when it already has.
