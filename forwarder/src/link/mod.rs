@@ -12,6 +12,8 @@
 //! a TCP segment of ours: when the VMM does not read, the sink has no room, and the stack waits.
 
 pub mod framing;
+#[cfg(target_os = "linux")]
+pub mod packets;
 pub mod stream;
 #[cfg(target_os = "linux")]
 pub mod tap;
