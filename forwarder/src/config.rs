@@ -155,6 +155,14 @@ pub enum LinkKind {
     Qemu,
     /// Standard input and output, a u16 length before each frame.
     Stdio,
+    /// vpnkit's handshake, then a u16 length before each frame; several VMs on one socket.
+    Vpnkit,
+    /// A datagram socket, a frame each.
+    #[cfg(target_os = "linux")]
+    Dgram,
+    /// A sequenced-packet socket, a frame each.
+    #[cfg(target_os = "linux")]
+    Seqpacket,
     /// A tap device of the kernel.
     Tap,
     /// Rings in the guest's memory.
@@ -166,7 +174,12 @@ impl LinkKind {
     const ALL: &'static [Self] = &[
         Self::Qemu,
         Self::Stdio,
+        Self::Vpnkit,
         Self::Tap,
+        #[cfg(target_os = "linux")]
+        Self::Dgram,
+        #[cfg(target_os = "linux")]
+        Self::Seqpacket,
         #[cfg(target_os = "linux")]
         Self::VhostUser,
     ];
@@ -177,6 +190,11 @@ impl LinkKind {
         match self {
             Self::Qemu => "qemu",
             Self::Stdio => "stdio",
+            Self::Vpnkit => "vpnkit",
+            #[cfg(target_os = "linux")]
+            Self::Dgram => "dgram",
+            #[cfg(target_os = "linux")]
+            Self::Seqpacket => "seqpacket",
             Self::Tap => "tap",
             #[cfg(target_os = "linux")]
             Self::VhostUser => "vhost-user",
@@ -188,9 +206,20 @@ impl LinkKind {
     const fn mtu(self) -> u16 {
         match self {
             Self::Qemu => 65_520,
-            Self::Stdio | Self::Tap => 1500,
+            Self::Stdio | Self::Tap | Self::Vpnkit => 1500,
+            #[cfg(target_os = "linux")]
+            Self::Dgram | Self::Seqpacket => 1500,
             #[cfg(target_os = "linux")]
             Self::VhostUser => 1500,
+        }
+    }
+
+    /// Whether there are VMMs that offload on links of this kind without a header (libkrun).
+    const fn may_offload(self) -> bool {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Dgram => true,
+            _ => matches!(self, Self::Qemu),
         }
     }
 
@@ -199,6 +228,11 @@ impl LinkKind {
         match self {
             Self::Qemu => "qemu:unix:PATH, qemu:connect:unix:PATH or qemu:fd:N",
             Self::Stdio => "stdio alone",
+            Self::Vpnkit => "vpnkit:unix:PATH or vpnkit:fd:N",
+            #[cfg(target_os = "linux")]
+            Self::Dgram => "dgram:unix:PATH, dgram:connect:unix:PATH or dgram:fd:N",
+            #[cfg(target_os = "linux")]
+            Self::Seqpacket => "seqpacket:unix:PATH, seqpacket:connect:unix:PATH or seqpacket:fd:N",
             #[cfg(target_os = "linux")]
             Self::VhostUser => "vhost-user:unix:PATH, vhost-user:connect:unix:PATH or vhost-user:fd:N",
             Self::Tap => "tap:NAME or tap:NAME,netns=PATH or tap:NAME,netns=PID",
@@ -230,6 +264,8 @@ pub struct LinkConfig {
     pub mtu: u16,
     /// Whether other guests are out of its reach.
     pub isolate: bool,
+    /// Whether the guest leaves sums and segments to us without a header that says so (libkrun).
+    pub offload: bool,
 }
 
 /// Where a VMM is met.
@@ -277,6 +313,7 @@ pub struct LinkSpec {
     ip: Option<Ipv4Addr>,
     mtu: Option<u16>,
     isolate: bool,
+    offload: bool,
 }
 
 macro_rules! from_string {
@@ -314,11 +351,14 @@ impl FromStr for LinkSpec {
             LinkKind::Stdio if address.is_empty() => LinkAddress::Stdio,
             LinkKind::Stdio => return Err(fault()),
             LinkKind::Tap => tap_address(address).ok_or_else(fault)?,
-            LinkKind::Qemu => socket_address(address)?.ok_or_else(fault)?,
+            LinkKind::Qemu | LinkKind::Vpnkit => socket_address(address)?.ok_or_else(fault)?,
             #[cfg(target_os = "linux")]
-            LinkKind::VhostUser => socket_address(address)?.ok_or_else(fault)?,
+            LinkKind::VhostUser | LinkKind::Dgram | LinkKind::Seqpacket => {
+                socket_address(address)?.ok_or_else(fault)?
+            }
         };
-        let mut link = Self { kind, address, name: None, mac: None, ip: None, mtu: None, isolate: false };
+        let (isolate, offload) = (false, false);
+        let mut link = Self { kind, address, name: None, mac: None, ip: None, mtu: None, isolate, offload };
         for option in parts {
             let (key, value) =
                 option.split_once('=').ok_or_else(|| format!("{option:?} is not KEY=VALUE"))?;
@@ -331,6 +371,7 @@ impl FromStr for LinkSpec {
                 "mtu" => link.mtu = Some(mtu_of(value)?),
                 "isolate" => link.isolate = switch(key, value)?,
                 "netns" => link.enter(value)?,
+                "offload" if kind.may_offload() => link.offload = switch(key, value)?,
                 "offload" => return Err(format!("offload= is not an option of a {} link", kind.name())),
                 _ => {
                     return Err(format!(
@@ -634,9 +675,9 @@ impl TryFrom<Settings> for Config {
             if links.iter().any(twice) {
                 return Err(bad("--link", "two links have the same address or name"));
             }
-            let LinkSpec { kind, address, name, ip, isolate, .. } = link;
+            let LinkSpec { kind, address, name, ip, isolate, offload, .. } = link;
             let mtu = link.mtu.or(s.mtu).unwrap_or(kind.mtu());
-            links.push(LinkConfig { kind, address, name, ip, mtu, isolate });
+            links.push(LinkConfig { kind, address, name, ip, mtu, isolate, offload });
         }
         for (n, lease) in static_lease.iter().enumerate() {
             usable("--static-lease", lease.ip)?;
@@ -760,6 +801,7 @@ mod tests {
             ("link = [\"stdio:1\"]", "is not an address of a stdio link"),
             ("link = [\"tap:a-very-long-device\"]", "is not an address of a tap link"),
             ("link = [\"qemu:unix:/x,netns=1\"]", "netns= is an option of tap links alone"),
+            ("link = [\"tap:tap0,offload=on\"]", "offload= is not an option of a tap link"),
             ("link = [\"qemu:unix:/x,isolate=yes\"]", "isolate=yes is neither on nor off"),
             ("link = [\"wire:unix:/x\"]", "is not a kind of link"),
             ("link = [\"qemu:tcp:1.2.3.4:5\"]", "is not an address of a qemu link"),

@@ -39,6 +39,25 @@ pub(crate) fn listen(path: &Path, mode: u32) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// As [`listen`], on a socket of type `kind`.
+///
+/// # Errors
+/// As [`listen`].
+pub(crate) fn listen_as(path: &Path, mode: u32, kind: socket2::Type) -> io::Result<socket2::Socket> {
+    if kind == socket2::Type::STREAM {
+        return listen(path, mode).map(Into::into);
+    }
+    let socket = || socket2::Socket::new(socket2::Domain::UNIX, kind, None);
+    let address = socket2::SockAddr::unix(path)?;
+    clear(path, |_| socket()?.connect(&address))?;
+    let listener = socket()?;
+    let bound = listener.bind(&address).and_then(|()| listener.listen(16));
+    bound.map_err(|e| io::Error::new(e.kind(), format!("{}: cannot listen there: {e}", path.display())))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -104,6 +104,7 @@ pub fn whole(frame: &[u8], offload: Offload, sink: &mut impl FrameSink) -> Resul
     let Some(segments) = offload.segments else {
         return put(sink, frame.len(), |out| {
             out.copy_from_slice(frame);
+            begin_sum(out, checksum);
             wire::finish_checksum(out, start, offset);
         });
     };
@@ -121,6 +122,33 @@ pub fn whole(frame: &[u8], offload: Offload, sink: &mut impl FrameSink) -> Resul
         })?;
     }
     Ok(())
+}
+
+/// Writes the pseudo-header's sum where it belongs, whatever stood there: a guest's word is not taken for it.
+pub(crate) fn begin_sum(frame: &mut [u8], checksum: PartialChecksum) {
+    let (start, offset) = (usize::from(checksum.start), usize::from(checksum.offset));
+    let protocol = if offset == 16 { ipv4::TCP } else { ipv4::UDP };
+    if let (Some(packet), Some(header)) =
+        (frame.get_mut(ethernet::HEADER..), start.checked_sub(ethernet::HEADER))
+    {
+        wire::partial_checksum(packet, header, protocol, offset);
+    }
+}
+
+/// What is true of a frame on a link whose guest leaves sums and segments to us and says so by no header (libkrun): every
+/// sum is open, and a TCP segment larger than a frame of `mtu` bytes stands for several.
+#[must_use]
+pub fn implied(frame: &[u8], mtu: u16) -> Offload {
+    let Some(layout) = layout(frame) else { return Offload::default() };
+    let position = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
+    let tcp = layout.protocol == ipv4::TCP;
+    let start = position(layout.transport);
+    let checksum = Some(PartialChecksum { start, offset: if tcp { 16 } else { 6 } });
+    let room = (usize::from(mtu) + ethernet::HEADER).saturating_sub(layout.headers);
+    let large = tcp && room > 0 && frame.len() - layout.headers > room;
+    let kind = if layout.v6 { SegmentKind::Tcp6 } else { SegmentKind::Tcp4 };
+    let segments = large.then(|| Segments { kind, size: position(room), headers: position(layout.headers) });
+    Offload { checksum, segments }
 }
 
 fn put(sink: &mut impl FrameSink, len: usize, fill: impl FnOnce(&mut [u8])) -> Result<(), DropReason> {
@@ -254,6 +282,26 @@ mod tests {
         whole(&frame, offload, &mut wire).unwrap();
         assert!(is_summed(&wire.0[0].0));
         assert!(!is_summed(&frame));
+    }
+
+    #[test]
+    fn without_a_header_the_frame_itself_says_what_is_left_to_do() {
+        let (frame, _) = large(4000, tcp::ACK);
+        let offload = implied(&frame, 1500);
+        assert_eq!(checked(&frame, offload), Ok(offload));
+        assert_eq!(largest_packet(&frame, offload), 1500);
+        let mut wire = Wire(Vec::new());
+        whole(&frame, offload, &mut wire).unwrap();
+        assert!(wire.0.len() == 3 && wire.0.iter().all(|(f, _)| is_summed(f)));
+        let small = large(100, tcp::ACK).0;
+        let mut wire = Wire(Vec::new());
+        for _ in 0..2 {
+            // A sum that is there already is made anew, and comes out the same.
+            let frame = wire.0.pop().map_or(small.clone(), |(f, _)| f);
+            whole(&frame, implied(&frame, 1500), &mut wire).unwrap();
+            assert!(is_summed(&wire.0[0].0));
+        }
+        assert_eq!(implied(&[0; 60], 1500), Offload::default());
     }
 
     #[test]

@@ -23,10 +23,10 @@ use std::sync::mpsc;
 use std::time::Instant as Clock;
 
 use mio::{Events, Poll, Token};
-use portway_netstack::{FlowId, Forward, Handled, Instant, Netstack, PortConfig, PortId, StackConfig};
+use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
 use self::udp::UdpSockets;
-use crate::config::Config;
+use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
 use crate::host::HostFlow;
 use crate::link::{Carrier, Link, LinkState, Tokens};
@@ -54,6 +54,9 @@ const READS: usize = 8;
 
 /// Turns of the pump before events are looked at again.
 const TURNS: usize = 8;
+
+/// VMs beyond the first that the listeners of `vpnkit` links may have together.
+const ARRIVALS: usize = 64;
 
 /// What a token stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +99,8 @@ pub struct Driver {
     started: Clock,
     now: Instant,
     links: Vec<Link>,
+    /// As they were configured; links that came to the listener of another are not among them.
+    link_configs: Vec<LinkConfig>,
     /// By flow slot.
     flows: Vec<Option<HostFlow>>,
     /// Flows with news from their sockets.
@@ -160,6 +165,7 @@ impl Driver {
             started,
             now: Instant::ZERO,
             links,
+            link_configs: config.links.clone(),
             flows: Vec::new(),
             ready: VecDeque::new(),
             udp: UdpSockets::new(),
@@ -236,12 +242,9 @@ impl Driver {
                     match link.note(event.token(), readable, event.is_writable(), self.poll.registry()) {
                         LinkState::Same => self.note_link_up(n, was_up),
                         LinkState::Gone => self.take_down(n),
-                        LinkState::Restarted => {
-                            let (port, offload) = (link.port, link.offload());
-                            self.stack.port_down(port);
-                            self.stack.set_offload(self.now, port, offload);
-                        }
+                        LinkState::Restarted => self.restart(n),
                     }
+                    self.welcome(n);
                 }
             }
             Kind::Flow => {
@@ -353,8 +356,55 @@ impl Driver {
         udp.flush();
         if state == LinkState::Gone {
             self.take_down(n);
+        } else if let Some(hello) = self.links[n].take_hello() {
+            let answer = self.admit(hello);
+            if self.links[n].answer(answer) == LinkState::Gone {
+                self.take_down(n);
+            }
         }
         true
+    }
+
+    /// The MAC of a guest that came by a handshake, or why it may not come in.
+    fn admit(&mut self, hello: crate::link::vpnkit::Hello) -> Result<Mac, String> {
+        let mac = hello.mac();
+        if let Some(ip) = hello.address {
+            self.stack.prefer_address(self.now, mac, ip).map_err(|e| e.to_string())?;
+        }
+        Ok(mac)
+    }
+
+    /// Makes links of the VMs that came to the listener of link `n`.
+    fn welcome(&mut self, n: usize) {
+        while let Some(fd) = self.links[n].take_arrival() {
+            let Some(config) = self.link_configs.get(n) else { return };
+            // The place of one that is gone, or a new one.
+            let configured = self.link_configs.len();
+            let place = (configured..self.links.len()).find(|i| self.links[*i].ended);
+            if place.is_none() && self.links.len() - configured >= ARRIVALS {
+                tracing::warn!(most = ARRIVALS, "too many VMs on one listener: one was sent away");
+                continue;
+            }
+            let index = place.unwrap_or(self.links.len());
+            let port = match place {
+                Some(i) => self.links[i].port,
+                None => {
+                    let isolate = config.isolate;
+                    let port = PortConfig { name: None, mtu: config.mtu, address: None, isolate };
+                    self.stack.add_port(self.now, port, false)
+                }
+            };
+            let tokens = Tokens { first: token(Kind::Link, index * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
+            match Link::arrived(config, port, tokens, fd, self.poll.registry()) {
+                Ok(link) if index < self.links.len() => self.links[index] = link,
+                Ok(link) => self.links.push(link),
+                Err(error) => {
+                    tracing::warn!(%error, "a VMM could not be attached");
+                    continue;
+                }
+            }
+            self.note_link_up(index, false);
+        }
     }
 
     /// Writes link `n` until the stack has nothing more or the VMM takes no more.
@@ -369,14 +419,28 @@ impl Driver {
             let more = wanted && self.stack.poll_transmit(self.now, port, sink);
             // A carrier that writes at once has nothing waiting, and has moved all the same.
             moved |= sink.written() != before;
-            if link.flush() == LinkState::Gone {
-                self.take_down(n);
-                return true;
+            match link.flush() {
+                LinkState::Same => {}
+                LinkState::Gone => {
+                    self.take_down(n);
+                    return true;
+                }
+                LinkState::Restarted => {
+                    self.restart(n);
+                    return true;
+                }
             }
             if !more || link.is_blocked() {
                 return moved;
             }
         }
+    }
+
+    /// Another guest is behind link `n` than before, or the same with other features.
+    fn restart(&mut self, n: usize) {
+        let (port, offload) = (self.links[n].port, self.links[n].offload());
+        self.stack.port_down(port);
+        self.stack.set_offload(self.now, port, offload);
     }
 
     fn take_down(&mut self, n: usize) {

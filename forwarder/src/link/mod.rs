@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            ┌─ Stream     qemu, vpnkit, stdio   lengths and frames on a byte stream
-//!  Link ─ Carrier ─ Packets    dgram, seqpacket  a frame per datagram
+//!  Link ─ Carrier ─ Packets    dgram, seqpacket      a frame per datagram
 //!    │       ├─ Tap        tap                   a virtio-net header and a frame per system call
 //!    │       └─ VhostUser  vhost-user            descriptors in the guest's own memory
 //!    └─ where the VMM is met: listener, connect and connect again, descriptor, device
@@ -21,27 +21,28 @@ mod transmit;
 #[cfg(target_os = "linux")]
 pub mod vhost_user;
 pub mod vnet;
+pub mod vpnkit;
 
 use std::io;
-#[cfg(target_os = "linux")]
-use std::os::fd::AsRawFd;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 #[cfg(target_os = "linux")]
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mio::net::UnixListener;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use portway_netstack::{FrameSink, Offload, PortId};
+use portway_netstack::{FrameSink, Mac, Offload, PortId};
 
 use self::framing::Prefix;
+#[cfg(target_os = "linux")]
+use self::packets::Packets;
 use self::stream::Stream;
 #[cfg(target_os = "linux")]
 use self::tap::Tap;
 pub use self::transmit::TransmitBuffer;
 #[cfg(target_os = "linux")]
 use self::vhost_user::{Changes, VhostUser};
+use self::vpnkit::Hello;
 use crate::config::{LinkAddress, LinkConfig, LinkKind};
 use crate::unix_path;
 
@@ -83,6 +84,9 @@ pub enum Carrier {
     /// Guest memory.
     #[cfg(target_os = "linux")]
     VhostUser(Box<VhostUser>),
+    /// A socket that keeps frames apart.
+    #[cfg(target_os = "linux")]
+    Packets(Box<Packets>),
 }
 
 impl Carrier {
@@ -93,6 +97,8 @@ impl Carrier {
             Self::Tap(t) => t.wants_receive(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.wants_receive(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.wants_receive(),
         }
     }
 
@@ -103,6 +109,8 @@ impl Carrier {
             Self::Tap(t) => t.receive(handle),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.receive(handle),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.receive(|frame| handle(frame, Offload::default())),
         }
     }
 
@@ -113,6 +121,8 @@ impl Carrier {
             Self::Tap(t) => t.flush(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.flush(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.flush(),
         }
     }
 
@@ -123,6 +133,8 @@ impl Carrier {
             Self::Tap(t) => t.is_blocked(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.is_blocked(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.is_blocked(),
         }
     }
 
@@ -135,6 +147,8 @@ impl Carrier {
             Self::Tap(t) => t.written(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.written(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.written(),
         }
     }
 
@@ -146,6 +160,8 @@ impl Carrier {
             Self::Tap(_) => true,
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.offload(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(_) => false,
         }
     }
 
@@ -156,6 +172,8 @@ impl Carrier {
             Self::Tap(t) => (t.fd(), None),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => (v.control_fd(), None),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => (p.fd(), None),
         }
     }
 
@@ -167,6 +185,8 @@ impl Carrier {
             // Its news are messages and kicks: see `Link::note`.
             #[cfg(target_os = "linux")]
             Self::VhostUser(_) => {}
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.note(readable, writable),
         }
     }
 }
@@ -174,21 +194,26 @@ impl Carrier {
 impl FrameSink for Carrier {
     fn has_room(&self) -> bool {
         match self {
-            Self::Stream(s) => s.transmit.has_room(),
+            Self::Stream(s) => s.is_open() && s.transmit.has_room(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.has_room(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.has_room(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.has_room(),
         }
     }
 
     fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
         match self {
-            Self::Stream(s) => s.transmit.frame(len, offload, fill),
+            Self::Stream(s) if s.is_open() => s.transmit.frame(len, offload, fill),
+            Self::Stream(_) => None,
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.frame(len, offload, fill),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.frame(len, offload, fill),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.frame(len, offload, fill),
         }
     }
 }
@@ -202,13 +227,17 @@ pub struct Link {
     pub name: Option<String>,
     kind: LinkKind,
     address: LinkAddress,
-    listener: Option<UnixListener>,
+    listener: Option<socket2::Socket>,
     carrier: Option<Carrier>,
     tokens: Tokens,
     /// When to connect again.
     retry_at: Option<Instant>,
     counters: LinkCounters,
     mtu: u16,
+    /// Sums and segments are left to us, and no header says so.
+    implied: bool,
+    /// Who came to a listener for several VMs while this link had one.
+    arrivals: Vec<OwnedFd>,
     /// What is watched of a vhost-user front end beside its socket.
     #[cfg(target_os = "linux")]
     kicks: [Option<Arc<std::fs::File>>; 2],
@@ -259,25 +288,16 @@ impl Link {
     /// # Errors
     /// When the path cannot be bound, the descriptor is of another kind, or the device cannot be had.
     pub fn open(config: &LinkConfig, port: PortId, tokens: Tokens, registry: &Registry) -> io::Result<Self> {
-        let mut link = Self {
-            port,
-            name: config.name.clone(),
-            kind: config.kind,
-            address: config.address.clone(),
-            listener: None,
-            carrier: None,
-            tokens,
-            retry_at: None,
-            counters: LinkCounters::default(),
-            mtu: config.mtu,
-            #[cfg(target_os = "linux")]
-            kicks: [None, None],
-            ended: false,
-        };
+        let mut link = Self::new(config, port, tokens);
         match &config.address {
+            #[cfg(target_os = "linux")]
+            LinkAddress::Listen(path) if config.kind == LinkKind::Dgram => {
+                link.attach(Carrier::Packets(Box::new(Packets::bound(path)?)), registry)?;
+            }
             LinkAddress::Listen(path) => {
-                let mut listener = UnixListener::from_std(unix_path::listen(path, 0o600)?);
-                registry.register(&mut listener, tokens.get(Tokens::LISTENER), Interest::READABLE)?;
+                let listener = unix_path::listen_as(path, 0o600, socket_type(config.kind))?;
+                let fd = listener.as_raw_fd();
+                registry.register(&mut SourceFd(&fd), tokens.get(Tokens::LISTENER), Interest::READABLE)?;
                 link.listener = Some(listener);
             }
             LinkAddress::Connect(_) => link.connect(registry),
@@ -297,6 +317,43 @@ impl Link {
             }
         }
         Ok(link)
+    }
+
+    /// One more VM that came to the listener of a link like `config`.
+    ///
+    /// # Errors
+    /// When it cannot be watched.
+    pub fn arrived(
+        config: &LinkConfig,
+        port: PortId,
+        tokens: Tokens,
+        fd: OwnedFd,
+        registry: &Registry,
+    ) -> io::Result<Self> {
+        let config = LinkConfig { address: LinkAddress::Fd(-1), name: None, ..config.clone() };
+        let mut link = Self::new(&config, port, tokens);
+        link.attach_socket(fd, registry)?;
+        Ok(link)
+    }
+
+    fn new(config: &LinkConfig, port: PortId, tokens: Tokens) -> Self {
+        Self {
+            port,
+            name: config.name.clone(),
+            kind: config.kind,
+            address: config.address.clone(),
+            listener: None,
+            carrier: None,
+            tokens,
+            retry_at: None,
+            counters: LinkCounters::default(),
+            mtu: config.mtu,
+            implied: config.offload,
+            arrivals: Vec::new(),
+            #[cfg(target_os = "linux")]
+            kicks: [None, None],
+            ended: false,
+        }
     }
 
     /// Whether a VMM is attached.
@@ -319,7 +376,7 @@ impl Link {
     /// Whether the guest takes segments and checksums that are not finished.
     #[must_use]
     pub fn offload(&self) -> bool {
-        self.carrier.as_ref().is_some_and(Carrier::offload)
+        self.implied || self.carrier.as_ref().is_some_and(Carrier::offload)
     }
 
     /// The link's numbers.
@@ -349,6 +406,13 @@ impl Link {
                 let stream = std::os::unix::net::UnixStream::from(fd);
                 Carrier::VhostUser(Box::new(VhostUser::new(stream, self.mtu)?))
             }
+            LinkKind::Vpnkit => Carrier::Stream(Box::new(Stream::socket(fd, Prefix::Le16)?.greeted())),
+            #[cfg(target_os = "linux")]
+            LinkKind::Dgram => Carrier::Packets(Box::new(Packets::connected(fd, socket2::Type::DGRAM)?)),
+            #[cfg(target_os = "linux")]
+            LinkKind::Seqpacket => {
+                Carrier::Packets(Box::new(Packets::connected(fd, socket2::Type::SEQPACKET)?))
+            }
             LinkKind::Tap => return Err(io::ErrorKind::Unsupported.into()),
         };
         self.attach(carrier, registry)
@@ -368,8 +432,7 @@ impl Link {
 
     fn connect(&mut self, registry: &Registry) {
         let LinkAddress::Connect(path) = &self.address else { return };
-        let result = std::os::unix::net::UnixStream::connect(path);
-        match result.and_then(|stream| self.attach_socket(stream.into(), registry)) {
+        match dial(path, socket_type(self.kind)).and_then(|s| self.attach_socket(s.into(), registry)) {
             Ok(()) => self.retry_at = None,
             Err(error) => {
                 if self.retry_at.is_none() {
@@ -458,10 +521,12 @@ impl Link {
     }
 
     /// Takes the next VMM that waits, when none is attached: a second one waits and never disturbs the first.
+    /// On a listener for several VMs it goes to [`Self::take_arrival`].
     fn accept(&mut self, registry: &Registry) {
-        while self.carrier.is_none() {
+        while self.carrier.is_none() || self.kind == LinkKind::Vpnkit {
             let Some(listener) = &self.listener else { return };
             match listener.accept() {
+                Ok((stream, _)) if self.carrier.is_some() => self.arrivals.push(stream.into()),
                 Ok((stream, _)) => {
                     if let Err(error) = self.attach_socket(OwnedFd::from(stream), registry) {
                         tracing::warn!(link = self.label(), %error, "a VMM could not be attached");
@@ -473,6 +538,37 @@ impl Link {
                     tracing::warn!(link = self.label(), %error, "cannot accept a VMM");
                     return;
                 }
+            }
+        }
+    }
+
+    /// A further VM that came to this link's listener.
+    pub fn take_arrival(&mut self) -> Option<OwnedFd> {
+        self.arrivals.pop()
+    }
+
+    /// Who has come in by a handshake and waits for [`Self::answer`].
+    pub fn take_hello(&mut self) -> Option<Hello> {
+        match &mut self.carrier {
+            Some(Carrier::Stream(stream)) => stream.take_hello(),
+            _ => None,
+        }
+    }
+
+    /// Answers a [`Hello`]: the guest's MAC, or why it may not come in.
+    pub fn answer(&mut self, answer: Result<Mac, String>) -> LinkState {
+        let (mtu, label) = (self.mtu, self.label());
+        let Some(Carrier::Stream(stream)) = &mut self.carrier else { return LinkState::Same };
+        match answer {
+            Ok(mac) => {
+                stream.answer(&vpnkit::accept(mac, mtu));
+                LinkState::Same
+            }
+            Err(reason) => {
+                stream.answer(&vpnkit::refuse(&reason));
+                let _ = stream.flush();
+                tracing::warn!(link = label, reason, "a VM was refused");
+                LinkState::Gone
             }
         }
     }
@@ -516,9 +612,13 @@ impl Link {
     }
 
     /// Reads one batch and hands every whole frame to `handle`, in place.
-    pub fn receive(&mut self, handle: impl FnMut(&[u8], Offload)) -> LinkState {
+    pub fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> LinkState {
         let Some(carrier) = &mut self.carrier else { return LinkState::Same };
-        match carrier.receive(handle) {
+        let (implied, mtu) = (self.implied, self.mtu);
+        match carrier.receive(|frame, offload| {
+            let offload = if implied { portway_netstack::segments::implied(frame, mtu) } else { offload };
+            handle(frame, offload);
+        }) {
             Ok(batch) => {
                 self.counters.frames_from_guest += batch.frames;
                 self.counters.bytes_from_guest += batch.bytes;
@@ -531,7 +631,13 @@ impl Link {
     /// Brings what the stack wrote to the VMM, as far as that takes it.
     pub fn flush(&mut self) -> LinkState {
         let Some(carrier) = &mut self.carrier else { return LinkState::Same };
+        let lost = |carrier: &mut Carrier| match carrier {
+            #[cfg(target_os = "linux")]
+            Carrier::Packets(p) => p.take_lost(),
+            _ => false,
+        };
         match carrier.flush() {
+            Ok(()) if lost(carrier) => LinkState::Restarted,
             Ok(()) => LinkState::Same,
             Err(error) => self.lost(&error),
         }
@@ -547,6 +653,28 @@ impl Link {
     pub fn is_blocked(&self) -> bool {
         self.carrier.as_ref().is_some_and(Carrier::is_blocked)
     }
+}
+
+/// The type of socket on which frames of `kind` travel.
+const fn socket_type(kind: LinkKind) -> socket2::Type {
+    match kind {
+        #[cfg(target_os = "linux")]
+        LinkKind::Dgram => socket2::Type::DGRAM,
+        #[cfg(target_os = "linux")]
+        LinkKind::Seqpacket => socket2::Type::SEQPACKET,
+        _ => socket2::Type::STREAM,
+    }
+}
+
+/// Connects to the VMM's socket at `path`.
+fn dial(path: &std::path::Path, kind: socket2::Type) -> io::Result<socket2::Socket> {
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, kind, None)?;
+    if kind == socket2::Type::DGRAM {
+        // With a name of ours, which the kernel makes up, or the VMM could not answer.
+        nix::sys::socket::bind(socket.as_raw_fd(), &nix::sys::socket::UnixAddr::new_unnamed())?;
+    }
+    socket.connect(&socket2::SockAddr::unix(path)?)?;
+    Ok(socket)
 }
 
 impl Drop for Link {

@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, UnixAddr, bind, recvmmsg, sendmmsg, socket,
+    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrLike, UnixAddr, bind, recvmmsg,
+    sendmmsg, socket,
 };
 use portway_netstack::{FrameSink, Offload};
 
@@ -28,6 +29,8 @@ const LARGEST: usize = 65_550;
 const FRAMES: usize = 32;
 /// Bytes of frames that may wait before the stack is told to wait.
 const ROOM: usize = 256 * 1024;
+/// Bytes of a socket's address that has no name: the family alone (`unix(7)`).
+const UNNAMED: nix::libc::socklen_t = 2;
 /// What vfkit and krunkit say first.
 const GREETING: &[u8] = b"VFKT";
 
@@ -54,6 +57,8 @@ pub struct Packets {
     written: (u64, u64),
     /// Datagrams that were no frames of the peer: too long, or of somebody else.
     ignored: u64,
+    /// The peer went since this was last asked.
+    lost: bool,
 }
 
 impl std::fmt::Debug for Packets {
@@ -117,6 +122,7 @@ impl Packets {
             writable: true,
             written: (0, 0),
             ignored: 0,
+            lost: false,
         })
     }
 
@@ -171,12 +177,14 @@ impl Packets {
         for message in messages {
             count += 1;
             if self.bound {
-                match (message.address, self.peer) {
-                    (Some(from), None) if from.path().is_some() => {
-                        tracing::info!(peer = ?from.path(), "VMM attached");
+                // A sender without a name has an address of no length, which `UnixAddr` does not look into.
+                let from = message.address.filter(|from| from.len() > UNNAMED);
+                match (from, self.peer) {
+                    (Some(from), None) => {
+                        tracing::info!(peer = %from, "VMM attached");
                         self.peer = Some(from);
                     }
-                    (Some(from), Some(peer)) if from.path() == peer.path() => {}
+                    (Some(from), Some(peer)) if from == peer => {}
                     _ => {
                         self.ignored += 1;
                         continue;
@@ -239,8 +247,9 @@ impl Packets {
                 Err(Errno::EINTR) => {}
                 // The one we sent to is gone: the next to send takes over.
                 Err(Errno::ECONNREFUSED | Errno::ENOENT) if self.bound => {
-                    tracing::info!(peer = ?self.peer.and_then(|p| p.path().map(Path::to_owned)), "VMM detached");
+                    tracing::info!(peer = self.peer.map(|p| p.to_string()), "VMM detached");
                     self.peer = None;
+                    self.lost = true;
                     self.forget();
                 }
                 Err(e) => return Err(e.into()),
@@ -255,6 +264,11 @@ impl Packets {
     fn forget(&mut self) {
         self.lengths.clear();
         (self.sent, self.start, self.end) = (0, 0, 0);
+    }
+
+    /// Whether the peer went since this was last asked: another may come in its place.
+    pub const fn take_lost(&mut self) -> bool {
+        std::mem::replace(&mut self.lost, false)
     }
 
     /// Whether the VMM has to read before more can be sent.

@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::framing::{Framing, Prefix};
+use super::vpnkit::{Handshake, Hello, Step};
 use super::{Batch, TransmitBuffer};
 
 /// The attached VMM.
@@ -23,6 +24,10 @@ pub struct Stream {
     pub transmit: TransmitBuffer,
     readable: bool,
     writable: bool,
+    /// vpnkit's handshake, until it is done.
+    handshake: Option<Handshake>,
+    /// Who came in by it; the answer is still to be given.
+    hello: Option<Hello>,
 }
 
 impl Stream {
@@ -61,7 +66,60 @@ impl Stream {
             transmit: TransmitBuffer::new(prefix),
             readable: true,
             writable: true,
+            handshake: None,
+            hello: None,
         }
+    }
+
+    /// Begins with vpnkit's handshake.
+    #[must_use]
+    pub fn greeted(mut self) -> Self {
+        self.handshake = Some(Handshake::new());
+        self
+    }
+
+    /// Who has come in and waits for [`Self::answer`].
+    pub const fn take_hello(&mut self) -> Option<Hello> {
+        self.hello.take()
+    }
+
+    /// Answers a [`Hello`]; frames follow.
+    pub fn answer(&mut self, response: &[u8]) {
+        self.transmit.raw(response);
+        self.handshake = None;
+    }
+
+    /// The bytes of a handshake that have come.
+    fn greet(&mut self) -> io::Result<Batch> {
+        let mut bytes = [0; 256];
+        let mut step = Step::More(Vec::new());
+        let mut more = false;
+        match (&self.read).read(&mut bytes) {
+            Ok(0) => return Err(io::Error::other("end of file")),
+            Ok(n) => {
+                more = n == bytes.len();
+                if let Some(handshake) = &mut self.handshake {
+                    step = handshake.feed(&bytes[..n]);
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => more = true,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+        self.readable = more;
+        match step {
+            Step::More(answer) => self.transmit.raw(&answer),
+            Step::Hello(answer, hello) => {
+                self.transmit.raw(&answer);
+                self.hello = Some(hello);
+            }
+            Step::Close(answer) => {
+                self.transmit.raw(&answer);
+                self.flush()?;
+                return Err(io::Error::other("it does not speak vpnkit's handshake, version 22"));
+            }
+        }
+        Ok(Batch { more, frames: 0, bytes: 0 })
     }
 
     /// The descriptors to watch: what is read, and what is written where that is another.
@@ -82,11 +140,20 @@ impl Stream {
         self.readable
     }
 
+    /// Whether frames may be written: not before the handshake is answered.
+    #[must_use]
+    pub const fn is_open(&self) -> bool {
+        self.handshake.is_none()
+    }
+
     /// One `read`.
     ///
     /// # Errors
     /// When the peer is gone, or breaks the framing.
     pub fn receive(&mut self, handle: impl FnMut(&[u8])) -> io::Result<Batch> {
+        if self.handshake.is_some() {
+            return self.greet();
+        }
         let batch = self.framing.receive(&mut Reading(&self.read), handle)?;
         self.readable = batch.more;
         Ok(batch)

@@ -40,6 +40,14 @@ impl TransmitBuffer {
         &self.bytes[self.start..self.end]
     }
 
+    /// Puts bytes in that are no frame: a handshake's. They are few, and come before any frame.
+    pub fn raw(&mut self, bytes: &[u8]) {
+        if let Some(room) = self.bytes.get_mut(self.end..).and_then(|b| b.get_mut(..bytes.len())) {
+            room.copy_from_slice(bytes);
+            self.end += bytes.len();
+        }
+    }
+
     /// Forgets the first `n` bytes. True when nothing is left.
     pub fn take(&mut self, n: usize) -> bool {
         self.start = (self.start + n).min(self.end);

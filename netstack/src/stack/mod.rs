@@ -553,7 +553,13 @@ impl Netstack {
         if !sink.has_room() {
             return Err(DropReason::LinkFull);
         }
-        sink.frame(frame.len(), offload, |out| out.copy_from_slice(frame)).ok_or(DropReason::LinkFull)
+        let copied = sink.frame(frame.len(), offload, |out| {
+            out.copy_from_slice(frame);
+            if let Some(checksum) = offload.checksum {
+                segments::begin_sum(out, checksum);
+            }
+        });
+        copied.ok_or(DropReason::LinkFull)
     }
 
     /// Tells the guest that sent `frame` which MTU would fit.
@@ -841,6 +847,19 @@ impl Netstack {
     /// Takes leases of an earlier run back.
     pub fn restore_leases(&mut self, now: Instant, leases: impl IntoIterator<Item = LeaseReport>) {
         self.dhcp.restore(now, leases);
+    }
+
+    /// Keeps `ip` for the guest `mac`, which will ask for it by DHCP.
+    ///
+    /// # Errors
+    /// When the guest cannot have it.
+    pub fn prefer_address(
+        &mut self,
+        now: Instant,
+        mac: Mac,
+        ip: Ipv4Addr,
+    ) -> Result<(), crate::dhcp::PreferError> {
+        self.dhcp.prefer(now, mac, ip)
     }
 
     /// Whether leases changed since this was last asked.
