@@ -25,8 +25,6 @@ pub mod vpnkit;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-#[cfg(target_os = "linux")]
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
@@ -41,7 +39,7 @@ use self::stream::Stream;
 use self::tap::Tap;
 pub use self::transmit::TransmitBuffer;
 #[cfg(target_os = "linux")]
-use self::vhost_user::{Changes, VhostUser};
+use self::vhost_user::VhostUser;
 use self::vpnkit::Hello;
 use crate::config::{LinkAddress, LinkConfig, LinkKind};
 use crate::unix_path;
@@ -240,7 +238,7 @@ pub struct Link {
     arrivals: Vec<OwnedFd>,
     /// What is watched of a vhost-user front end beside its socket.
     #[cfg(target_os = "linux")]
-    kicks: [Option<Arc<std::fs::File>>; 2],
+    kicks: Vec<RawFd>,
     /// Whether nothing can attach any more.
     pub ended: bool,
 }
@@ -351,7 +349,7 @@ impl Link {
             implied: config.offload,
             arrivals: Vec::new(),
             #[cfg(target_os = "linux")]
-            kicks: [None, None],
+            kicks: Vec::new(),
             ended: false,
         }
     }
@@ -478,13 +476,11 @@ impl Link {
             None => LinkState::Same,
             #[cfg(target_os = "linux")]
             Some(Carrier::VhostUser(front_end)) => {
-                let noted = if token == self.tokens.get(Tokens::MAIN) {
-                    front_end.handle_control()
-                } else {
-                    let ring = usize::from(token != self.tokens.get(Tokens::KICK));
-                    front_end.note_kick(ring).map(|()| Changes::default())
-                };
-                let noted = noted.and_then(|changes| self.watch_kicks(changes, registry));
+                if token != self.tokens.get(Tokens::MAIN) {
+                    front_end.note_kick(usize::from(token != self.tokens.get(Tokens::KICK)));
+                    return LinkState::Same;
+                }
+                let noted = self.listen_to_front_end(registry);
                 noted.unwrap_or_else(|error| self.lost(&error))
             }
             Some(carrier) => {
@@ -494,29 +490,35 @@ impl Link {
         }
     }
 
-    /// Watches the descriptors a front end has given for its rings, and no others.
+    /// Handles a front end's messages, and watches the descriptors it has given for its rings and no others.
     #[cfg(target_os = "linux")]
-    fn watch_kicks(&mut self, changes: Changes, registry: &Registry) -> io::Result<LinkState> {
-        if changes.kicks
-            && let Some(Carrier::VhostUser(front_end)) = &self.carrier
-        {
-            let kicks = front_end.kicks();
-            self.forget_kicks(registry);
-            for (n, kick) in kicks.iter().enumerate() {
-                if let Some(kick) = kick {
-                    let token = self.tokens.get(Tokens::KICK + n);
-                    registry.register(&mut SourceFd(&kick.as_raw_fd()), token, Interest::READABLE)?;
+    fn listen_to_front_end(&mut self, registry: &Registry) -> io::Result<LinkState> {
+        let mut state = LinkState::Same;
+        loop {
+            let Some(Carrier::VhostUser(front_end)) = &mut self.carrier else { return Ok(state) };
+            let changes = front_end.handle_control()?;
+            if changes.device {
+                state = LinkState::Restarted;
+            }
+            if changes.kicks {
+                let kicks: Vec<(usize, RawFd)> = front_end.kick_fds().collect();
+                self.forget_kicks(registry);
+                for (queue, fd) in kicks {
+                    let token = self.tokens.get(Tokens::KICK + queue);
+                    registry.register(&mut SourceFd(&fd), token, Interest::READABLE)?;
+                    self.kicks.push(fd);
                 }
             }
-            self.kicks = kicks;
+            if !changes.more {
+                return Ok(state);
+            }
         }
-        Ok(if changes.device { LinkState::Restarted } else { LinkState::Same })
     }
 
     #[cfg(target_os = "linux")]
     fn forget_kicks(&mut self, registry: &Registry) {
-        for kick in self.kicks.iter_mut().filter_map(Option::take) {
-            let _ = registry.deregister(&mut SourceFd(&kick.as_raw_fd()));
+        for fd in self.kicks.drain(..) {
+            let _ = registry.deregister(&mut SourceFd(&fd));
         }
     }
 

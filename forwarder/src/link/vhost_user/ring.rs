@@ -1,222 +1,335 @@
-//! One split virtqueue in the guest's memory (virtio 1.2, §2.7).
+//! One split ring (virtio 1.2, §2.7): what the guest offers, what we have used, and who tells whom.
 //!
-//! Chains are walked by `virtio-queue`, which bounds them (a loop ends after as many descriptors as the ring has). Used
-//! entries are ours: those of one frame become visible together, for a driver that finds three of five mergeable buffers
-//! drops the frame.
+//! Our own, and not `virtio-queue`'s, for three reasons. The buffers of one frame have to become visible to the guest
+//! together (§5.1.6.4), so used entries are written first and published once. A chain that loops or leaves memory
+//! has to be told from one that ends. And a guest without `EVENT_IDX` may still ask for silence by a flag.
 
 use std::fs::File;
-use std::io;
-use std::num::Wrapping;
-use std::sync::Arc;
+use std::io::{self, Read, Write};
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use super::memory::{Area, Memory, Outside};
 
-use super::control::{Registers, feature};
+/// Most entries of a ring (virtio 1.2, §2.7).
+pub(super) const MOST: u16 = 32_768;
+/// Most descriptors of a chain in a table of its own. Linux uses 19; QEMU takes as many for its own devices.
+const MOST_INDIRECT: u32 = 1024;
 
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
-const NO_INTERRUPT: u16 = 1;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` and `VIRTQ_USED_F_NO_NOTIFY`.
+const SILENCE: u16 = 1;
 
-/// A ring that runs.
-pub(super) struct Ring {
-    queue: Queue,
-    memory: GuestMemoryMmap,
-    call: Option<Arc<File>>,
-    event_idx: bool,
-    /// The next used entry to write.
-    next_used: Wrapping<u16>,
-    /// What the guest can see of that.
-    published: Wrapping<u16>,
-    /// Where `published` was when the guest was last asked whether it wants to know.
-    asked: Wrapping<u16>,
-    /// Where it was when the guest was last told.
-    told: Wrapping<u16>,
+/// What makes a ring useless; it is the guest's doing and ends the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BadRing {
+    #[error("the guest offers {offered} chains on a ring of {size}")]
+    Index { offered: u16, size: u16 },
+    #[error("the guest offers descriptor {head} on a ring of {size}")]
+    Head { head: u16, size: u16 },
+    #[error("a ring lies outside of the guest's memory")]
+    Memory,
+    #[error("the guest posts nothing but chains that take no frame")]
+    Useless,
 }
 
-impl std::fmt::Debug for Ring {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring")
-            .field("size", &self.queue.size())
-            .field("next_available", &self.queue.next_avail())
-            .field("available", &self.queue.avail_idx(&self.memory, Ordering::Acquire).ok())
-            .field("next_used", &self.next_used)
-            .field("published", &self.published)
-            .field("used_event", &self.used_event().ok())
-            .finish_non_exhaustive()
+impl From<Outside> for BadRing {
+    fn from(_: Outside) -> Self {
+        Self::Memory
     }
 }
 
-fn broken(what: impl std::fmt::Display) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the guest's ring is broken: {what}"))
+/// What is wrong with one chain; it goes back to the guest unused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BadChain {
+    #[error("a chain of descriptors has no end")]
+    Endless,
+    #[error("a descriptor outside of its table")]
+    Index,
+    #[error("a table of descriptors inside of another, or of a wrong length")]
+    Table,
+    #[error("a descriptor for the wrong direction")]
+    Direction,
+    #[error("a chain too small or too large for a frame")]
+    Size,
+    #[error(transparent)]
+    Outside(#[from] Outside),
+}
+
+/// A piece of the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Buffer {
+    pub(super) address: u64,
+    pub(super) len: u32,
+    /// Whether it is for us to write.
+    pub(super) writable: bool,
+}
+
+/// Where the front end says the three parts of a ring are, as addresses of its own.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Addresses {
+    pub(super) descriptors: u64,
+    pub(super) avail: u64,
+    pub(super) used: u64,
+}
+
+/// A ring as the front end describes it, and the place in it.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    pub(super) size: u16,
+    pub(super) addresses: Option<Addresses>,
+    pub(super) enabled: bool,
+    pub(super) kick: Option<File>,
+    pub(super) call: Option<File>,
+    /// The next entry of the available ring to take.
+    pub(super) next: u16,
+    /// Where it was when the ring stopped.
+    pub(super) stopped_at: Option<u16>,
+    /// The guest may have offered something.
+    pub(super) ready: bool,
+    event_idx: bool,
+    parts: Option<Parts>,
+    /// The guest's index when last read.
+    offered: u16,
+    /// The next used entry to write.
+    used: u16,
+    /// The used index the guest sees.
+    published: u16,
+    /// The used index when the guest was last told, or would have been; `None` before the first time.
+    told: Option<u16>,
+    /// The used index when the guest was last told indeed.
+    rung: u16,
+    /// Whether the guest has been asked to say when it offers more.
+    armed: bool,
+}
+
+#[derive(Debug)]
+struct Parts {
+    descriptors: Area,
+    avail: Area,
+    used: Area,
 }
 
 impl Ring {
-    /// The ring that `registers` describe; `None` while it does not run.
-    ///
-    /// # Errors
-    /// When it does not lie in the guest's memory.
-    pub(super) fn new(
-        registers: &Registers,
-        memory: Option<&GuestMemoryMmap>,
-        features: u64,
-    ) -> io::Result<Option<Self>> {
-        let (Some(memory), Some([descriptors, available, used])) = (memory, registers.addresses) else {
-            return Ok(None);
-        };
-        if !registers.started || !registers.enabled || registers.size == 0 {
-            return Ok(None);
-        }
-        let mut queue = Queue::new(registers.size).map_err(broken)?;
-        queue.try_set_size(registers.size).map_err(broken)?;
-        queue.try_set_desc_table_address(GuestAddress(descriptors)).map_err(broken)?;
-        queue.try_set_avail_ring_address(GuestAddress(available)).map_err(broken)?;
-        queue.try_set_used_ring_address(GuestAddress(used)).map_err(broken)?;
-        let event_idx = features & feature::EVENT_IDX != 0;
-        queue.set_event_idx(event_idx);
-        queue.set_next_avail(registers.base);
-        queue.set_ready(true);
-        if !queue.is_valid(memory) {
-            return Err(broken("it does not lie in the guest's memory"));
-        }
-        let used = queue.used_idx(memory, Ordering::Acquire).map_err(broken)?;
-        Ok(Some(Self {
-            queue,
-            memory: memory.clone(),
-            call: registers.call.clone(),
-            event_idx,
-            next_used: used,
-            published: used,
-            asked: used,
-            told: used,
-        }))
+    /// Whether everything is there that a ring needs to run.
+    pub(super) const fn may_run(&self) -> bool {
+        self.enabled && self.kick.is_some() && self.addresses.is_some() && self.size > 0
     }
 
-    pub(super) fn size(&self) -> usize {
-        self.queue.size().into()
+    /// Whether the ring runs.
+    pub(super) const fn runs(&self) -> bool {
+        self.parts.is_some()
     }
 
-    pub(super) const fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
-    }
-
-    /// The next available entry that was not taken yet.
-    pub(super) fn next_available(&self) -> u16 {
-        self.queue.next_avail()
-    }
-
-    /// The next chain the guest made available.
-    ///
-    /// # Errors
-    /// When the guest claims more entries than the ring has.
-    pub(super) fn pop(&mut self) -> io::Result<Option<DescriptorChain<&GuestMemoryMmap>>> {
-        let mut available = self.queue.iter(&self.memory).map_err(broken)?;
-        Ok(available.next())
-    }
-
-    /// Gives a chain back, of which `len` bytes were written; visible with the next [`Self::publish`].
-    ///
-    /// # Errors
-    /// When the used ring cannot be written.
-    pub(super) fn put(&mut self, head: u16, len: u32) -> io::Result<()> {
-        let entry = u64::from(self.next_used.0 % self.queue.size());
-        let at = GuestAddress(self.queue.used_ring())
-            .checked_add(4 + 8 * entry)
-            .ok_or_else(|| broken("used ring"))?;
-        let (head, len) = (u32::from(head).to_le_bytes(), len.to_le_bytes());
-        let element = [head[0], head[1], head[2], head[3], len[0], len[1], len[2], len[3]];
-        self.memory.write_slice(&element, at).map_err(broken)?;
-        self.next_used += 1;
+    /// Finds the ring in memory and begins where the front end said.
+    pub(super) fn start(&mut self, memory: &Memory, event_idx: bool) -> io::Result<()> {
+        let at = self.addresses.ok_or_else(|| io::Error::other("a ring without addresses"))?;
+        let size = u64::from(self.size);
+        let parts = (|| {
+            let descriptors = memory.area(at.descriptors, 16 * size)?;
+            let avail = memory.area(at.avail, 6 + 2 * size)?;
+            let used = memory.area(at.used, 6 + 8 * size)?;
+            // §2.7: 16, 2 and 4; the first is nothing we rely on.
+            (avail.is_aligned(2) && used.is_aligned(2)).then_some(Parts { descriptors, avail, used })
+        })();
+        let parts = parts.ok_or_else(|| io::Error::other(BadRing::Memory))?;
+        // What was used before is written there, by us or by who served the ring before us.
+        let used = parts.used.load(2).map_err(io::Error::other)?;
+        (self.used, self.published, self.offered, self.told) = (used, used, self.next, None);
+        self.rung = used;
+        (self.event_idx, self.armed, self.ready) = (event_idx, true, true);
+        self.parts = Some(parts);
         Ok(())
     }
 
-    /// Whether the guest made more available than was taken.
-    ///
-    /// # Errors
-    /// When the ring cannot be read.
-    pub(super) fn has_available(&self) -> io::Result<bool> {
-        let index = self.queue.avail_idx(&self.memory, Ordering::Acquire).map_err(broken)?;
-        Ok(index.0 != self.queue.next_avail())
+    /// Lets go of the memory. The `taken` chains that were not used yet are taken again after a start.
+    pub(super) fn stop(&mut self, taken: u16) {
+        if self.parts.take().is_some() {
+            self.next = self.next.wrapping_sub(taken);
+            self.stopped_at = Some(self.next);
+        }
+        self.ready = false;
     }
 
-    /// Tells the guest of what is published once more, if it still waits for that. True when it did.
+    fn parts(&self) -> Result<&Parts, BadRing> {
+        self.parts.as_ref().ok_or(BadRing::Memory)
+    }
+
+    /// The head of the next chain, if one is offered.
+    pub(super) fn take(&mut self) -> Result<Option<u16>, BadRing> {
+        if self.next == self.offered && !self.look()? {
+            return Ok(None);
+        }
+        let slot = u64::from(self.next % self.size);
+        let head = u16::from_le_bytes(self.parts()?.avail.read(4 + 2 * slot)?);
+        if head >= self.size {
+            return Err(BadRing::Head { head, size: self.size });
+        }
+        self.next = self.next.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// Whether a chain is offered.
+    pub(super) fn look(&mut self) -> Result<bool, BadRing> {
+        self.offered = self.parts()?.avail.load(2)?;
+        let offered = self.offered.wrapping_sub(self.next);
+        if offered > self.size {
+            return Err(BadRing::Index { offered, size: self.size });
+        }
+        Ok(offered > 0)
+    }
+
+    /// Hands every buffer of the chain at `head` to `each`, and says how many descriptors of the ring it has.
     ///
-    /// # Errors
-    /// When the ring cannot be read.
-    pub(super) fn remind(&mut self) -> io::Result<bool> {
-        let waits = match self.used_event()? {
-            // It waits for an entry that it could have had since the last time it was told.
-            Some(event) => {
-                self.told != self.published
-                    && self.published - event - Wrapping(1) < self.published - self.told
+    /// Chains end: no more than the table's size are followed, whatever they say.
+    pub(super) fn walk(
+        &self,
+        memory: &Memory,
+        head: u16,
+        mut each: impl FnMut(Buffer) -> Result<(), BadChain>,
+    ) -> Result<usize, BadChain> {
+        let parts = self.parts.as_ref().ok_or(BadChain::Index)?;
+        let mut table: Option<u64> = None;
+        let mut slots = 0;
+        let (mut entries, mut left, mut index) = (u32::from(self.size), u32::from(self.size), head);
+        loop {
+            if u32::from(index) >= entries {
+                return Err(BadChain::Index);
             }
-            None => false,
-        };
-        if waits {
-            self.tell();
+            left = left.checked_sub(1).ok_or(BadChain::Endless)?;
+            slots += usize::from(table.is_none());
+            let offset = 16 * u64::from(index);
+            let bytes: [u8; 16] = match table {
+                None => parts.descriptors.read(offset)?,
+                Some(start) => {
+                    let mut bytes = [0; 16];
+                    memory.read(start.checked_add(offset).ok_or(Outside)?, &mut bytes)?;
+                    bytes
+                }
+            };
+            let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
+            let address = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
+            let len = u32::from_le_bytes([l0, l1, l2, l3]);
+            let flags = u16::from_le_bytes([f0, f1]);
+            if flags & INDIRECT != 0 {
+                // §2.7.5.3: never in a table, never with a next one, and of whole descriptors.
+                if table.is_some() || flags & NEXT != 0 || len == 0 || !len.is_multiple_of(16) {
+                    return Err(BadChain::Table);
+                }
+                (table, entries, index) = (Some(address), len / 16, 0);
+                left = entries.min(MOST_INDIRECT);
+                continue;
+            }
+            each(Buffer { address, len, writable: flags & WRITE != 0 })?;
+            if flags & NEXT == 0 {
+                return Ok(slots);
+            }
+            index = u16::from_le_bytes([n0, n1]);
         }
-        Ok(waits)
     }
 
-    fn tell(&mut self) {
-        self.told = self.published;
-        if let Some(call) = &self.call {
-            // A full counter (EAGAIN) has the guest woken already.
-            let _ = nix::unistd::write(call, &1u64.to_ne_bytes());
-        }
+    /// Writes a used entry; the guest sees it after [`Self::publish`].
+    pub(super) fn put_used(&mut self, head: u16, len: u32) -> Result<(), BadRing> {
+        let slot = u64::from(self.used % self.size);
+        let mut entry = [0; 8];
+        entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+        entry[4..].copy_from_slice(&len.to_le_bytes());
+        self.parts()?.used.write(4 + 8 * slot, &entry)?;
+        self.used = self.used.wrapping_add(1);
+        Ok(())
     }
 
-    /// Makes what was put visible, and tells the guest if it wants to know. False: there was nothing.
+    /// Shows the guest every used entry, and tells it when it wants to be told.
     ///
-    /// # Errors
-    /// When the ring cannot be read or written.
+    /// False when there was nothing to show.
     pub(super) fn publish(&mut self) -> io::Result<bool> {
-        if self.published == self.next_used {
+        if self.parts.is_none() || self.used == self.published {
             return Ok(false);
         }
-        self.published = self.next_used;
-        let index = GuestAddress(self.queue.used_ring()).unchecked_add(2);
-        self.memory.store(self.published.0.to_le(), index, Ordering::Release).map_err(broken)?;
-        // What the guest wants is read after it can see the entries (virtio 1.2, §2.7.7.2).
-        fence(Ordering::SeqCst);
-        let wanted = match self.used_event()? {
-            Some(event) => self.published - event - Wrapping(1) < self.published - self.asked,
-            None => self.load(0)? & NO_INTERRUPT == 0,
-        };
-        self.asked = self.published;
-        if wanted {
-            self.tell();
+        if self.show().map_err(io::Error::other)? {
+            self.tell()?;
         }
         Ok(true)
     }
 
-    /// A u16 of the available ring, `offset` bytes behind its start.
-    fn load(&self, offset: u64) -> io::Result<u16> {
-        let at = GuestAddress(self.queue.avail_ring()).unchecked_add(offset);
-        self.memory.load(at, Ordering::Relaxed).map(u16::from_le).map_err(broken)
-    }
-
-    /// The used entry after which the guest wants to be told, with `EVENT_IDX`.
-    fn used_event(&self) -> io::Result<Option<Wrapping<u16>>> {
-        if !self.event_idx {
-            return Ok(None);
+    /// Tells the guest once more of what it could have had since it was last told, if it waits for that.
+    pub(super) fn remind(&mut self) -> io::Result<bool> {
+        let Some(parts) = self.parts.as_ref().filter(|_| self.event_idx && self.rung != self.published)
+        else {
+            return Ok(false);
+        };
+        let event = parts.avail.load(4 + 2 * u64::from(self.size)).map_err(io::Error::other)?;
+        let waits =
+            self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(self.rung);
+        if waits {
+            self.tell()?;
         }
-        self.load(4 + 2 * u64::from(self.queue.size())).map(|event| Some(Wrapping(event)))
+        Ok(waits)
     }
 
-    /// Asks the guest to tell when it makes more available. True when it already has.
-    ///
-    /// # Errors
-    /// When the ring cannot be read or written.
-    pub(super) fn listen(&mut self) -> io::Result<bool> {
-        self.queue.enable_notification(&self.memory).map_err(broken)
+    /// Moves the used index; says whether the guest wants to be told.
+    fn show(&mut self) -> Result<bool, BadRing> {
+        let parts = self.parts.as_ref().ok_or(BadRing::Memory)?;
+        parts.used.store(2, self.used)?;
+        self.published = self.used;
+        let before = self.told.replace(self.used);
+        // §2.7.10: the index is written before the guest's wish is read.
+        fence(Ordering::SeqCst);
+        if !self.event_idx {
+            return Ok(parts.avail.load(0)? & SILENCE == 0);
+        }
+        let event = parts.avail.load(4 + 2 * u64::from(self.size))?;
+        Ok(before.is_none_or(|before| {
+            self.used.wrapping_sub(event).wrapping_sub(1) < self.used.wrapping_sub(before)
+        }))
     }
 
-    /// Has the guest not tell of more for now.
-    ///
-    /// # Errors
-    /// When the ring cannot be written.
-    pub(super) fn ignore(&mut self) -> io::Result<()> {
-        self.queue.disable_notification(&self.memory).map_err(broken)
+    fn tell(&mut self) -> io::Result<()> {
+        self.rung = self.published;
+        // Without a descriptor the front end looks for itself.
+        let Some(call) = &mut self.call else { return Ok(()) };
+        loop {
+            match call.write(&1u64.to_ne_bytes()) {
+                // An eventfd that would overflow has been readable for long.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(io::Error::new(e.kind(), format!("the guest cannot be notified: {e}"))),
+            }
+        }
+    }
+
+    /// Asks the guest to say when it offers more. True when it has meanwhile: nothing will be said about that.
+    pub(super) fn arm(&mut self) -> Result<bool, BadRing> {
+        let parts = self.parts.as_ref().ok_or(BadRing::Memory)?;
+        if self.event_idx {
+            parts.used.store(4 + 8 * u64::from(self.size), self.next)?;
+        } else if !self.armed {
+            parts.used.store(0, 0)?;
+        }
+        self.armed = true;
+        // §2.7.10: the wish is written before the guest's index is read.
+        fence(Ordering::SeqCst);
+        self.look()
+    }
+
+    /// Asks the guest for silence.
+    pub(super) fn disarm(&mut self) -> Result<(), BadRing> {
+        // With EVENT_IDX the guest has said it once and is silent until asked again.
+        if self.armed && !self.event_idx {
+            self.parts()?.used.store(0, SILENCE)?;
+        }
+        self.armed = false;
+        Ok(())
+    }
+
+    /// Empties the kick's counter.
+    pub(super) fn drain_kick(&mut self) {
+        self.ready = self.parts.is_some();
+        if let Some(kick) = &mut self.kick {
+            // Without blocking, and whatever it says: the ring itself is looked at.
+            let _ = kick.read(&mut [0; 8]);
+        }
     }
 }
