@@ -190,3 +190,127 @@ fn a_tap_that_is_deleted_ends_its_link_and_nothing_else() -> Result<()> {
     guest.dhcp()?;
     Ok(())
 }
+
+/// An ARP request of `mac` at `ip` for the gateway, as a frame.
+fn who_has_gateway(mac: [u8; 6], ip: [u8; 4]) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend(mac);
+    frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend(mac);
+    frame.extend(ip);
+    frame.extend([0; 6]);
+    frame.extend([192, 168, 127, 1]);
+    frame
+}
+
+fn is_answer(frame: &[u8], mac: [u8; 6]) -> bool {
+    frame.len() == 42 && frame[..6] == mac && frame[20..22] == [0, 2] && frame[28..32] == [192, 168, 127, 1]
+}
+
+/// Asks for the gateway over a byte stream with u16 lengths, and expects the answer.
+fn ask_over(mut to: impl Write, mut from: impl Read, mac: [u8; 6], ip: [u8; 4]) -> Result<()> {
+    let frame = who_has_gateway(mac, ip);
+    to.write_all(&u16::try_from(frame.len())?.to_le_bytes())?;
+    to.write_all(&frame)?;
+    loop {
+        let mut length = [0; 2];
+        from.read_exact(&mut length)?;
+        let mut frame = vec![0; usize::from(u16::from_le_bytes(length))];
+        from.read_exact(&mut frame)?;
+        // Other guests' broadcasts come too.
+        if frame[..6] != [0xff; 6] {
+            ensure!(is_answer(&frame, mac), "{frame:02x?}");
+            return Ok(());
+        }
+    }
+}
+
+/// Comes to a `vpnkit` link as hyperkit does: the MAC it is given, or the reason why not.
+fn come(
+    path: &std::path::Path,
+    uuid: &str,
+    address: Option<[u8; 4]>,
+) -> Result<(std::os::unix::net::UnixStream, std::result::Result<[u8; 6], String>)> {
+    let mut stream = std::os::unix::net::UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut init = b"VMN3T".to_vec();
+    init.extend(22u32.to_le_bytes());
+    init.extend([b'0'; 40]);
+    stream.write_all(&init)?;
+    let mut theirs = [0; 49];
+    stream.read_exact(&mut theirs)?;
+    assert_eq!(theirs[..9], init[..9]);
+    let mut command = vec![if address.is_some() { 8 } else { 1 }];
+    command.extend(uuid.as_bytes());
+    command.extend(address.unwrap_or_default().iter().rev());
+    stream.write_all(&command)?;
+    let mut response = [0; 258];
+    stream.read_exact(&mut response)?;
+    if response[0] == 2 {
+        let reason = String::from_utf8_lossy(&response[2..2 + usize::from(response[1])]).into_owned();
+        return Ok((stream, Err(reason)));
+    }
+    assert_eq!((response[0], u16::from_le_bytes([response[1], response[2]])), (1, 1500));
+    let mac = <[u8; 6]>::try_from(&response[5..11])?;
+    Ok((stream, Ok(mac)))
+}
+
+#[test]
+fn several_vms_come_to_one_vpnkit_socket_and_a_uuid_keeps_its_mac() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("vpnkit");
+    let _sidecar = Sidecar::start(dir.path(), &["--link", &format!("vpnkit:unix:{}", path.display())])?;
+    let (a, b) = ("d7a1e0c6-8a5c-4b6e-9f0e-00000000000a", "d7a1e0c6-8a5c-4b6e-9f0e-00000000000b");
+    let (first, mac_a) = come(&path, a, Some([192, 168, 127, 40]))?;
+    let (second, mac_b) = come(&path, b, None)?;
+    let (mac_a, mac_b) = (mac_a.unwrap(), mac_b.unwrap());
+    assert_ne!(mac_a, mac_b);
+    for (stream, mac, last) in [(&first, mac_a, 40), (&second, mac_b, 41), (&first, mac_a, 40)] {
+        ask_over(stream, stream, mac, [192, 168, 127, last])?;
+    }
+    let refused = |uuid, address| come(&path, uuid, Some(address)).unwrap().1.unwrap_err();
+    assert_eq!(refused(b, [192, 168, 127, 40]), "Preferred IP address already used.");
+    assert_eq!(refused(b, [10, 0, 0, 1]), "Preferred IP address out of range.");
+    drop(first);
+    let (again, mac) = come(&path, a, None)?;
+    assert_eq!(mac.unwrap(), mac_a);
+    ask_over(&again, &again, mac_a, [192, 168, 127, 40])?;
+    ask_over(&second, &second, mac_b, [192, 168, 127, 41])
+}
+
+#[test]
+fn frames_cross_standard_input_and_output() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut child = std::process::Command::new(portway_tests::vm::portway()?)
+        .args(["serve", "--link", "stdio", "--api", &format!("unix:{}", dir.path().join("api").display())])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    ask_over(&stdin, stdout, [2, 0, 0, 0, 0, 9], [192, 168, 127, 9])?;
+    // The end of its input is the end of the only link, and so of the process.
+    drop(stdin);
+    portway_tests::sidecar::until(PATIENCE, || child.try_wait().is_ok_and(|s| s.is_some()))?;
+    assert!(child.wait()?.success());
+    Ok(())
+}
+
+#[test]
+fn a_seqpacket_guest_comes_goes_and_comes_back() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("seq");
+    let sidecar =
+        Sidecar::start(dir.path(), &["--link", &format!("seqpacket:unix:{},name=uml", path.display())])?;
+    for last in [30, 31] {
+        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::SEQPACKET, None)?;
+        socket.connect(&socket2::SockAddr::unix(&path)?)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let mac = [2, 0, 0, 0, 0, last];
+        socket.send(&who_has_gateway(mac, [192, 168, 127, last]))?;
+        let mut answer = [0; 100];
+        let n = (&socket).read(&mut answer)?;
+        ensure!(is_answer(&answer[..n], mac), "{:02x?}", &answer[..n]);
+    }
+    portway_tests::sidecar::until(PATIENCE, || sidecar.log().matches("VMM detached").count() == 2)
+}
