@@ -292,3 +292,65 @@ fn a_client_that_goes_away_while_the_guest_is_asked_for_leaves_nothing() {
     lab.after(secs(10));
     assert_eq!((lab.host_sees(), lab.stack.counters().flows), (vec![], 0));
 }
+
+#[test]
+fn a_host_that_ends_before_the_guests_handshake_does_is_still_a_fin() {
+    let mut lab = Lab::new();
+    lab.guest_sends(&syn(GUEST, FAR));
+    let flow = lab.connect();
+    lab.host_says(HostEvent::Connected { flow });
+    lab.host_says(HostEvent::Eof { flow });
+    let Seen::Tcp { flags: "SA", seq, .. } = lab.guest_sees()[0] else { panic!() };
+    lab.guest_sends(&segment("A", GUEST, FAR, 1001, seq + 1));
+    assert_eq!(lab.guest_sees_flags(), ["FA"]);
+}
+
+/// A published connection that the guest closed first: the next sequence numbers of guest and stack on its ports.
+fn closed_by_the_guest(lab: &mut Lab, guest: &str, client: &str) -> (u32, u32) {
+    let flow = lab.stack.open_to_guest(lab.now, addr(guest), addr("127.0.0.1:51000")).unwrap();
+    let Seen::Tcp { flags: "S", seq, .. } = lab.guest_sees()[0] else { panic!() };
+    lab.guest_sends(&segment("SA", guest, client, 500, seq + 1));
+    lab.guest_sends(&segment("FA", guest, client, 501, seq + 1));
+    lab.host_says(HostEvent::Eof { flow });
+    lab.guest_sends(&segment("A", guest, client, 502, seq + 2));
+    assert_eq!(lab.host_sees(), [HostCommand::ShutdownWrite { flow }, HostCommand::Close { flow }]);
+    lab.guest_sees();
+    (502, seq + 2)
+}
+
+#[test]
+fn a_client_port_the_guest_holds_in_time_wait_is_open_again_without_a_wait() {
+    let (guest, client) = ("192.168.127.2:22", "192.168.127.254:51000");
+    let mut lab = Lab::new();
+    lab.guest_announces();
+    let (seq, ack) = closed_by_the_guest(&mut lab, guest, client);
+    let flow = lab.stack.open_to_guest(lab.now, addr(guest), addr("127.0.0.1:51000")).unwrap();
+    assert_eq!(lab.guest_sees_flags(), ["S"]);
+    // RFC 9293 §3.10.7.4: TIME-WAIT answers with what it last acknowledged. Our RST ends it, and no timer runs.
+    lab.guest_sends(&segment("A", guest, client, seq, ack));
+    let seen = lab.guest_sees();
+    let [Seen::Tcp { flags: "R", seq: reset, .. }, Seen::Tcp { flags: "S", seq: anew, .. }] = seen[..] else {
+        panic!("{seen:?}")
+    };
+    assert_eq!(reset, ack);
+    lab.guest_sends(&segment("SA", guest, client, 9000, anew + 1));
+    assert_eq!(lab.guest_sees_flags(), ["A"]);
+    assert_eq!(lab.host_writes(flow, b"hello"), 5);
+    assert_eq!(lab.guest_reads(), b"hello");
+}
+
+#[test]
+fn a_guest_that_challenges_every_syn_is_not_sent_one_each_time() {
+    let (guest, client) = ("192.168.127.2:22", "192.168.127.254:51000");
+    let mut lab = Lab::new();
+    lab.guest_announces();
+    lab.stack.open_to_guest(lab.now, addr(guest), addr("127.0.0.1:51000")).unwrap();
+    assert_eq!(lab.guest_sees_flags(), ["S"]);
+    for _ in 0..100 {
+        lab.guest_sends(&segment("A", guest, client, 1, 1));
+    }
+    assert_eq!(lab.guest_sees_flags().iter().filter(|f| **f == "S").count(), 2);
+    // The timer goes on.
+    lab.after(secs(2));
+    assert_eq!(lab.guest_sees_flags(), ["S"]);
+}

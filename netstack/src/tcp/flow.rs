@@ -157,6 +157,14 @@ pub(super) struct Live {
     taken: Wrapping<u32>,
     /// The highest end of a segment smoltcp was given.
     seen_end: Wrapping<u32>,
+    /// Our initial sequence number, once the guest has acknowledged it.
+    iss: Option<Wrapping<u32>>,
+    /// Bytes put into the ring to the guest, modulo 2³².
+    given: Wrapping<u32>,
+    /// The host's end of file came before the guest's part of the handshake: the FIN is still owed.
+    owes_fin: bool,
+    /// How often a SYN of ours was sent anew because the guest answered with an ACK.
+    reopened: u8,
     pub(super) established: bool,
     pub(super) told_end: bool,
     pub(super) ending: Ending,
@@ -170,6 +178,10 @@ impl Live {
             irs,
             taken: Wrapping(0),
             seen_end: irs.unwrap_or_default() + Wrapping(1),
+            iss: None,
+            given: Wrapping(0),
+            owes_fin: false,
+            reopened: 0,
             established: false,
             told_end: false,
             ending: Ending::Not,
@@ -195,6 +207,41 @@ impl Live {
         Ok(())
     }
 
+    /// Whether `segment` is an acknowledgement that says nothing new while our FIN alone is under way. smoltcp 0.14 must
+    /// not count it: at the third it turns the retransmission timer off for a fast retransmission, which it then does
+    /// not make because there is no data to send, and a lost FIN is lost for ever. It would do nothing else with it.
+    pub(super) fn holds_back(&self, segment: &Segment) -> bool {
+        let socket = self.socket.tcp_ref();
+        segment.payload == 0
+            && segment.flags & (tcp::ACK | tcp::SYN | tcp::FIN | tcp::RST) == tcp::ACK
+            && matches!(socket.state(), State::FinWait1 | State::Closing | State::LastAck)
+            && socket.send_queue() == 0
+            && self.iss.is_some_and(|iss| segment.ack == iss + Wrapping(1) + self.given)
+    }
+
+    /// The host has sent its last byte. Before the handshake is over the FIN has to wait: smoltcp 0.14 takes the
+    /// acknowledgement of its SYN for one of the FIN that it has not sent.
+    pub(super) fn host_ended(&mut self) {
+        let socket = self.socket.tcp();
+        match socket.state() {
+            State::SynSent | State::SynReceived => self.owes_fin = true,
+            _ => socket.close(),
+        }
+    }
+
+    /// Whether `segment`, which smoltcp has just seen, is a guest's challenge to our SYN: it still has an earlier
+    /// connection of these ports (in TIME-WAIT, RFC 9293 §3.10.7.4, or half dead, RFC 5961 §4). smoltcp's RST has ended
+    /// that one; without a new SYN now the client would wait a second for the next.
+    pub(super) fn is_challenged(&mut self, segment: &Segment) -> bool {
+        /// A guest that ignores RST in TIME-WAIT (RFC 1337) challenges every SYN: then the timer has to do.
+        const REOPENS: u8 = 2;
+        let challenged = self.socket.tcp_ref().state() == State::SynSent
+            && segment.flags & (tcp::ACK | tcp::SYN | tcp::RST) == tcp::ACK
+            && self.reopened < REOPENS;
+        self.reopened += u8::from(challenged);
+        challenged
+    }
+
     /// Ends a socket that listens: the guest reset its handshake, or smoltcp did not take its SYN. smoltcp would wait
     /// for another connection, while the host has one that nobody uses.
     pub(super) fn never_listens(&mut self) {
@@ -216,6 +263,17 @@ impl Live {
         if segment.payload > 0 && after(segment.end(), self.seen_end) {
             self.seen_end = segment.end();
         }
+        if self.iss.is_none()
+            && segment.has(tcp::ACK)
+            && !matches!(state, State::SynSent | State::SynReceived | State::Closed)
+        {
+            // Nothing but the SYN is under way until here, and smoltcp takes no other acknowledgement.
+            self.iss = Some(segment.ack - Wrapping(1));
+        }
+        if self.owes_fin && matches!(state, State::Established | State::CloseWait) {
+            self.owes_fin = false;
+            self.socket.tcp().close();
+        }
         if state == State::Closed && self.ending == Ending::Not {
             self.ending = if segment.has(tcp::RST) { Ending::Reset } else { Ending::InOrder };
         }
@@ -224,6 +282,10 @@ impl Live {
     pub(super) fn note_taken(&mut self, bytes: usize) {
         // A ring is smaller than 2³²; the sum is modulo 2³² by its nature.
         self.taken += Wrapping(u32::try_from(bytes).unwrap_or(u32::MAX));
+    }
+
+    pub(super) fn note_given(&mut self, bytes: usize) {
+        self.given += Wrapping(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
     /// Whether both rings are empty, segments that came out of order included: their pages hold nothing.

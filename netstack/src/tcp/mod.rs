@@ -16,7 +16,9 @@
 //!
 //! **Window guard**: smoltcp 0.14 accepts data beyond its ring right after the handshake, where it takes the
 //! unscaled window of the SYN|ACK for a scaled one, and panics when the ring overflows. [`Live::admits`] drops what
-//! lies beyond the real window before smoltcp sees it.
+//! lies beyond the real window before smoltcp sees it. Three more of its faults end here: duplicate ACKs that would
+//! lose a FIN ([`Live::holds_back`]), a FIN before the handshake is over ([`Live::host_ended`]), and a SYN that waits a
+//! second after a guest's challenge ([`Live::is_challenged`]).
 //!
 //! Limits: [`crate::Limits`] (`flows`, `dialing`, `dialing_loopback`, `resolving` and the times). Sources: RFC 9293,
 //! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp).
@@ -216,9 +218,16 @@ impl Tcp {
         let Some(port) = self.ports.get_mut(usize::from(key.port.0)).and_then(Option::as_mut) else {
             return Verdict::Done(Err(DropReason::NotForUs));
         };
-        let mut device = Ingress::new(packet, outbox, path, key.is_v6(), port.mtu);
-        port.iface.poll_ingress_single(now.into(), &mut device, &mut live.socket.set);
-        live.note_segment(segment);
+        if !live.holds_back(segment) {
+            let mut device = Ingress::new(packet, outbox, path, key.is_v6(), port.mtu);
+            port.iface.poll_ingress_single(now.into(), &mut device, &mut live.socket.set);
+            live.note_segment(segment);
+            if live.is_challenged(segment) {
+                // smoltcp sends a SYN anew only when its timer says so, or from a socket that begins.
+                live.socket.tcp().abort();
+                let _ = Self::begin(port, &key, live);
+            }
+        }
         flow.last_active = now;
         flow.last_heard = now;
         flow.warm = true;
@@ -403,12 +412,16 @@ impl Tcp {
         let Some(port) = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut) else {
             return false;
         };
-        let local =
-            IpListenEndpoint { addr: Some(flow.key.remote().ip().into()), port: flow.key.remote().port() };
-        let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
+        let done = Self::begin(port, &flow.key, live);
         Self::queue(port, flow, id);
         self.arm(now, id);
         done
+    }
+
+    /// Has a closed socket begin an active open, with an initial sequence number of its own.
+    fn begin(port: &mut TcpPort, key: &FlowKey, live: &mut Live) -> bool {
+        let local = IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() };
+        live.socket.tcp().connect(port.iface.context(), key.guest(), local).is_ok()
     }
 
     // ---- from the host ----
@@ -460,7 +473,7 @@ impl Tcp {
             HostEvent::Eof { flow: id } => {
                 let flow = self.table.get_mut(id)?;
                 if let Life::Live(live) = &mut flow.life {
-                    live.socket.tcp().close();
+                    live.host_ended();
                     flow.last_active = now;
                     if let Some(port) =
                         self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut)
@@ -593,6 +606,7 @@ impl Tcp {
             })
             .ok()?;
         if given > 0 {
+            live.note_given(given);
             flow.bytes_to_guest += given as u64;
             flow.last_active = now;
             flow.warm = true;

@@ -22,6 +22,8 @@ pub struct Segment {
     pub dst: u16,
     /// Sequence number.
     pub seq: Wrapping<u32>,
+    /// Acknowledgement number; means nothing without the ACK bit.
+    pub ack: Wrapping<u32>,
     /// Flags.
     pub flags: u8,
     /// Payload bytes.
@@ -53,7 +55,7 @@ impl Segment {
 /// # Errors
 /// `Truncated` below 20 bytes, `BadTcpHeader` for a data offset outside the segment or a port 0.
 pub fn parse(bytes: &[u8]) -> Result<Segment, DropReason> {
-    let Some((&[s0, s1, d0, d1, q0, q1, q2, q3, _, _, _, _, offset, flags, _, _, _, _, _, _], _)) =
+    let Some((&[s0, s1, d0, d1, q0, q1, q2, q3, a0, a1, a2, a3, offset, flags, _, _, _, _, _, _], _)) =
         bytes.split_first_chunk::<20>()
     else {
         return Err(DropReason::Truncated);
@@ -65,5 +67,6 @@ pub fn parse(bytes: &[u8]) -> Result<Segment, DropReason> {
         return Err(DropReason::BadTcpHeader);
     }
     let payload = u32::try_from(payload).map_err(|_| DropReason::BadLength)?;
-    Ok(Segment { src, dst, seq: Wrapping(u32::from_be_bytes([q0, q1, q2, q3])), flags, payload })
+    let (seq, ack) = (u32::from_be_bytes([q0, q1, q2, q3]), u32::from_be_bytes([a0, a1, a2, a3]));
+    Ok(Segment { src, dst, seq: Wrapping(seq), ack: Wrapping(ack), flags, payload })
 }
