@@ -163,10 +163,12 @@ fn a_link_that_goes_takes_its_flows_and_leaves_the_others() {
     let (flow, ..) = lab.open("192.168.127.2:1", "192.0.2.7:80");
     lab.frame(1, &syn("192.168.127.3:1", "192.0.2.7:80").frame(mac_of(1)));
     lab.connect();
+    lab.guest_sends(&syn("192.168.127.2:2", "192.0.2.7:80"));
+    let dialing = lab.connect();
     let port = lab.ports[0];
     lab.stack.port_down(port);
-    assert_eq!(lab.host_sees(), [HostCommand::Reset { flow }]);
-    assert_eq!(lab.stack.counters().flows, 1);
+    assert_eq!(lab.host_sees(), [HostCommand::Reset { flow }, HostCommand::Reset { flow: dialing }]);
+    assert_eq!((lab.stack.counters().flows, lab.stack.counters().dialing), (1, 1));
     // Its addresses are free for others now.
     lab.frame(1, &arp(mac_of(1), [192, 168, 127, 2], [192, 168, 127, 1]));
     assert_eq!(lab.guest_n_sees(1).len(), 1);

@@ -3,7 +3,8 @@
 
 mod lab;
 
-use lab::{Lab, Seen, addr, ms, secs, segment, syn};
+use etherparse::{PacketBuilder, TcpOptionElement};
+use lab::{GATEWAY_MAC, Lab, Seen, addr, mac_of, ms, secs, segment, syn};
 use portway_netstack::{
     ConnectError, DropReason, HostCommand, HostError, HostEvent, HostTarget, Limits, OpenError, Service,
 };
@@ -99,6 +100,17 @@ fn the_host_alias_is_the_hosts_loopback_and_the_gateway_serves_dns_alone() {
 }
 
 #[test]
+fn host_loopback_and_the_metadata_address_are_the_operators_to_switch() {
+    let mut lab = Lab::configured(|c| c.host_loopback = false);
+    lab.guest_sends(&syn(GUEST, "192.168.127.254:8080"));
+    assert_eq!((lab.host_sees(), lab.guest_sees_flags()), (vec![], vec!["RA"]));
+    let mut lab = Lab::configured(|c| c.metadata = true);
+    lab.guest_sends(&syn(GUEST, "169.254.169.254:80"));
+    let target = HostTarget::Address(addr("169.254.169.254:80"));
+    assert!(matches!(lab.host_sees()[..], [HostCommand::Connect { target: t, .. }] if t == target));
+}
+
+#[test]
 fn metadata_loopback_and_unused_addresses_of_the_subnet_are_not_dialled() {
     let mut lab = Lab::new();
     for to in ["169.254.169.254:80", "127.0.0.1:80"] {
@@ -155,6 +167,43 @@ fn a_guest_that_never_finishes_its_handshake_is_given_up() {
     lab.after(secs(31));
     assert_eq!(lab.host_sees(), [HostCommand::Reset { flow }]);
     assert_eq!(lab.guest_sees_flags().last(), Some(&"RA"));
+    assert_eq!(lab.stack.counters().flows, 0);
+}
+
+#[test]
+fn a_guest_that_resets_before_its_handshake_ends_resets_the_host_side_at_once() {
+    let mut lab = Lab::new();
+    lab.guest_sends(&syn(GUEST, FAR));
+    let flow = lab.connect();
+    lab.host_says(HostEvent::Connected { flow });
+    let Seen::Tcp { flags: "SA", seq, .. } = lab.guest_sees()[0] else { panic!() };
+    lab.guest_sends(&segment("RA", GUEST, FAR, 1001, seq + 1));
+    assert_eq!(lab.host_sees(), [HostCommand::Reset { flow }]);
+    assert_eq!((lab.guest_sees(), lab.stack.counters().flows), (vec![], 0));
+}
+
+#[test]
+fn a_syn_with_malformed_options_leaves_no_host_side_behind() {
+    let mut lab = Lab::new();
+    let mut frame = Vec::new();
+    let options = [TcpOptionElement::MaximumSegmentSize(1460)];
+    PacketBuilder::ethernet2(mac_of(0).0, GATEWAY_MAC.0)
+        .ipv4([192, 168, 127, 2], [192, 0, 2, 7], 64)
+        .tcp(40_000, 443, 1000, 65_535)
+        .syn()
+        .options(&options)
+        .unwrap()
+        .write(&mut frame, &[])
+        .unwrap();
+    assert_eq!(frame[54..56], [2, 4]);
+    frame[55] = 1; // shorter than its own header
+    lab.frame(0, &frame);
+    for command in lab.host_sees() {
+        if let HostCommand::Connect { flow, .. } = command {
+            lab.host_says(HostEvent::Connected { flow });
+            assert_eq!(lab.host_sees(), [HostCommand::Reset { flow }]);
+        }
+    }
     assert_eq!(lab.stack.counters().flows, 0);
 }
 
@@ -235,33 +284,73 @@ fn a_published_connection_waits_for_the_guests_arp_answer() {
 }
 
 #[test]
-fn a_guest_that_remembers_the_ports_is_reset_and_asked_again_at_once() {
+fn a_client_that_goes_away_while_the_guest_is_asked_for_leaves_nothing() {
     let mut lab = Lab::new();
-    lab.guest_sends(&segment("A", GUEST, FAR, 1, 1));
-    lab.guest_sees();
-    lab.stack.open_to_guest(lab.now, addr("192.168.127.2:22"), addr("127.0.0.1:51000")).unwrap();
-    let [Seen::Tcp { seq: first, .. }] = lab.guest_sees()[..] else { panic!() };
-    // RFC 9293 §3.10.7.4: in TIME-WAIT a SYN that is no news is answered with what was acknowledged last.
-    let answer = segment("A", "192.168.127.2:22", "192.168.127.254:51000", 900, 77);
-    lab.guest_sends(&answer);
-    let seen = lab.guest_sees();
-    let [Seen::Tcp { flags: "R", seq: 77, .. }, Seen::Tcp { flags: "S", seq: second, .. }] = seen[..] else {
-        panic!("{seen:?}")
-    };
-    assert_ne!(first, second);
-    lab.guest_sends(&segment("SA", "192.168.127.2:22", "192.168.127.254:51000", 500, second + 1));
-    assert_eq!(lab.guest_sees_flags(), ["A"]);
+    let (guest, client) = (addr("192.168.127.2:22"), addr("127.0.0.1:51000"));
+    let flow = lab.stack.open_to_guest(lab.now, guest, client).unwrap();
+    lab.host_says(HostEvent::Reset { flow });
+    lab.after(secs(10));
+    assert_eq!((lab.host_sees(), lab.stack.counters().flows), (vec![], 0));
 }
 
 #[test]
-fn a_guest_that_never_stops_remembering_is_asked_no_more_than_three_times_at_once() {
+fn a_host_that_ends_before_the_guests_handshake_does_is_still_a_fin() {
     let mut lab = Lab::new();
-    lab.guest_sends(&segment("A", GUEST, FAR, 1, 1));
+    lab.guest_sends(&syn(GUEST, FAR));
+    let flow = lab.connect();
+    lab.host_says(HostEvent::Connected { flow });
+    lab.host_says(HostEvent::Eof { flow });
+    let Seen::Tcp { flags: "SA", seq, .. } = lab.guest_sees()[0] else { panic!() };
+    lab.guest_sends(&segment("A", GUEST, FAR, 1001, seq + 1));
+    assert_eq!(lab.guest_sees_flags(), ["FA"]);
+}
+
+/// A published connection that the guest closed first: the next sequence numbers of guest and stack on its ports.
+fn closed_by_the_guest(lab: &mut Lab, guest: &str, client: &str) -> (u32, u32) {
+    let flow = lab.stack.open_to_guest(lab.now, addr(guest), addr("127.0.0.1:51000")).unwrap();
+    let Seen::Tcp { flags: "S", seq, .. } = lab.guest_sees()[0] else { panic!() };
+    lab.guest_sends(&segment("SA", guest, client, 500, seq + 1));
+    lab.guest_sends(&segment("FA", guest, client, 501, seq + 1));
+    lab.host_says(HostEvent::Eof { flow });
+    lab.guest_sends(&segment("A", guest, client, 502, seq + 2));
+    assert_eq!(lab.host_sees(), [HostCommand::ShutdownWrite { flow }, HostCommand::Close { flow }]);
     lab.guest_sees();
-    lab.stack.open_to_guest(lab.now, addr("192.168.127.2:22"), addr("127.0.0.1:51000")).unwrap();
+    (502, seq + 2)
+}
+
+#[test]
+fn a_client_port_the_guest_holds_in_time_wait_is_open_again_without_a_wait() {
+    let (guest, client) = ("192.168.127.2:22", "192.168.127.254:51000");
+    let mut lab = Lab::new();
+    lab.guest_announces();
+    let (seq, ack) = closed_by_the_guest(&mut lab, guest, client);
+    let flow = lab.stack.open_to_guest(lab.now, addr(guest), addr("127.0.0.1:51000")).unwrap();
     assert_eq!(lab.guest_sees_flags(), ["S"]);
-    for _ in 0..9 {
-        lab.guest_sends(&segment("A", "192.168.127.2:22", "192.168.127.254:51000", 900, 77));
+    // RFC 9293 §3.10.7.4: TIME-WAIT answers with what it last acknowledged. Our RST ends it, and no timer runs.
+    lab.guest_sends(&segment("A", guest, client, seq, ack));
+    let seen = lab.guest_sees();
+    let [Seen::Tcp { flags: "R", seq: reset, .. }, Seen::Tcp { flags: "S", seq: anew, .. }] = seen[..] else {
+        panic!("{seen:?}")
+    };
+    assert_eq!(reset, ack);
+    lab.guest_sends(&segment("SA", guest, client, 9000, anew + 1));
+    assert_eq!(lab.guest_sees_flags(), ["A"]);
+    assert_eq!(lab.host_writes(flow, b"hello"), 5);
+    assert_eq!(lab.guest_reads(), b"hello");
+}
+
+#[test]
+fn a_guest_that_challenges_every_syn_is_not_sent_one_each_time() {
+    let (guest, client) = ("192.168.127.2:22", "192.168.127.254:51000");
+    let mut lab = Lab::new();
+    lab.guest_announces();
+    lab.stack.open_to_guest(lab.now, addr(guest), addr("127.0.0.1:51000")).unwrap();
+    assert_eq!(lab.guest_sees_flags(), ["S"]);
+    for _ in 0..100 {
+        lab.guest_sends(&segment("A", guest, client, 1, 1));
     }
-    assert_eq!(lab.guest_sees_flags().iter().filter(|f| **f == "S").count(), 3);
+    assert_eq!(lab.guest_sees_flags().iter().filter(|f| **f == "S").count(), 2);
+    // The timer goes on.
+    lab.after(ms(150));
+    assert_eq!(lab.guest_sees_flags(), ["S"]);
 }

@@ -169,6 +169,8 @@ pub(super) struct Live {
     taken: Wrapping<u32>,
     /// The highest end of a segment smoltcp was given.
     seen_end: Wrapping<u32>,
+    /// The host's end of file came before the guest's part of the handshake: the FIN is still owed.
+    owes_fin: bool,
     pub(super) established: bool,
     pub(super) told_end: bool,
     pub(super) ending: Ending,
@@ -201,6 +203,7 @@ impl Live {
             irs,
             taken: Wrapping(0),
             seen_end: irs.unwrap_or_default() + Wrapping(1),
+            owes_fin: false,
             established: false,
             told_end: false,
             ending: Ending::Not,
@@ -269,6 +272,16 @@ impl Live {
         Shown::Whole
     }
 
+    /// The host has sent its last byte. Before the handshake is over the FIN has to wait: smoltcp 0.14 takes the
+    /// acknowledgement of its SYN for one of the FIN that it has not sent.
+    pub(super) fn host_ended(&mut self) {
+        let socket = self.socket.tcp();
+        match socket.state() {
+            State::SynSent | State::SynReceived => self.owes_fin = true,
+            _ => socket.close(),
+        }
+    }
+
     /// Ends a socket that listens: the guest reset its handshake, or smoltcp did not take its SYN. smoltcp would wait
     /// for another connection, while the host has one that nobody uses.
     pub(super) fn never_listens(&mut self) {
@@ -280,10 +293,11 @@ impl Live {
     }
 
     /// Whether `segment`, the answer to our SYN, says that the guest still has a connection on these ports in TIME-WAIT, or
-    /// half open: an ACK alone (RFC 9293 §3.5.1, figure 9). True three times at the most.
+    /// half open: an ACK alone (RFC 9293 §3.5.1, figure 9). True twice at the most: a guest that
+    /// ignores RST in TIME-WAIT (RFC 1337) challenges every SYN, and then the timer has to do.
     pub(super) fn is_remembered(&mut self, segment: &Segment) -> bool {
         let answer = segment.has(tcp::ACK) && segment.flags & (tcp::SYN | tcp::RST) == 0;
-        if !answer || self.remembered >= 3 || self.socket.tcp_ref().state() != State::SynSent {
+        if !answer || self.remembered >= 2 || self.socket.tcp_ref().state() != State::SynSent {
             return false;
         }
         self.remembered += 1;
@@ -303,6 +317,10 @@ impl Live {
             self.seen_end = segment.end();
         }
         self.ack_now |= segment.payload >= SMALL || segment.has(tcp::FIN);
+        if self.owes_fin && matches!(state, State::Established | State::CloseWait) {
+            self.owes_fin = false;
+            self.socket.tcp().close();
+        }
         if state == State::Closed && self.ending == Ending::Not {
             self.ending = if segment.has(tcp::RST) { Ending::Reset } else { Ending::InOrder };
         }

@@ -55,7 +55,7 @@ impl FrameSink for Wire {
 /// What a guest sees, as far as tests speak of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seen {
-    Tcp { src: String, dst: String, flags: &'static str, seq: u32, ack: u32, payload: Vec<u8> },
+    Tcp { src: String, dst: String, flags: &'static str, seq: u32, ack: u32, window: u16, payload: Vec<u8> },
     Udp { src: String, dst: String, payload: Vec<u8> },
     Icmp { src: String, kind: u8, code: u8, rest: Vec<u8> },
     Arp { is_reply: bool, sender: String, target: String },
@@ -178,7 +178,18 @@ impl Lab {
     }
 
     pub fn with_memory(limits: Limits, guests: usize, mtu: u16, rings: Box<dyn RingMemory>) -> Self {
-        let mut stack = Netstack::new(config(limits), rings, 0x5eed);
+        Self::of(config(limits), guests, mtu, rings)
+    }
+
+    /// One guest, and the defaults with something changed.
+    pub fn configured(change: impl FnOnce(&mut StackConfig)) -> Self {
+        let mut config = config(Limits::default());
+        change(&mut config);
+        Self::of(config, 1, 1500, Box::new(HeapRings { next: 0, left: usize::MAX }))
+    }
+
+    fn of(config: StackConfig, guests: usize, mtu: u16, rings: Box<dyn RingMemory>) -> Self {
+        let mut stack = Netstack::new(config, rings, 0x5eed);
         let port = PortConfig { name: None, mtu, address: None, isolate: false };
         let ports = (0..guests).map(|_| stack.add_port(Instant::ZERO, port.clone(), false)).collect();
         let wires = (0..guests).map(|_| Wire { frames: vec![], room: usize::MAX }).collect();
@@ -214,6 +225,18 @@ impl Lab {
 
     pub fn guest_sends(&mut self, segment: &Segment) {
         self.frame(0, &segment.frame(mac_of(0)));
+    }
+
+    /// The guest speaks: the stack knows where it is.
+    pub fn guest_announces(&mut self) {
+        self.guest_sends(&segment("A", "192.168.127.2:9", "192.168.127.1:9", 1, 1));
+        self.guest_sees();
+    }
+
+    /// The bytes of the segments the guest was sent, in order.
+    pub fn guest_reads(&mut self) -> Vec<u8> {
+        let payload = |seen| if let Seen::Tcp { payload, .. } = seen { payload } else { panic!("{seen:?}") };
+        self.guest_sees().into_iter().flat_map(payload).collect()
     }
 
     pub fn udp<'f>(&mut self, from: &str, to: &str, payload: &[u8], frame: &'f mut Vec<u8>) -> Handled<'f> {
@@ -352,6 +375,7 @@ pub fn read(frame: &[u8]) -> Seen {
                 flags,
                 seq: header.sequence_number,
                 ack: header.acknowledgment_number,
+                window: header.window_size,
                 payload: t.payload().to_vec(),
             }
         }

@@ -102,7 +102,7 @@ impl Guest {
             iface,
             sockets: SocketSet::new(Vec::new()),
             faults,
-            dice: Dice(seed | 1),
+            dice: Dice(seed << 1 | 1),
             to_stack: VecDeque::new(),
             late_to_stack: Vec::new(),
             late_to_guest: Vec::new(),
