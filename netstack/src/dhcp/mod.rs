@@ -108,6 +108,9 @@ const OFFER: Duration = Duration::from_secs(60);
 const QUARANTINE: Duration = Duration::from_secs(600);
 /// Addresses remembered; at it the lease that ended longest ago is forgotten, else the client gets no answer.
 const LEASES: usize = 4096;
+/// Leases, offers and declined addresses one link may hold at a time; at it further clients behind it get no answer, so that a
+/// guest that asks under many names leaves addresses for the others. Fixed addresses are not counted.
+const LEASES_PER_LINK: usize = 64;
 
 /// The server of one network.
 pub(crate) struct DhcpServer {
@@ -257,6 +260,11 @@ impl DhcpServer {
             .filter(|(_, l)| l.state != State::Declined)
             .max_by_key(|(_, l)| (l.fixed, l.ends))
             .map(|(ip, _)| *ip);
+        let held =
+            self.leases.values().filter(|l| !l.fixed && l.port == Some(asker.port) && !l.is_over(asker.now));
+        if own.is_none() && held.count() >= LEASES_PER_LINK {
+            return Err(DropReason::DhcpLimit);
+        }
         let wishes = [own, asker.wish, requested];
         if let Some(ip) = wishes.into_iter().flatten().find(|ip| self.may_have(asker, *ip)) {
             return Ok(ip);

@@ -147,6 +147,20 @@ fn a_full_pool_answers_nobody_until_a_lease_ends() {
 }
 
 #[test]
+fn a_guest_that_asks_under_many_names_leaves_addresses_for_the_others() {
+    let mut lab = Lab::new(&[]);
+    let name = |n: usize| Mac([2, 0, 0, 0, 1, u8::try_from(n).unwrap()]);
+    for n in 0..LEASES_PER_LINK {
+        lab.leases(name(n));
+    }
+    let more = message(MessageType::Discover, name(LEASES_PER_LINK), &[]);
+    assert_eq!(lab.says(&more).map(|_| ()), Err(DropReason::DhcpLimit));
+    assert!(lab.says_on(PortId(1), &message(MessageType::Discover, A, &[])).unwrap().is_some());
+    // Those that have one keep it.
+    assert_eq!(lab.leases(name(0)), ip(2));
+}
+
+#[test]
 fn a_static_lease_is_its_owners_and_nobody_elses() {
     let mut lab = Lab::new(&[StaticLease { mac: B, ip: ip(2), name: Some("db".into()) }]);
     assert_eq!(lab.leases(A), ip(3));
