@@ -297,8 +297,9 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        // Not MQ: without it every front end takes it that there is one queue pair. With it QEMU reads the answer as pairs
+        // and cloud-hypervisor as rings, and 1 would be too few for that.
         Ok(VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::MTU
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE)

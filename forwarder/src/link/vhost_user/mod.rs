@@ -196,8 +196,8 @@ impl VhostUser {
         Ok(fds[0].revents().is_some_and(|r| r.intersects(what)))
     }
 
-    /// The eventfds by which the guest says that it did something to a queue; each is readable then, and
-    /// [`Self::note_kick`] to be called.
+    /// The eventfds by which the guest says that it did something to a queue; each has an edge then, and
+    /// [`Self::note_kick`] is to be called. They are never read.
     pub fn kick_fds(&self) -> impl Iterator<Item = (usize, RawFd)> {
         let fds = self.device.rings.iter().map(|r| r.kick.as_ref().map(|k| k.as_fd()));
         fds.enumerate().filter_map(|(queue, fd): (_, Option<BorrowedFd<'_>>)| Some((queue, fd?.as_raw_fd())))
@@ -206,7 +206,7 @@ impl VhostUser {
     /// The guest has kicked a queue.
     pub fn note_kick(&mut self, queue: usize) {
         let Some(ring) = self.device.rings.get_mut(queue) else { return };
-        ring.drain_kick();
+        ring.note_kick();
         if queue == TO_GUEST {
             self.refill();
         }
@@ -243,8 +243,11 @@ impl VhostUser {
             ring.ready = false;
             return Ok(Batch { more: false, frames: 0, bytes: 0 });
         }
-        self.look_at = Some(Instant::now() + LOOK);
-        self.to_host.receive(ring, memory, self.shape.header, handle)
+        let batch = self.to_host.receive(ring, memory, self.shape.header, handle)?;
+        if batch.frames > 0 {
+            self.look_at = Some(Instant::now() + LOOK);
+        }
+        Ok(batch)
     }
 
     /// When [`Self::look_again`] has something to do.

@@ -5,7 +5,7 @@
 //! has to be told from one that ends. And a guest without `EVENT_IDX` may still ask for silence by a flag.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::sync::atomic::{Ordering, fence};
 
 use super::memory::{Area, Memory, Outside};
@@ -255,34 +255,36 @@ impl Ring {
 
     /// Tells the guest once more of what it could have had since it was last told, if it waits for that.
     pub(super) fn remind(&mut self) -> io::Result<bool> {
-        let Some(parts) = self.parts.as_ref().filter(|_| self.event_idx && self.rung != self.published)
-        else {
-            return Ok(false);
-        };
-        let event = parts.avail.load(4 + 2 * u64::from(self.size)).map_err(io::Error::other)?;
-        let waits =
-            self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(self.rung);
+        let waits = self.parts.is_some()
+            && self.rung != self.published
+            && self.wishes(self.rung).map_err(io::Error::other)?;
         if waits {
             self.tell()?;
         }
         Ok(waits)
     }
 
+    /// Whether the guest wishes to be told of what was published since `before`.
+    fn wishes(&self, before: u16) -> Result<bool, BadRing> {
+        let avail = &self.parts()?.avail;
+        if !self.event_idx {
+            return Ok(avail.load(0)? & SILENCE == 0);
+        }
+        let event = avail.load(4 + 2 * u64::from(self.size))?;
+        Ok(self.published.wrapping_sub(event).wrapping_sub(1) < self.published.wrapping_sub(before))
+    }
+
     /// Moves the used index; says whether the guest wants to be told.
     fn show(&mut self) -> Result<bool, BadRing> {
-        let parts = self.parts.as_ref().ok_or(BadRing::Memory)?;
-        parts.used.store(2, self.used)?;
+        self.parts()?.used.store(2, self.used)?;
         self.published = self.used;
-        let before = self.told.replace(self.used);
         // §2.7.10: the index is written before the guest's wish is read.
         fence(Ordering::SeqCst);
-        if !self.event_idx {
-            return Ok(parts.avail.load(0)? & SILENCE == 0);
+        match self.told.replace(self.used) {
+            // Nobody knows what the guest has seen before.
+            None if self.event_idx => Ok(true),
+            before => self.wishes(before.unwrap_or_default()),
         }
-        let event = parts.avail.load(4 + 2 * u64::from(self.size))?;
-        Ok(before.is_none_or(|before| {
-            self.used.wrapping_sub(event).wrapping_sub(1) < self.used.wrapping_sub(before)
-        }))
     }
 
     fn tell(&mut self) -> io::Result<()> {
@@ -324,12 +326,9 @@ impl Ring {
         Ok(())
     }
 
-    /// Empties the kick's counter.
-    pub(super) fn drain_kick(&mut self) {
+    /// The guest may have offered something. The kick itself is never read: an edge of it is enough, and reading would be
+    /// a system call more.
+    pub(super) const fn note_kick(&mut self) {
         self.ready = self.parts.is_some();
-        if let Some(kick) = &mut self.kick {
-            // Without blocking, and whatever it says: the ring itself is looked at.
-            let _ = kick.read(&mut [0; 8]);
-        }
     }
 }

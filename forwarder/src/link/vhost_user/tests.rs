@@ -222,6 +222,47 @@ fn while_frames_are_read_the_guest_need_not_kick() {
 }
 
 #[test]
+fn news_that_nobody_told_of_are_found_by_looking_again() {
+    let mut lab = Lab::new(ALL);
+    lab.put(BUFFERS, &with_header(Offload::default(), &pattern(60)));
+    assert!(lab.received().is_empty());
+    assert_eq!(lab.link.wants_look(), None, "nothing has moved");
+    lab.post(1, &[(BUFFERS, 72, false)], false);
+    lab.kick(1);
+    assert_eq!(lab.received().len(), 1);
+    assert!(lab.link.wants_look().is_some());
+    // The kicks for these are lost.
+    lab.post(1, &[(BUFFERS, 72, false)], false);
+    lab.post(0, &[(BUFFERS + 100, 70_000, true)], false);
+    lab.link.look_again().unwrap();
+    assert!(lab.link.has_room());
+    assert_eq!(lab.received().len(), 1);
+    assert_eq!(lab.used(1).len(), 2);
+    lab.link.look_again().unwrap();
+    assert_eq!(lab.link.wants_look(), None, "nothing moves any more, and the process can sleep");
+}
+
+#[test]
+fn a_guest_that_waits_for_what_it_could_have_is_told_again() {
+    let mut lab = Lab::new(ALL);
+    lab.wants_interrupts = false;
+    post_buffers(&mut lab, 200, 1526);
+    assert!(send(&mut lab, &pattern(100), Offload::default()));
+    lab.link.flush().unwrap();
+    assert!(lab.interrupted(0), "the first time");
+    lab.used(0);
+    assert!(send(&mut lab, &pattern(100), Offload::default()));
+    lab.link.flush().unwrap();
+    assert!(!lab.interrupted(0));
+    // Meanwhile the guest has written its wish, too late to be read.
+    lab.wish(0, 1);
+    lab.link.look_again().unwrap();
+    assert!(lab.interrupted(0));
+    lab.link.look_again().unwrap();
+    assert!(!lab.interrupted(0), "once is enough");
+}
+
+#[test]
 fn a_pause_is_no_other_device_and_a_reset_is() {
     let mut lab = Lab::new(ALL);
     post_buffers(&mut lab, 100, 1526);

@@ -268,7 +268,6 @@ impl Lab {
 
     /// Kicks, as the driver of the network would hear it.
     pub(super) fn kick(&mut self, queue: usize) {
-        self.kick[queue].write(1).unwrap();
         self.link.note_kick(queue);
     }
 
@@ -288,6 +287,12 @@ impl Lab {
             self.put(avail + 4 + 2 * u64::from(SIZE), &self.used[queue].to_le_bytes());
         }
         entries
+    }
+
+    /// Wishes to be told of the used entry `index`.
+    pub(super) fn wish(&mut self, queue: usize, index: u16) {
+        let avail = GUEST + Self::parts(queue)[1];
+        self.put(avail + 4 + 2 * u64::from(SIZE), &index.to_le_bytes());
     }
 
     /// Sets the flag by which a driver without `EVENT_IDX` asks for silence.
