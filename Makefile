@@ -83,6 +83,18 @@ fuzz-smoke: ## each fuzz target for FUZZ_SECONDS, where a nightly toolchain and 
 fuzz: ## as fuzz-smoke, five minutes each
 	@$(MAKE) --no-print-directory fuzz-smoke FUZZ_SECONDS=300
 
+# Which rows of the side-by-side benchmark, rounds of each, and seconds of a measurement.
+ROWS ?= *
+ROUNDS ?= 3
+SECS ?= 2
+
 .PHONY: bench
-bench: ## the benchmarks in the tree
+bench: setup ## portway beside its peers (as root; 40 minutes; ROWS='netns/*' ROUNDS=1 for less)
+	@cargo build --release --locked -p portway
+	tests/bench/setup-peers.sh $(TARGET)/bench/peers
+	python3 tests/bench/compare.py --portway $(TARGET)/release/portway --peers $(TARGET)/bench/peers \
+	  --rows '$(ROWS)' --rounds $(ROUNDS) --secs $(SECS) --json $(TARGET)/bench/last.json
+
+.PHONY: bench-flows
+bench-flows: ## cost per packet and memory per flow with many flows held
 	@cargo bench --workspace --locked

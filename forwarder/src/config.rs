@@ -44,14 +44,14 @@ fn bad(setting: &'static str, fault: impl Into<String>) -> ConfigError {
 #[derive(Debug, Clone, Default, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Settings {
-    /// A link to a VMM: qemu:unix:PATH, qemu:connect:unix:PATH or qemu:fd:N, with [,name=VM][,mac=MAC][,ip=IP][,mtu=N]; repeatable
+    /// A link to a VMM, KIND:ADDRESS[,name=VM][,mac=MAC][,ip=IP][,mtu=N][,isolate=on], such as qemu:unix:PATH or tap:NAME,netns=PID; repeatable
     #[arg(long, value_name = "LINK")]
     pub link: Vec<LinkSpec>,
     /// The guests' subnet; the gateway is its first address, the host alias its last [default: 192.168.127.0/24]
     #[arg(long, value_name = "CIDR")]
     #[serde(deserialize_with = "from_text")]
     pub subnet: Option<Subnet>,
-    /// The largest IP packet on links that do not say mtu= themselves [default: 65520]
+    /// The largest IP packet on links that do not say mtu= themselves [default: 65520 on qemu links, 1500 on others]
     #[arg(long, value_name = "BYTES")]
     pub mtu: Option<u16>,
     /// Publish a guest's port on the host: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
@@ -101,8 +101,6 @@ pub struct Settings {
     pub hosts_file: Option<PathBuf>,
 }
 
-/// What links do when nothing else is said (DESIGN §2: `qemu` links cannot segment, so their packets are large).
-pub const DEFAULT_MTU: u16 = 65_520;
 const RUNTIME_DIR_MODE: u32 = 0o700;
 
 /// The settings, checked: what is in here works or fails at the host, not in the grammar.
@@ -150,9 +148,112 @@ pub struct Config {
     pub limits: Limits,
 }
 
+/// How frames cross a link (DESIGN §3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkKind {
+    /// A stream socket, a u32 length before each frame.
+    Qemu,
+    /// Standard input and output, a u16 length before each frame.
+    Stdio,
+    /// vpnkit's handshake, then a u16 length before each frame; several VMs on one socket.
+    Vpnkit,
+    /// A datagram socket, a frame each.
+    #[cfg(target_os = "linux")]
+    Dgram,
+    /// A sequenced-packet socket, a frame each.
+    #[cfg(target_os = "linux")]
+    Seqpacket,
+    /// A tap device of the kernel.
+    Tap,
+    /// Rings in the guest's memory.
+    #[cfg(target_os = "linux")]
+    VhostUser,
+}
+
+impl LinkKind {
+    const ALL: &'static [Self] = &[
+        Self::Qemu,
+        Self::Stdio,
+        Self::Vpnkit,
+        Self::Tap,
+        #[cfg(target_os = "linux")]
+        Self::Dgram,
+        #[cfg(target_os = "linux")]
+        Self::Seqpacket,
+        #[cfg(target_os = "linux")]
+        Self::VhostUser,
+    ];
+
+    /// As it is typed.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Stdio => "stdio",
+            Self::Vpnkit => "vpnkit",
+            #[cfg(target_os = "linux")]
+            Self::Dgram => "dgram",
+            #[cfg(target_os = "linux")]
+            Self::Seqpacket => "seqpacket",
+            Self::Tap => "tap",
+            #[cfg(target_os = "linux")]
+            Self::VhostUser => "vhost-user",
+        }
+    }
+
+    /// The MTU when nobody says one: large where nothing else makes segments large, and otherwise what the VMMs of
+    /// the kind take.
+    const fn mtu(self) -> u16 {
+        match self {
+            Self::Qemu => 65_520,
+            Self::Stdio | Self::Tap | Self::Vpnkit => 1500,
+            #[cfg(target_os = "linux")]
+            Self::Dgram | Self::Seqpacket => 1500,
+            #[cfg(target_os = "linux")]
+            Self::VhostUser => 1500,
+        }
+    }
+
+    /// Whether there are VMMs that offload on links of this kind without a header (libkrun).
+    const fn may_offload(self) -> bool {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Dgram => true,
+            _ => matches!(self, Self::Qemu),
+        }
+    }
+
+    /// An example of an address.
+    const fn example(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu:unix:PATH, qemu:connect:unix:PATH or qemu:fd:N",
+            Self::Stdio => "stdio alone",
+            Self::Vpnkit => "vpnkit:unix:PATH or vpnkit:fd:N",
+            #[cfg(target_os = "linux")]
+            Self::Dgram => "dgram:unix:PATH, dgram:connect:unix:PATH or dgram:fd:N",
+            #[cfg(target_os = "linux")]
+            Self::Seqpacket => "seqpacket:unix:PATH, seqpacket:connect:unix:PATH or seqpacket:fd:N",
+            #[cfg(target_os = "linux")]
+            Self::VhostUser => "vhost-user:unix:PATH, vhost-user:connect:unix:PATH or vhost-user:fd:N",
+            Self::Tap => "tap:NAME or tap:NAME,netns=PATH or tap:NAME,netns=PID",
+        }
+    }
+}
+
+/// A network namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Namespace {
+    /// By path.
+    Path(PathBuf),
+    /// That of a process.
+    Process(u32),
+}
+
 /// One link, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkConfig {
+    /// How frames cross it.
+    pub kind: LinkKind,
     /// Where the VMM is.
     pub address: LinkAddress,
     /// The VM's name.
@@ -161,6 +262,10 @@ pub struct LinkConfig {
     pub ip: Option<Ipv4Addr>,
     /// The largest IP packet.
     pub mtu: u16,
+    /// Whether other guests are out of its reach.
+    pub isolate: bool,
+    /// Whether the guest leaves sums and segments to us without a header that says so (libkrun).
+    pub offload: bool,
 }
 
 /// Where a VMM is met.
@@ -172,17 +277,43 @@ pub enum LinkAddress {
     Connect(PathBuf),
     /// A descriptor we inherited.
     Fd(i32),
+    /// Standard input and output.
+    Stdio,
+    /// A tap device.
+    #[cfg(target_os = "linux")]
+    Tap {
+        /// Its name.
+        name: String,
+        /// Where it is; ours when nothing is said.
+        namespace: Option<Namespace>,
+    },
+}
+
+impl std::fmt::Display for LinkAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Listen(path) => write!(f, "unix:{}", path.display()),
+            Self::Connect(path) => write!(f, "connect:unix:{}", path.display()),
+            Self::Fd(fd) => write!(f, "fd:{fd}"),
+            Self::Stdio => f.write_str("stdio"),
+            #[cfg(target_os = "linux")]
+            Self::Tap { name, .. } => f.write_str(name),
+        }
+    }
 }
 
 /// A `--link` as it was typed.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct LinkSpec {
+    kind: LinkKind,
     address: LinkAddress,
     name: Option<String>,
     mac: Option<Mac>,
     ip: Option<Ipv4Addr>,
     mtu: Option<u16>,
+    isolate: bool,
+    offload: bool,
 }
 
 macro_rules! from_string {
@@ -210,31 +341,24 @@ impl FromStr for LinkSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',');
         let place = parts.next().unwrap_or_default();
-        let (kind, address) = place.split_once(':').ok_or_else(|| {
-            format!("{text:?} is not KIND:ADDRESS; an example: qemu:unix:/run/user/1000/vm.sock")
+        let (kind, address) = place.split_once(':').unwrap_or((place, ""));
+        let kind = LinkKind::ALL.iter().copied().find(|k| k.name() == kind).ok_or_else(|| {
+            let kinds = LinkKind::ALL.iter().map(|k| k.name()).collect::<Vec<_>>().join(", ");
+            format!("{kind:?} is not a kind of link ({kinds}); an example: qemu:unix:/run/user/1000/vm.sock")
         })?;
-        match kind {
-            "qemu" => {}
-            "dgram" | "seqpacket" | "vpnkit" | "stdio" | "vhost-user" | "tap" => {
-                return Err(format!("links of kind {kind:?} are not in this release: use qemu"));
+        let fault = || format!("{place:?} is not an address of a {} link: {}", kind.name(), kind.example());
+        let address = match kind {
+            LinkKind::Stdio if address.is_empty() => LinkAddress::Stdio,
+            LinkKind::Stdio => return Err(fault()),
+            LinkKind::Tap => tap_address(address).ok_or_else(fault)?,
+            LinkKind::Qemu | LinkKind::Vpnkit => socket_address(address)?.ok_or_else(fault)?,
+            #[cfg(target_os = "linux")]
+            LinkKind::VhostUser | LinkKind::Dgram | LinkKind::Seqpacket => {
+                socket_address(address)?.ok_or_else(fault)?
             }
-            _ => return Err(format!("{kind:?} is not a kind of link: use qemu")),
-        }
-        let address = if let Some(path) = address.strip_prefix("unix:") {
-            LinkAddress::Listen(absolute(path)?)
-        } else if let Some(path) = address.strip_prefix("connect:unix:") {
-            LinkAddress::Connect(absolute(path)?)
-        } else if let Some(fd) = address.strip_prefix("fd:") {
-            let fd = fd.parse().ok().filter(|fd| *fd >= 0);
-            LinkAddress::Fd(
-                fd.ok_or_else(|| format!("{address:?} is not a descriptor; an example: qemu:fd:3"))?,
-            )
-        } else {
-            return Err(format!(
-                "{address:?} is not an address of a qemu link: unix:PATH, connect:unix:PATH or fd:N"
-            ));
         };
-        let mut link = Self { address, name: None, mac: None, ip: None, mtu: None };
+        let (isolate, offload) = (false, false);
+        let mut link = Self { kind, address, name: None, mac: None, ip: None, mtu: None, isolate, offload };
         for option in parts {
             let (key, value) =
                 option.split_once('=').ok_or_else(|| format!("{option:?} is not KEY=VALUE"))?;
@@ -245,11 +369,73 @@ impl FromStr for LinkSpec {
                     link.ip = Some(value.parse().map_err(|_| format!("ip={value} is not an IPv4 address"))?)
                 }
                 "mtu" => link.mtu = Some(mtu_of(value)?),
-                "offload" | "isolate" => return Err(format!("{key}= is not in this release")),
-                _ => return Err(format!("{key:?} is not an option of a link: name, mac, ip, mtu")),
+                "isolate" => link.isolate = switch(key, value)?,
+                "netns" => link.enter(value)?,
+                "offload" if kind.may_offload() => link.offload = switch(key, value)?,
+                "offload" => return Err(format!("offload= is not an option of a {} link", kind.name())),
+                _ => {
+                    return Err(format!(
+                        "{key:?} is not an option of a link: name, mac, ip, mtu, isolate, offload, netns"
+                    ));
+                }
             }
         }
         Ok(link)
+    }
+}
+
+impl LinkSpec {
+    /// `netns=`: a path, or a process.
+    #[cfg(target_os = "linux")]
+    fn enter(&mut self, text: &str) -> Result<(), String> {
+        let LinkAddress::Tap { namespace, .. } = &mut self.address else {
+            return Err("netns= is an option of tap links alone".into());
+        };
+        *namespace = Some(match text.parse() {
+            Ok(pid) => Namespace::Process(pid),
+            Err(_) => Namespace::Path(absolute(text)?),
+        });
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn enter(&mut self, _: &str) -> Result<(), String> {
+        Err("netns= needs Linux".into())
+    }
+}
+
+/// The address of a socket; `None` when it is none.
+fn socket_address(text: &str) -> Result<Option<LinkAddress>, String> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        return absolute(path).map(|p| Some(LinkAddress::Listen(p)));
+    }
+    if let Some(path) = text.strip_prefix("connect:unix:") {
+        return absolute(path).map(|p| Some(LinkAddress::Connect(p)));
+    }
+    let fd = text.strip_prefix("fd:").and_then(|n| n.parse().ok()).filter(|fd| *fd >= 0);
+    Ok(fd.map(LinkAddress::Fd))
+}
+
+/// A device name as the kernel allows it: at most 15 bytes, no slash, no space.
+#[cfg(target_os = "linux")]
+fn tap_address(name: &str) -> Option<LinkAddress> {
+    let good = (1..=15).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%')
+        && name != "."
+        && name != "..";
+    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn tap_address(_: &str) -> Option<LinkAddress> {
+    None
+}
+
+fn switch(key: &str, text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{key}={text} is neither on nor off")),
     }
 }
 
@@ -489,8 +675,9 @@ impl TryFrom<Settings> for Config {
             if links.iter().any(twice) {
                 return Err(bad("--link", "two links have the same address or name"));
             }
-            let mtu = link.mtu.or(s.mtu).unwrap_or(DEFAULT_MTU);
-            links.push(LinkConfig { address: link.address, name: link.name, ip: link.ip, mtu });
+            let LinkSpec { kind, address, name, ip, isolate, offload, .. } = link;
+            let mtu = link.mtu.or(s.mtu).unwrap_or(kind.mtu());
+            links.push(LinkConfig { kind, address, name, ip, mtu, isolate, offload });
         }
         for (n, lease) in static_lease.iter().enumerate() {
             usable("--static-lease", lease.ip)?;
@@ -593,7 +780,7 @@ mod tests {
             (config.gateway, config.host_alias),
             (Ipv4Addr::new(10, 1, 0, 1), Ipv4Addr::new(10, 1, 255, 254))
         );
-        assert_eq!((config.links[0].mtu, config.links[1].mtu), (1500, DEFAULT_MTU));
+        assert_eq!((config.links[0].mtu, config.links[1].mtu), (1500, 65_520));
         assert_eq!(config.dns_upstream[0].port(), 53);
         assert!(!config.host_loopback && !config.metadata);
     }
@@ -610,8 +797,12 @@ mod tests {
     fn a_bad_value_names_the_setting_the_value_and_what_to_do() {
         for (toml, fault) in [
             ("", "--link: one at least is needed"),
-            ("link = [\"qemu\"]", "is not KIND:ADDRESS"),
-            ("link = [\"vhost-user:unix:/x\"]", "not in this release"),
+            ("link = [\"qemu\"]", "is not an address of a qemu link"),
+            ("link = [\"stdio:1\"]", "is not an address of a stdio link"),
+            ("link = [\"tap:a-very-long-device\"]", "is not an address of a tap link"),
+            ("link = [\"qemu:unix:/x,netns=1\"]", "netns= is an option of tap links alone"),
+            ("link = [\"tap:tap0,offload=on\"]", "offload= is not an option of a tap link"),
+            ("link = [\"qemu:unix:/x,isolate=yes\"]", "isolate=yes is neither on nor off"),
             ("link = [\"wire:unix:/x\"]", "is not a kind of link"),
             ("link = [\"qemu:tcp:1.2.3.4:5\"]", "is not an address of a qemu link"),
             ("link = [\"qemu:unix:/x,mtu=100\"]", "576 to 65535"),

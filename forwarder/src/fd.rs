@@ -24,3 +24,19 @@ pub(crate) fn inherit(fd: i32) -> io::Result<OwnedFd> {
         }
     }
 }
+
+/// Makes reads and writes of `fd` return at once.
+///
+/// # Errors
+/// When the kernel does not know the descriptor.
+pub(crate) fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    let flags = nix::fcntl::OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | nix::fcntl::OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+/// Takes over a descriptor that `recvmsg` gave (`SCM_RIGHTS`).
+pub(crate) fn received(fd: std::os::fd::RawFd) -> OwnedFd {
+    // SAFETY: the kernel made the descriptor for this process in the call the number comes from, and nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}

@@ -8,6 +8,8 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+mod datagrams;
+
 pub mod dns;
 pub mod driver;
 pub mod events;

@@ -5,33 +5,54 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+/// Makes way for a socket at `path`: removes one that nobody has. `probe` connects to it as its clients would.
+///
+/// # Errors
+/// When another file is there, or somebody has the socket; the text says which.
+pub(crate) fn clear(path: &Path, probe: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    let fault = |kind, text: &str| io::Error::new(kind, format!("{}: {text}", path.display()));
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => Err(fault(
+            io::ErrorKind::AlreadyExists,
+            "is a file and not a socket: remove it or take another path",
+        )),
+        Ok(_) => match probe(path) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+            _ => Err(fault(io::ErrorKind::AddrInUse, "somebody listens there already: take another path")),
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(fault(e.kind(), &e.to_string())),
+    }
+}
+
 /// Listens on `path` with the given permissions.
 ///
 /// # Errors
 /// When another file is there, somebody listens there already, or the path cannot be bound; the text says which.
 pub(crate) fn listen(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let fault = |kind, text: &str| io::Error::new(kind, format!("{}: {text}", path.display()));
-    match std::fs::symlink_metadata(path) {
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(fault(
-                io::ErrorKind::AlreadyExists,
-                "is a file and not a socket: remove it or take another path",
-            ));
-        }
-        Ok(_) => match UnixStream::connect(path) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
-            _ => {
-                return Err(fault(
-                    io::ErrorKind::AddrInUse,
-                    "somebody listens there already: take another path",
-                ));
-            }
-        },
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(fault(e.kind(), &e.to_string())),
-    }
+    clear(path, |path| UnixStream::connect(path).map(drop))?;
     let listener =
         UnixListener::bind(path).map_err(|e| fault(e.kind(), &format!("cannot listen there: {e}")))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// As [`listen`], on a socket of type `kind`.
+///
+/// # Errors
+/// As [`listen`].
+pub(crate) fn listen_as(path: &Path, mode: u32, kind: socket2::Type) -> io::Result<socket2::Socket> {
+    if kind == socket2::Type::STREAM {
+        return listen(path, mode).map(Into::into);
+    }
+    let socket = || socket2::Socket::new(socket2::Domain::UNIX, kind, None);
+    let address = socket2::SockAddr::unix(path)?;
+    clear(path, |_| socket()?.connect(&address))?;
+    let listener = socket()?;
+    let bound = listener.bind(&address).and_then(|()| listener.listen(16));
+    bound.map_err(|e| io::Error::new(e.kind(), format!("{}: cannot listen there: {e}", path.display())))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     listener.set_nonblocking(true)?;
     Ok(listener)

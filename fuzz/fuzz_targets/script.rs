@@ -2,6 +2,7 @@
 //! flow is left.
 #![no_main]
 
+mod arena;
 #[path = "../../netstack/tests/lab/mod.rs"]
 mod lab;
 
@@ -26,7 +27,8 @@ enum Step {
 }
 
 fuzz_target!(|steps: Vec<Step>| {
-    let mut lab = Lab::with(Limits { flows: 32, dialing: 8, ..Limits::default() }, 1, 65_520);
+    let limits = Limits { flows: 32, dialing: 8, ..Limits::default() };
+    let mut lab = Lab::with_memory(limits, 1, 65_520, arena::Arena::for_this_run());
     let mut flows: Vec<FlowId> = Vec::new();
     let mut isn = 0u32;
     for step in steps.into_iter().take(200) {
@@ -36,7 +38,7 @@ fuzz_target!(|steps: Vec<Step>| {
                 let flags = ["S", "A", "PA", "FA", "R", "SA", "RA"][usize::from(flags) % 7];
                 let from = format!("192.168.127.2:{}", 1 + port % 8);
                 let (seq, ack) = (1001u32.wrapping_add_signed(seq), isn.wrapping_add(1).wrapping_add_signed(ack));
-                let s = segment(flags, &from, "192.0.2.7:80", seq, ack).with(&vec![1; len.into()]);
+                let s = segment(flags, &from, "192.0.2.7:80", seq, ack).with(&vec![1; usize::from(len).min(65_000)]);
                 let port = lab.ports[0];
                 lab.stack.handle_frame(lab.now, port, &s.frame(mac_of(0)));
             }

@@ -48,6 +48,8 @@ pub struct PortConfig {
     pub mtu: u16,
     /// An address the first guest on the link is given.
     pub address: Option<Ipv4Addr>,
+    /// Whether the guest sees the gateway alone and no other guest.
+    pub isolate: bool,
 }
 
 /// Every limit of what a guest can make grow. Each says what happens at it.

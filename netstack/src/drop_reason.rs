@@ -72,8 +72,12 @@ reasons! {
     Multicast "multicast and broadcast are not forwarded to the host";
     /// A datagram from the host that the guest has not asked for.
     Filtered "the sender is not one the guest has sent to";
-    /// A datagram from the host larger than the guest's MTU.
-    TooBig "the datagram is larger than the link's MTU";
+    /// A datagram, or a packet of another guest, larger than the guest's MTU.
+    TooBig "the packet is larger than the link's MTU";
+    /// A frame to another guest whose virtio-net header does not fit it.
+    BadOffload "the virtio-net header does not fit the frame";
+    /// A frame between two guests of which one is isolated.
+    Isolated "the link is isolated from other guests";
     /// A datagram to a guest whose link had no room.
     LinkFull "the link had no room";
     /// An answer that found no room to wait.

@@ -78,6 +78,27 @@ pub fn unreachable(from: Ipv4Addr, code: Unreachable, about: &[u8]) -> Option<Ve
     Some(packet(from, header.src, body))
 }
 
+/// The whole IP packet that tells the sender of `about` that it does not fit an MTU of `mtu` bytes (RFC 1191 §4: code 4,
+/// "fragmentation needed and DF set"). `None` where there must be no error, or fragments would be allowed.
+#[must_use]
+pub fn too_big(from: Ipv4Addr, mtu: u16, about: &[u8]) -> Option<Vec<u8>> {
+    const DONT_FRAGMENT: u8 = 0x40;
+    const FRAGMENTATION_NEEDED: u8 = 4;
+    if about.get(6).is_none_or(|b| b & DONT_FRAGMENT == 0) {
+        return None;
+    }
+    let mut packet = unreachable(from, Unreachable::Port, about)?;
+    let mut body = packet.split_off(ipv4::HEADER);
+    if let Some([code, ..]) = body.get_mut(1..) {
+        *code = FRAGMENTATION_NEEDED;
+    }
+    if let Some(field) = body.get_mut(6..8) {
+        field.copy_from_slice(&mtu.to_be_bytes());
+    }
+    let to = ipv4::parse(about).ok()?.header.src;
+    Some(self::packet(from, to, body))
+}
+
 /// An IPv4 packet around an ICMP message whose checksum is still to be filled in.
 fn packet(src: Ipv4Addr, dst: Ipv4Addr, mut body: Vec<u8>) -> Vec<u8> {
     if let Some(sum) = body.get_mut(2..4) {

@@ -23,6 +23,7 @@ mod host;
 pub mod icmp;
 mod neighbours;
 mod rings;
+pub mod segments;
 mod sink;
 mod stack;
 mod switch;
@@ -40,7 +41,7 @@ pub use host::{
     HostError, HostEvent, HostTarget, OpenError, Service, UdpPath,
 };
 pub use rings::{RingClass, RingMemory, Rings};
-pub use sink::{FrameSink, Offload};
+pub use sink::{FrameSink, Offload, PartialChecksum, SegmentKind, Segments};
 pub use stack::{Netstack, StackCounters};
 pub use time::{Duration, Instant};
 pub use types::{BadMac, BadSubnet, Mac, PortId, Subnet};

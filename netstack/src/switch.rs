@@ -15,6 +15,9 @@ use crate::types::{Mac, PortId};
 /// How long an address that is not used stays with its port (IEEE 802.1D's recommended ageing time).
 const AGE: Duration = Duration::from_secs(300);
 
+/// How often the table notes that an address is still used; well below [`AGE`].
+const REFRESH: Duration = Duration::from_secs(1);
+
 /// Where a frame goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Destination {
@@ -39,7 +42,8 @@ pub(crate) struct Switch {
     macs: HashMap<Mac, Learned, RandomState>,
     per_port: Vec<usize>,
     limit: usize,
-    last: Option<(Mac, PortId)>,
+    /// The address seen last and when that was noted: a burst of one guest needs no hash.
+    last: Option<(Mac, PortId, Instant)>,
 }
 
 impl Switch {
@@ -50,7 +54,7 @@ impl Switch {
 
     /// Notes the source of a frame.
     pub(crate) fn learn(&mut self, now: Instant, port: PortId, mac: Mac) -> Result<(), DropReason> {
-        if self.last == Some((mac, port)) {
+        if self.last.is_some_and(|(m, p, at)| (m, p) == (mac, port) && now.since(at) < REFRESH) {
             return Ok(());
         }
         if mac.is_group() || mac == self.gateway {
@@ -79,7 +83,7 @@ impl Switch {
                 self.macs.insert(mac, Learned { port, seen: now });
             }
         }
-        self.last = Some((mac, port));
+        self.last = Some((mac, port, now));
         Ok(())
     }
 
@@ -137,6 +141,16 @@ mod tests {
         assert_eq!(switch.learn(Instant::ZERO + AGE, PortId(1), A), Ok(()));
         switch.port_down(PortId(1));
         assert_eq!(switch.destination(A), Destination::Unknown);
+    }
+
+    #[test]
+    fn an_address_in_use_does_not_age() {
+        let mut switch = switch();
+        for seconds in (0..=600).step_by(10) {
+            switch.learn(Instant::from_millis(seconds * 1000), PortId(0), A).unwrap();
+        }
+        let later = Instant::from_millis(601_000);
+        assert_eq!(switch.learn(later, PortId(1), A), Err(DropReason::MacSpoofed));
     }
 
     #[test]

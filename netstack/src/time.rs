@@ -58,15 +58,3 @@ impl Sub<Instant> for Instant {
         self.since(earlier)
     }
 }
-
-impl From<Instant> for smoltcp::time::Instant {
-    fn from(at: Instant) -> Self {
-        Self::from_micros(i64::try_from(at.0).unwrap_or(i64::MAX))
-    }
-}
-
-impl From<smoltcp::time::Instant> for Instant {
-    fn from(at: smoltcp::time::Instant) -> Self {
-        Self(u64::try_from(at.total_micros()).unwrap_or(0))
-    }
-}

@@ -17,7 +17,30 @@ fn bytes_of_the_guest_reach_the_host_and_are_acknowledged() {
     lab.guest_sends(&segment("PA", GUEST, FAR, seq, ack).with(b"GET /"));
     assert_eq!(lab.stack.poll_flow(), Some(flow));
     assert_eq!(lab.host_reads(flow), b"GET /");
+    assert_eq!(lab.guest_sees(), []);
+    lab.after(ms(1));
     assert!(matches!(lab.guest_sees()[..], [Seen::Tcp { flags: "A", ack: 1006, .. }, ..]));
+}
+
+#[test]
+fn the_answer_to_a_small_request_carries_its_acknowledgment() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.guest_sends(&segment("PA", GUEST, FAR, seq, ack).with(b"GET /"));
+    lab.host_reads(flow);
+    lab.host_writes(flow, b"200 OK");
+    lab.after(secs(1));
+    assert!(
+        matches!(&lab.guest_sees()[..], [Seen::Tcp { ack: 1006, payload, .. }, ..] if payload == b"200 OK")
+    );
+}
+
+#[test]
+fn large_segments_are_acknowledged_at_once() {
+    let mut lab = Lab::new();
+    let (_, seq, ack) = lab.open(GUEST, FAR);
+    lab.guest_sends(&segment("PA", GUEST, FAR, seq, ack).with(&[7; 1400]));
+    assert!(matches!(lab.guest_sees()[..], [Seen::Tcp { flags: "A", ack: 2401, .. }, ..]));
 }
 
 #[test]
@@ -171,6 +194,7 @@ fn when_the_host_takes_nothing_the_window_closes_and_nothing_is_lost() {
         let at = seq + u32::try_from(sent).unwrap();
         lab.guest_sends(&segment("A", GUEST, FAR, at, ack).with(&bytes[sent..sent + n]));
         sent += n;
+        lab.after(ms(1));
         let Some(Seen::Tcp { ack: acknowledged, window: w, .. }) = lab.guest_sees().pop() else { panic!() };
         assert_eq!(acknowledged, seq + u32::try_from(sent).unwrap(), "every segment is acknowledged");
         // The guest's SYN had no window scale, so what it is told is bytes.
@@ -187,9 +211,8 @@ fn the_guests_window_bounds_what_it_is_sent() {
     let mut lab = Lab::new();
     let (flow, seq, ack) = lab.open(GUEST, FAR);
     let tell = |lab: &mut Lab, got: usize| {
-        let mut update = segment("A", GUEST, FAR, seq, ack + u32::try_from(got).unwrap());
-        update.window = 3000;
-        lab.guest_sends(&update);
+        let got = u32::try_from(got).unwrap();
+        lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + got).window(3000));
     };
     tell(&mut lab, 0);
     let bytes: Vec<u8> = (0..20_000u32).map(|n| u8::try_from(n % 251).unwrap()).collect();
@@ -244,4 +267,21 @@ fn the_same_ports_serve_a_new_connection_right_after_the_old_one() {
         lab.after(ms(1));
     }
     assert_eq!((lab.stack.counters().flows, lab.stack.counters().flows_total), (0, 5));
+}
+
+#[test]
+fn bytes_that_the_guest_dropped_behind_a_closed_window_are_sent_again() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.guest_sees();
+    assert_eq!(lab.host_writes(flow, &[7; 3000]), 3000);
+    lab.guest_sees();
+    // The guest keeps 1000 bytes, has no memory for the rest, and closes its window.
+    lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + 1000).window(0));
+    // Later it has memory again. Nothing but time tells that 2000 bytes were lost.
+    lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + 1000));
+    assert_eq!(lab.guest_sees(), []);
+    lab.after(ms(500));
+    let first = lab.guest_sees().into_iter().next();
+    assert!(matches!(&first, Some(Seen::Tcp { seq, .. }) if *seq == ack + 1000), "{first:?}");
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::{Accel, BootImage};
+use crate::{Accel, BootImage, Net};
 
 /// A VM to run with its network. Plain data: the command line makes it, `run` checks it.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub struct LaunchConfig {
     pub accel: Accel,
     /// Publish specs, handed to the sidecar as they are; it is the one that parses them.
     pub publish: Vec<String>,
+    /// How frames reach the sidecar.
+    pub net: Net,
     /// The link's MTU in bytes. The guest learns it from virtio (`host_mtu`) and from DHCP.
     pub mtu: u16,
     /// Where the VM's Ethernet address, the logs and the sidecar's leases live; made if absent. One VM at a time.
@@ -40,7 +42,8 @@ pub struct LaunchConfig {
 }
 
 impl LaunchConfig {
-    /// The MTU of a `qemu` link: few large frames cost less than many small ones.
+    /// The link's MTU unless one is said: few large frames cost less than many small ones, and a large datagram is one
+    /// packet (the network does not reassemble fragments yet).
     pub const DEFAULT_MTU: u16 = 65520;
     /// The default of `stop_timeout`.
     pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,6 +57,7 @@ impl LaunchConfig {
             mem_mib: 1024,
             accel: Accel::Auto,
             publish: Vec::new(),
+            net: Net::Auto,
             mtu: Self::DEFAULT_MTU,
             state_dir,
             name,

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! LaunchConfig ─► checks (image, QEMU, accelerator, state directory) ─► sidecar ─► "ready" ─► QEMU
-//!                                                                          └── socketpair ──┘
+//!                                                          └── guest memory, or a socketpair ──┘
 //! then one poll: signals · end of either process · QMP        (supervise)
 //! ```
 //! Everything that can be wrong is looked at before the first process starts. The sidecar is `portway serve`, with
-//! one end of a socketpair as its link; QEMU has the other end as `-netdev stream`. Neither needs a path, a port
-//! or root. Both are told by the kernel when the launcher dies, so nothing is left behind, not even by SIGKILL.
+//! a vhost-user socket as its link, or one end of a socketpair whose other end QEMU has as `-netdev stream` ([`Net`]). Neither
+//! needs a port or root. Both are told by the kernel when the launcher dies, so nothing is left behind, not even by SIGKILL.
 //!
 //! Not here: the options of the command line (`forwarder`), and any other hypervisor than QEMU yet.
 
@@ -15,6 +15,7 @@ mod accel;
 mod config;
 mod error;
 mod image;
+mod net;
 mod process;
 mod qemu;
 mod qmp;
@@ -28,4 +29,5 @@ pub use accel::Accel;
 pub use config::LaunchConfig;
 pub use error::LaunchError;
 pub use image::BootImage;
+pub use net::Net;
 pub use supervise::run;

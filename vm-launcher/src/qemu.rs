@@ -10,13 +10,15 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use crate::image::Boot;
+use crate::sidecar::Link;
 use crate::state::Mac;
 use crate::{LaunchConfig, LaunchError};
 
-/// The file descriptors QEMU inherits.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Inherited {
-    pub(crate) link: RawFd,
+/// What connects QEMU with the sidecar and with us.
+#[derive(Debug, Clone)]
+pub(crate) struct Wires {
+    pub(crate) link: Link,
+    /// Inherited.
     pub(crate) qmp: RawFd,
 }
 
@@ -52,14 +54,17 @@ pub(crate) fn arguments(
     boot: &Boot,
     kvm: bool,
     mac: Mac,
-    fds: Inherited,
+    wires: &Wires,
 ) -> Vec<OsString> {
     let mut args: Vec<OsString> = Vec::new();
     let mut add = |words: &[&OsStr]| args.extend(words.iter().map(OsString::from));
     let s = OsStr::new;
     // Nothing we did not ask for: no default devices, no configuration of the user's, no window.
     add(&[s("-nodefaults"), s("-no-user-config"), s("-display"), s("none")]);
-    add(&[s("-name"), s(&escaped(&config.name)), s("-machine"), s(MACHINE.kind)]);
+    let shared = matches!(wires.link, Link::VhostUser(_));
+    let machine =
+        if shared { format!("{},memory-backend=ram", MACHINE.kind) } else { MACHINE.kind.to_owned() };
+    add(&[s("-name"), s(&escaped(&config.name)), s("-machine"), s(&machine)]);
     match kvm {
         true => add(&[s("-accel"), s("kvm"), s("-cpu"), s("host")]),
         false => add(&[s("-accel"), s("tcg,thread=multi"), s("-cpu"), s("max")]),
@@ -72,13 +77,24 @@ pub(crate) fn arguments(
     if !boot.cmdline.is_empty() {
         add(&[s("-append"), s(&boot.cmdline)]);
     }
-    add(&[s("-netdev"), s(&format!("stream,id=net0,server=off,addr.type=fd,addr.str={}", fds.link))]);
+    match &wires.link {
+        Link::Socket(fd) => {
+            add(&[s("-netdev"), s(&format!("stream,id=net0,server=off,addr.type=fd,addr.str={fd}"))]);
+        }
+        Link::VhostUser(path) => {
+            // The sidecar maps the guest's memory: it has to be a file, if one without a name.
+            let memory = format!("memory-backend-memfd,id=ram,size={}M,share=on", config.mem_mib);
+            add(&[s("-object"), s(&memory)]);
+            let socket = format!("socket,id=link,path={}", escaped(&path.to_string_lossy()));
+            add(&[s("-chardev"), s(&socket), s("-netdev"), s("vhost-user,id=net0,chardev=link")]);
+        }
+    }
     // romfile=: nobody boots from the network here, and the option ROM is a package of its own.
     let device = format!("virtio-net-pci,netdev=net0,mac={mac},host_mtu={},romfile=", config.mtu);
     add(&[s("-device"), s(&device)]);
     add(&[s("-chardev"), s("stdio,id=console,mux=on,signal=off")]);
     add(&[s("-serial"), s("chardev:console"), s("-mon"), s("chardev=console,mode=readline")]);
-    add(&[s("-chardev"), s(&format!("socket,id=qmp,fd={}", fds.qmp))]);
+    add(&[s("-chardev"), s(&format!("socket,id=qmp,fd={}", wires.qmp))]);
     add(&[s("-mon"), s("chardev=qmp,mode=control")]);
     args.extend(config.qemu_args.iter().cloned());
     args
@@ -112,7 +128,8 @@ mod tests {
 
     fn line(config: &LaunchConfig, boot: &Boot, kvm: bool) -> String {
         let mac = "52:00:00:00:00:07".parse().expect("a MAC");
-        let words = arguments(config, boot, kvm, mac, Inherited { link: 5, qmp: 7 });
+        let wires = Wires { link: Link::Socket(5), qmp: 7 };
+        let words = arguments(config, boot, kvm, mac, &wires);
         words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\n")
     }
 
@@ -128,6 +145,22 @@ mod tests {
             -serial\nchardev:console\n-mon\nchardev=console,mode=readline\n\
             -chardev\nsocket,id=qmp,fd=7\n-mon\nchardev=qmp,mode=control";
         assert_eq!(line(&config(), &boot(), false), expected);
+    }
+
+    #[test]
+    fn vhost_user_shares_the_guests_memory() {
+        let mac = "52:00:00:00:00:07".parse().expect("a MAC");
+        let wires = Wires { link: Link::VhostUser("/run/a,b".into()), qmp: 7 };
+        let words = arguments(&config(), &boot(), true, mac, &wires);
+        let line = words.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
+        for part in [
+            ",memory-backend=ram ",
+            "-object memory-backend-memfd,id=ram,size=512M,share=on -chardev socket,id=link,path=/run/a,,b \
+             -netdev vhost-user,id=net0,chardev=link ",
+            "host_mtu=65520",
+        ] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::process::{Process, timeout};
 use crate::qmp::Qmp;
 use crate::state::{Log, Mac, StateDir};
 use crate::terminal::Terminal;
-use crate::{LaunchConfig, LaunchError, qemu, sidecar, sys};
+use crate::{LaunchConfig, LaunchError, net, qemu, sidecar, sys};
 
 /// How long the sidecar has to be ready; it takes milliseconds.
 const READY_PATIENCE: Duration = Duration::from_secs(30);
@@ -59,14 +59,25 @@ pub fn run(config: &LaunchConfig, on_ready: impl FnOnce()) -> Result<u8, LaunchE
     let signals = Signals::block().map_err(|error| LaunchError::system("cannot block signals", error))?;
     let terminal = Terminal::remember()
         .map_err(|error| LaunchError::system("cannot read the terminal's settings", error))?;
-    let (network_end, vm_end) =
-        UnixStream::pair().map_err(|error| LaunchError::system("cannot make a socketpair", error))?;
+    let net = config.net.choose(accel.kvm, &program);
+    let ends = match net.vhost_user {
+        true => None,
+        false => {
+            Some(UnixStream::pair().map_err(|error| LaunchError::system("cannot make a socketpair", error))?)
+        }
+    };
+    let (network_end, vm_end) = ends.map(|(ours, vms)| (OwnedFd::from(ours), OwnedFd::from(vms))).unzip();
 
-    let mut network = Network::start(config, &state, network_end.into())?;
+    let mut network = Network::start(config, &state, network_end)?;
     network.await_ready(&signals)?;
     on_ready();
     say(format_args!("accelerator: {} ({})", if accel.kvm { "kvm" } else { "tcg" }, accel.reason));
-    let vm = Vm::start(config, &program, &boot, &accel, mac, &state, vm_end.into(), &terminal)?;
+    say(format_args!(
+        "network card: {} ({})",
+        if net.vhost_user { "vhost-user" } else { "socket" },
+        net.reason
+    ));
+    let vm = Vm::start(config, &program, &boot, &accel, mac, &state, vm_end, &terminal)?;
     Supervisor { config, signals, network, vm, ending: None }.run()
 }
 
@@ -124,6 +135,14 @@ impl Drop for Signals {
     }
 }
 
+/// A process's end of the link.
+fn link_of(config: &LaunchConfig, end: Option<&OwnedFd>) -> sidecar::Link {
+    match end {
+        Some(end) => sidecar::Link::Socket(sys::number(end)),
+        None => sidecar::Link::VhostUser(net::socket(config)),
+    }
+}
+
 /// The sidecar.
 struct Network {
     process: Process,
@@ -132,19 +151,20 @@ struct Network {
 }
 
 impl Network {
-    fn start(config: &LaunchConfig, state: &StateDir, link: OwnedFd) -> Result<Self, LaunchError> {
+    fn start(config: &LaunchConfig, state: &StateDir, link: Option<OwnedFd>) -> Result<Self, LaunchError> {
         let (ready, told) =
             pipe2(OFlag::O_CLOEXEC).map_err(|errno| LaunchError::system("cannot make a pipe", errno))?;
         let log = state.log("sidecar.log")?;
-        let fds = sidecar::Inherited { link: sys::number(&link), ready: sys::number(&told) };
         let mut command = Command::new(&config.sidecar);
         let writer = || log.writer().map_err(|error| LaunchError::system("cannot share a log", error));
-        command.args(sidecar::arguments(config, fds)).stdin(Stdio::null());
+        command
+            .args(sidecar::arguments(config, &link_of(config, link.as_ref()), sys::number(&told)))
+            .stdin(Stdio::null());
         command.stdout(writer()?).stderr(writer()?);
         // A group of its own: Ctrl-C in the terminal is for us, and the network is needed until the guest is down.
         command.process_group(0);
         // SIGTERM, so that it closes its sockets in order when we are killed.
-        sys::prepare(&mut command, vec![link, told], Signal::SIGTERM);
+        sys::prepare(&mut command, link.into_iter().chain([told]).collect(), Signal::SIGTERM);
         Ok(Self { process: Process::start(command)?, ready, log })
     }
 
@@ -207,7 +227,7 @@ impl Vm {
         accel: &Choice,
         mac: Mac,
         state: &StateDir,
-        link: OwnedFd,
+        link: Option<OwnedFd>,
         terminal: &Terminal,
     ) -> Result<Self, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot make the control channel of QEMU", error);
@@ -215,17 +235,17 @@ impl Vm {
         let qmp = Qmp::new(ours).map_err(failed)?;
         let qemus = OwnedFd::from(qemus);
         let log = state.log("qemu.log")?;
-        let fds = qemu::Inherited { link: sys::number(&link), qmp: sys::number(&qemus) };
+        let wires = qemu::Wires { link: link_of(config, link.as_ref()), qmp: sys::number(&qemus) };
         let mut command = Command::new(program);
         command
-            .args(qemu::arguments(config, boot, accel.kvm, mac, fds))
+            .args(qemu::arguments(config, boot, accel.kvm, mac, &wires))
             .stderr(log.writer().map_err(failed)?);
         if !terminal.is_there() {
             // No console to type on; and with it no reason to be in the terminal's foreground, where Ctrl-C would
             // end QEMU before the guest is down.
             command.stdin(Stdio::null()).process_group(0);
         }
-        sys::prepare(&mut command, vec![link, qemus], Signal::SIGKILL);
+        sys::prepare(&mut command, link.into_iter().chain([qemus]).collect(), Signal::SIGKILL);
         Ok(Self { process: Process::start(command)?, qmp, log })
     }
 }

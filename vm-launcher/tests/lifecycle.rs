@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use portway_launcher::{Accel, BootImage, LaunchConfig, LaunchError, run};
+use portway_launcher::{Accel, BootImage, LaunchConfig, LaunchError, Net, run};
 
 /// What every fake begins with: the value of an argument, by pattern, and a note of its pid.
 const PRELUDE: &str = r#"#!/bin/bash
@@ -58,6 +58,8 @@ impl Lab {
         let sidecar = script(path, "sidecar.sh", sidecar);
         let mut config =
             LaunchConfig::new(image, "demo".into(), path.join("state"), path.join("api.sock"), sidecar);
+        // The fake QEMUs have no version.
+        config.net = Net::Socket;
         config.qemu = Some(script(path, "qemu.sh", qemu));
         config.accel = Accel::Tcg;
         Self { dir, config }
@@ -218,6 +220,7 @@ fn launcher_to_be_killed() {
     let mut config =
         LaunchConfig::new(image, "demo".into(), dir.join("state"), dir.join("api"), dir.join("sidecar.sh"));
     config.qemu = Some(dir.join("qemu.sh"));
+    config.net = Net::Socket;
     let _ = run(&config, || {});
 }
 

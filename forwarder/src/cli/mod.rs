@@ -97,6 +97,12 @@ enum Format {
 /// Runs the program with `args` (argv, the program's name first).
 #[must_use]
 pub fn main(args: Vec<OsString>) -> ExitCode {
+    #[cfg(target_os = "linux")]
+    if args.get(1).is_some_and(|a| a == crate::link::tap::CHILD) {
+        // A child of a tap link, which opens a device elsewhere: see there.
+        let done = crate::link::tap::child(args.get(2..).unwrap_or_default());
+        return if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let cli = match Cli::try_parse_from(normalise(args)) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use portway_api::control::PortInfo;
-use portway_launcher::{Accel, BootImage, LaunchConfig};
+use portway_launcher::{Accel, BootImage, LaunchConfig, Net};
 
 use super::{Failure, listing};
 use crate::config::{UnixPath, runtime_socket};
@@ -45,8 +45,11 @@ pub(super) struct RunArgs {
     /// Publish a port of the VM: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
     #[arg(long, short, value_name = "SPEC")]
     publish: Vec<PublishSpec>,
+    /// How the VM's network card reaches the network
+    #[arg(long, value_enum, default_value_t = NetArg::Auto)]
+    net: NetArg,
     /// The largest IP packet on the link
-    #[arg(long, value_name = "BYTES", default_value_t = LaunchConfig::DEFAULT_MTU)]
+    #[arg(long, value_name = "BYTES", default_value_t = LaunchConfig::DEFAULT_MTU, value_parser = clap::value_parser!(u16).range(576..))]
     mtu: u16,
     /// The VM's name, also in DNS [default: from IMAGE]
     #[arg(long, value_name = "NAME")]
@@ -85,6 +88,26 @@ enum AccelArg {
     Kvm,
     /// QEMU's translator.
     Tcg,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum NetArg {
+    /// vhost-user where QEMU bears it, else a socket.
+    Auto,
+    /// The guest's memory, with segmentation offload.
+    VhostUser,
+    /// A socketpair, with large frames.
+    Socket,
+}
+
+impl From<NetArg> for Net {
+    fn from(arg: NetArg) -> Self {
+        match arg {
+            NetArg::Auto => Self::Auto,
+            NetArg::VhostUser => Self::VhostUser,
+            NetArg::Socket => Self::Socket,
+        }
+    }
 }
 
 impl From<AccelArg> for Accel {
@@ -128,6 +151,7 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     config.mem_mib = args.mem;
     config.accel = args.accel.into();
     config.publish = args.publish.iter().map(ToString::to_string).collect();
+    config.net = args.net.into();
     config.mtu = args.mtu;
     config.qemu = args.qemu;
     config.qemu_args = args.qemu_arg;

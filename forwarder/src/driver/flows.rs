@@ -101,7 +101,7 @@ impl Driver {
         self.starved = false;
         for n in std::mem::take(&mut self.ready_entrances) {
             moved |= match self.entrances.get(n) {
-                Some(Some(Entrance { listener: Listener::Udp(_), .. })) => self.receive_published(n),
+                Some(Some(Entrance { listener: Listener::Udp(..), .. })) => self.receive_published(n),
                 _ => self.accept(n),
             };
             if self.entrances.get(n).is_some_and(|e| e.as_ref().is_some_and(|e| e.ready)) {
@@ -124,7 +124,7 @@ impl Driver {
                 Listener::Unix(l, _) => l
                     .accept()
                     .map(|(s, _)| (HostStream::Unix(s), SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0))),
-                Listener::Udp(_) => break,
+                Listener::Udp(..) => break,
             };
             let published = entrance.published;
             match accepted {

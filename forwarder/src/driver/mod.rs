@@ -23,13 +23,13 @@ use std::sync::mpsc;
 use std::time::Instant as Clock;
 
 use mio::{Events, Poll, Token};
-use portway_netstack::{FlowId, Forward, Handled, Instant, Netstack, PortConfig, PortId, StackConfig};
+use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
 use self::udp::UdpSockets;
-use crate::config::Config;
+use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
 use crate::host::HostFlow;
-use crate::link::{Link, LinkState, Tokens, TransmitBuffer};
+use crate::link::{Carrier, Link, LinkState, Tokens};
 use crate::publish::{Listener, Published};
 use crate::request::{DnsTicket, Request};
 use crate::rings::MappedRings;
@@ -55,26 +55,30 @@ const READS: usize = 8;
 /// Turns of the pump before events are looked at again.
 const TURNS: usize = 8;
 
+/// VMs beyond the first that the listeners of `vpnkit` links may have together.
+const ARRIVALS: usize = 64;
+
 /// What a token stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Waker,
-    LinkListener,
-    LinkStream,
+    Link,
     Flow,
     Binding,
     Listener,
 }
 
-const KINDS: [Kind; 6] =
-    [Kind::Waker, Kind::LinkListener, Kind::LinkStream, Kind::Flow, Kind::Binding, Kind::Listener];
+const KINDS: [Kind; 5] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener];
+
+/// Bits of a token that say the kind.
+const TOKEN_SHIFT: u32 = 3;
 
 const fn token(kind: Kind, index: usize) -> Token {
-    Token(index << 3 | kind as usize)
+    Token(index << TOKEN_SHIFT | kind as usize)
 }
 
 fn kind_of(token: Token) -> Option<(Kind, usize)> {
-    KINDS.get(token.0 & 7).map(|kind| (*kind, token.0 >> 3))
+    KINDS.get(token.0 & 7).map(|kind| (*kind, token.0 >> TOKEN_SHIFT))
 }
 
 /// The token of the waker of `Requests`.
@@ -95,6 +99,8 @@ pub struct Driver {
     started: Clock,
     now: Instant,
     links: Vec<Link>,
+    /// As they were configured; links that came to the listener of another are not among them.
+    link_configs: Vec<LinkConfig>,
     /// By flow slot.
     flows: Vec<Option<HostFlow>>,
     /// Flows with news from their sockets.
@@ -142,12 +148,16 @@ impl Driver {
         let mut stack = Netstack::new(stack, Box::new(MappedRings::new()), seed);
         let mut links = Vec::new();
         for (n, link) in config.links.iter().enumerate() {
-            let port = PortConfig { name: link.name.clone(), mtu: link.mtu, address: link.ip };
+            let isolate = link.isolate;
+            let port = PortConfig { name: link.name.clone(), mtu: link.mtu, address: link.ip, isolate };
             let port = stack.add_port(Instant::ZERO, port, false);
-            let tokens =
-                Tokens { listener: token(Kind::LinkListener, n), stream: token(Kind::LinkStream, n) };
-            let made = Link::open(link, port, tokens, poll.registry());
-            links.push(made.map_err(|e| io::Error::new(e.kind(), format!("--link: {e}")))?);
+            let tokens = Tokens { first: token(Kind::Link, n * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
+            let made = Link::open(link, port, tokens, poll.registry())
+                .map_err(|e| io::Error::new(e.kind(), format!("--link: {e}")))?;
+            if made.is_up() {
+                stack.set_offload(Instant::ZERO, port, made.offload());
+            }
+            links.push(made);
         }
         Ok(Self {
             poll,
@@ -155,6 +165,7 @@ impl Driver {
             started,
             now: Instant::ZERO,
             links,
+            link_configs: config.links.clone(),
             flows: Vec::new(),
             ready: VecDeque::new(),
             udp: UdpSockets::new(),
@@ -223,15 +234,17 @@ impl Driver {
         let Some((kind, n)) = kind_of(event.token()) else { return };
         match kind {
             Kind::Waker => self.answer_requests(),
-            Kind::LinkListener | Kind::LinkStream => {
+            Kind::Link => {
+                let n = n / Tokens::COUNT;
                 if let Some(link) = self.links.get_mut(n) {
                     let was_up = link.is_up();
                     let readable = event.is_readable() || event.is_error() || event.is_read_closed();
-                    link.note(event.token(), readable, event.is_writable(), self.poll.registry());
-                    if !was_up && link.is_up() {
-                        let label = link.label();
-                        self.events.push(Event::LinkUp(label));
+                    match link.note(event.token(), readable, event.is_writable(), self.poll.registry()) {
+                        LinkState::Same => self.note_link_up(n, was_up),
+                        LinkState::Gone => self.take_down(n),
+                        LinkState::Restarted => self.restart(n),
                     }
+                    self.welcome(n);
                 }
             }
             Kind::Flow => {
@@ -254,14 +267,20 @@ impl Driver {
         }
     }
 
+    /// Link `n` may have got a VMM.
+    fn note_link_up(&mut self, n: usize, was_up: bool) {
+        let Some(link) = self.links.get(n).filter(|l| !was_up && l.is_up()) else { return };
+        self.stack.set_offload(self.now, link.port, link.offload());
+        self.events.push(Event::LinkUp(link.label()));
+    }
+
     fn tick_links(&mut self) {
         let now = Clock::now();
         for n in 0..self.links.len() {
             let was_up = self.links[n].is_up();
-            self.links[n].tick(now, self.poll.registry());
-            if !was_up && self.links[n].is_up() {
-                let label = self.links[n].label();
-                self.events.push(Event::LinkUp(label));
+            match self.links[n].tick(now, self.poll.registry()) {
+                LinkState::Gone => self.take_down(n),
+                LinkState::Same | LinkState::Restarted => self.note_link_up(n, was_up),
             }
         }
     }
@@ -316,7 +335,7 @@ impl Driver {
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
         let entrances = &self.entrances;
-        let state = link.receive(|frame, _| match stack.handle_frame(now, port, frame) {
+        let state = link.receive(|frame, offload| match stack.handle_frame(now, port, frame) {
             Handled::Done => {}
             Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
             Handled::Dns { guest, asked, query } => {
@@ -324,17 +343,68 @@ impl Driver {
                 let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
             }
             Handled::Forward(to) => {
-                for other in before.iter_mut().chain(after.iter_mut()).filter(|l| l.is_up()) {
+                for other in before.iter_mut().chain(after.iter_mut()) {
                     if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
-                        other.transmit.push(frame);
+                        let target = other.port;
+                        if let Some(sink) = other.sink() {
+                            stack.forward(now, (port, target), frame, offload, sink);
+                        }
                     }
                 }
             }
         });
+        udp.flush();
         if state == LinkState::Gone {
             self.take_down(n);
+        } else if let Some(hello) = self.links[n].take_hello() {
+            let answer = self.admit(hello);
+            if self.links[n].answer(answer) == LinkState::Gone {
+                self.take_down(n);
+            }
         }
         true
+    }
+
+    /// The MAC of a guest that came by a handshake, or why it may not come in.
+    fn admit(&mut self, hello: crate::link::vpnkit::Hello) -> Result<Mac, String> {
+        let mac = hello.mac();
+        if let Some(ip) = hello.address {
+            self.stack.prefer_address(self.now, mac, ip).map_err(|e| e.to_string())?;
+        }
+        Ok(mac)
+    }
+
+    /// Makes links of the VMs that came to the listener of link `n`.
+    fn welcome(&mut self, n: usize) {
+        while let Some(fd) = self.links[n].take_arrival() {
+            let Some(config) = self.link_configs.get(n) else { return };
+            // The place of one that is gone, or a new one.
+            let configured = self.link_configs.len();
+            let place = (configured..self.links.len()).find(|i| self.links[*i].ended);
+            if place.is_none() && self.links.len() - configured >= ARRIVALS {
+                tracing::warn!(most = ARRIVALS, "too many VMs on one listener: one was sent away");
+                continue;
+            }
+            let index = place.unwrap_or(self.links.len());
+            let port = match place {
+                Some(i) => self.links[i].port,
+                None => {
+                    let isolate = config.isolate;
+                    let port = PortConfig { name: None, mtu: config.mtu, address: None, isolate };
+                    self.stack.add_port(self.now, port, false)
+                }
+            };
+            let tokens = Tokens { first: token(Kind::Link, index * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
+            match Link::arrived(config, port, tokens, fd, self.poll.registry()) {
+                Ok(link) if index < self.links.len() => self.links[index] = link,
+                Ok(link) => self.links.push(link),
+                Err(error) => {
+                    tracing::warn!(%error, "a VMM could not be attached");
+                    continue;
+                }
+            }
+            self.note_link_up(index, false);
+        }
     }
 
     /// Writes link `n` until the stack has nothing more or the VMM takes no more.
@@ -343,25 +413,34 @@ impl Driver {
         loop {
             let link = &mut self.links[n];
             let port = link.port;
-            let more = if link.is_up() {
-                self.stack.wants_transmit(port)
-                    && self.stack.poll_transmit(self.now, port, &mut link.transmit)
-            } else {
-                false
-            };
-            if link.transmit.is_empty() {
-                return moved;
+            let Some(sink) = link.sink() else { return moved };
+            let wanted = self.stack.wants_transmit(port);
+            let before = sink.written();
+            let more = wanted && self.stack.poll_transmit(self.now, port, sink);
+            // A carrier that writes at once has nothing waiting, and has moved all the same.
+            moved |= sink.written() != before;
+            match link.flush() {
+                LinkState::Same => {}
+                LinkState::Gone => {
+                    self.take_down(n);
+                    return true;
+                }
+                LinkState::Restarted => {
+                    self.restart(n);
+                    return true;
+                }
             }
-            let before = link.transmit.pending().len();
-            if link.flush() == LinkState::Gone {
-                self.take_down(n);
-                return true;
-            }
-            moved |= link.transmit.pending().len() != before;
             if !more || link.is_blocked() {
                 return moved;
             }
         }
+    }
+
+    /// Another guest is behind link `n` than before, or the same with other features.
+    fn restart(&mut self, n: usize) {
+        let (port, offload) = (self.links[n].port, self.links[n].offload());
+        self.stack.port_down(port);
+        self.stack.set_offload(self.now, port, offload);
     }
 
     fn take_down(&mut self, n: usize) {
@@ -369,16 +448,13 @@ impl Driver {
         let label = link.label();
         self.stack.port_down(link.port);
         link.detach(self.poll.registry());
-        let up = link.is_up();
-        self.events.push(Event::LinkDown(label.clone()));
-        if up {
-            self.events.push(Event::LinkUp(label));
-        }
+        self.events.push(Event::LinkDown(label));
+        self.note_link_up(n, false);
     }
 
     /// The transmit buffer of a port.
-    fn sink(links: &mut [Link], port: PortId) -> Option<&mut TransmitBuffer> {
-        links.iter_mut().find(|l| l.port == port && l.is_up()).map(|l| &mut l.transmit)
+    fn sink(links: &mut [Link], port: PortId) -> Option<&mut Carrier> {
+        links.iter_mut().find(|l| l.port == port).and_then(Link::sink)
     }
 
     /// Closes listeners, resets every flow, and lets the RSTs leave as far as the links take them.

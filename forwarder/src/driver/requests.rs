@@ -235,7 +235,7 @@ impl Driver {
             let c = l.counters();
             LinkStats {
                 name: l.label(),
-                kind: "qemu".into(),
+                kind: l.kind().name().into(),
                 up: l.is_up(),
                 frames_from_guest: c.frames_from_guest,
                 bytes_from_guest: c.bytes_from_guest,

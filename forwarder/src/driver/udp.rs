@@ -2,6 +2,9 @@
 //!
 //! One unconnected socket per NAT binding; its kernel address is the binding's for as long as it lives. Datagrams of a
 //! published port's clients come and go through that port's own socket.
+//!
+//! Both ways go in batches. To the host, datagrams of one binding to one place that come one after the other and have
+//! the same size leave in one system call, as segments (`UDP_SEGMENT`, `udp(7)`); from the host, `recvmmsg(2)`.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,16 +15,46 @@ use portway_netstack::udp::BindingId;
 use portway_netstack::{Datagram, UdpPath};
 
 use super::{Driver, Entrance, Kind, token};
+use crate::datagrams::{Receiver, send_segments};
 use crate::publish::Listener;
 
-/// Datagrams taken from one socket before the next has its turn.
-const TURN: usize = 64;
-/// The largest datagram.
-const LARGEST: usize = 65_535;
+/// Batches taken from one socket before the next has its turn.
+const TURN: usize = 4;
 
 struct BindingSocket {
     id: BindingId,
     socket: UdpSocket,
+    v6: bool,
+    /// Whether the kernel and the route take segments; not asked again after the first refusal.
+    segments: bool,
+}
+
+/// Datagrams that leave together.
+struct Segments {
+    binding: BindingId,
+    remote: SocketAddr,
+    /// Bytes of each; the last may have fewer.
+    size: usize,
+    count: usize,
+    bytes: Vec<u8>,
+}
+
+impl Segments {
+    /// The kernel's `UDP_MAX_SEGMENTS` was 64 until Linux 6.9.
+    const MOST: usize = 64;
+    /// The largest UDP payload over IPv4.
+    const BYTES: usize = 65_507;
+
+    /// Whether a datagram of `len` bytes may join.
+    fn takes(&self, binding: BindingId, remote: SocketAddr, len: usize) -> bool {
+        self.count > 0
+            && self.count < Self::MOST
+            && (self.binding, self.remote) == (binding, remote)
+            && len <= self.size
+            && len > 0
+            && self.bytes.len() == self.count * self.size
+            && self.bytes.len() + len <= Self::BYTES
+    }
 }
 
 /// The sockets of all bindings.
@@ -30,12 +63,13 @@ pub(super) struct UdpSockets {
     sockets: Vec<Option<BindingSocket>>,
     /// Slots with datagrams to read.
     ready: Vec<usize>,
-    buffer: Box<[u8]>,
+    receiver: Receiver,
+    waiting: Option<Segments>,
 }
 
 impl UdpSockets {
     pub(super) fn new() -> Self {
-        Self { sockets: Vec::new(), ready: Vec::new(), buffer: vec![0; LARGEST].into() }
+        Self { sockets: Vec::new(), ready: Vec::new(), receiver: Receiver::new(), waiting: None }
     }
 
     pub(super) fn note(&mut self, slot: usize) {
@@ -44,27 +78,71 @@ impl UdpSockets {
         }
     }
 
-    /// Sends a guest's datagram. What the host refuses is lost, as datagrams are.
+    /// Sends a guest's datagram, now or with the next [`Self::flush`]. What the host refuses is lost, as datagrams are.
     pub(super) fn send(
         &mut self,
         registry: &Registry,
         datagram: &Datagram<'_>,
         entrances: &[Option<Entrance>],
     ) {
-        let result = match datagram.path {
-            UdpPath::Client { listener, client } => match entrances.get(listener as usize) {
-                Some(Some(Entrance { listener: Listener::Udp(socket), .. })) => {
-                    socket.send_to(datagram.payload, client)
+        let Datagram { remote, payload, path, .. } = *datagram;
+        match path {
+            UdpPath::Client { listener, client } => {
+                if let Some(Some(Entrance { listener: Listener::Udp(socket, _), .. })) =
+                    entrances.get(listener as usize)
+                    && let Err(error) = socket.send_to(payload, client)
+                {
+                    tracing::debug!(%error, %client, "a datagram was not sent");
                 }
-                _ => return,
-            },
-            UdpPath::Binding { binding, .. } => match self.socket(registry, binding, datagram.remote) {
-                Ok(socket) => socket.send_to(datagram.payload, datagram.remote),
-                Err(e) => Err(e),
-            },
-        };
-        if let Err(error) = result {
-            tracing::debug!(%error, remote = %datagram.remote, "a datagram was not sent");
+            }
+            UdpPath::Binding { binding, .. } => {
+                if let Some(waiting) =
+                    self.waiting.as_mut().filter(|w| w.takes(binding, remote, payload.len()))
+                {
+                    waiting.bytes.extend_from_slice(payload);
+                    waiting.count += 1;
+                    return;
+                }
+                self.flush();
+                if let Err(error) = self.socket(registry, binding, remote) {
+                    tracing::debug!(%error, %remote, "a datagram was not sent");
+                    return;
+                }
+                let mut bytes = self.waiting.take().map(|w| w.bytes).unwrap_or_default();
+                bytes.clear();
+                bytes.extend_from_slice(payload);
+                self.waiting = Some(Segments { binding, remote, size: payload.len(), count: 1, bytes });
+            }
+        }
+    }
+
+    /// Sends what waits.
+    pub(super) fn flush(&mut self) {
+        let Some(waiting) = self.waiting.as_mut().filter(|w| w.count > 0) else { return };
+        let count = std::mem::take(&mut waiting.count);
+        let Some(Some(at)) = self.sockets.get_mut(waiting.binding.slot()) else { return };
+        if at.id != waiting.binding {
+            return;
+        }
+        let (bytes, remote) = (&waiting.bytes[..], waiting.remote);
+        if count > 1 && at.segments {
+            match send_segments(&at.socket, bytes, waiting.size, remote) {
+                Ok(()) => return,
+                // No room: what is lost is lost, as on a wire.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                // An error of an earlier datagram (ICMP) says nothing about these; a kernel or a route that takes no
+                // segments (EINVAL, EIO, EMSGSIZE) will not take the next either.
+                Err(e) => at.segments = e.kind() == io::ErrorKind::ConnectionRefused,
+            }
+        }
+        // Without bytes there is one datagram all the same.
+        let mut rest = bytes;
+        for _ in 0..count {
+            let (datagram, after) = rest.split_at(waiting.size.min(rest.len()));
+            rest = after;
+            if let Err(error) = at.socket.send_to(datagram, remote) {
+                tracing::debug!(%error, %remote, "a datagram was not sent");
+            }
         }
     }
 
@@ -81,7 +159,7 @@ impl UdpSockets {
             };
             let mut socket = UdpSocket::bind(any)?;
             registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
-            *at = Some(BindingSocket { id, socket });
+            *at = Some(BindingSocket { id, socket, v6: remote.is_ipv6(), segments: true });
         }
         at.as_ref().map(|s| &s.socket).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
@@ -104,17 +182,16 @@ impl Driver {
     }
 
     fn receive_binding(&mut self, slot: usize) -> bool {
-        let UdpSockets { sockets, buffer, ready } = &mut self.udp;
+        let UdpSockets { sockets, receiver, ready, .. } = &mut self.udp;
         let Some(Some(at)) = sockets.get(slot) else { return false };
         let Some(port) = self.stack.port_of_binding(at.id) else { return false };
         let Some(sink) = Self::sink(&mut self.links, port) else { return false };
         for n in 0..TURN {
-            match at.socket.recv_from(buffer) {
-                Ok((len, from)) => self.stack.datagram_from_host(at.id, from, &buffer[..len], sink),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // Anything but EWOULDBLOCK is an error that a datagram of ours caused: it is taken off, and reading goes on.
-                Err(e) if e.kind() != io::ErrorKind::WouldBlock => {}
-                Err(_) => return n > 0,
+            let more = receiver.receive(&at.socket, at.v6, |from, bytes| {
+                self.stack.datagram_from_host(at.id, from, bytes, sink)
+            });
+            if !more {
+                return n > 0;
             }
         }
         ready.push(slot);
@@ -124,35 +201,26 @@ impl Driver {
     /// Takes datagrams of one published port.
     pub(super) fn receive_published(&mut self, n: usize) -> bool {
         let Some(Some(entrance)) = self.entrances.get_mut(n) else { return false };
-        let Listener::Udp(socket) = &entrance.listener else { return false };
+        let Listener::Udp(socket, v6) = &entrance.listener else { return false };
         let Some(Some(port)) = self.published.get_mut(entrance.published) else { return false };
         let guest = match &port.guest {
             crate::publish::spec::GuestName::Address(ip) => Some(*ip),
             other => Self::guest_of(&self.links, &self.stack, other),
         };
         let listener = u32::try_from(n).unwrap_or(u32::MAX);
+        let (stack, links, now) = (&mut self.stack, &mut self.links, self.now);
         for n in 0..TURN {
-            match socket.recv_from(&mut self.udp.buffer) {
-                Ok((len, client)) => {
-                    port.accepted += 1;
-                    let Some(ip) = guest else { continue };
-                    let Some(known) = self.stack.port_of_guest(ip) else { continue };
-                    let Some(sink) = Self::sink(&mut self.links, known) else { continue };
-                    let to = SocketAddr::new(ip, port.guest_port);
-                    self.stack.datagram_from_client(
-                        self.now,
-                        to,
-                        client,
-                        listener,
-                        &self.udp.buffer[..len],
-                        sink,
-                    );
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    entrance.ready = false;
-                    return n > 0;
-                }
-                Err(_) => {}
+            let more = self.udp.receiver.receive(socket, *v6, |client, bytes| {
+                port.accepted += 1;
+                let Some(ip) = guest else { return };
+                let Some(known) = stack.port_of_guest(ip) else { return };
+                let Some(sink) = Self::sink(links, known) else { return };
+                let to = SocketAddr::new(ip, port.guest_port);
+                stack.datagram_from_client(now, to, client, listener, bytes, sink);
+            });
+            if !more {
+                entrance.ready = false;
+                return n > 0;
             }
         }
         true

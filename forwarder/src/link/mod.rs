@@ -1,27 +1,47 @@
 //! Links: how frames of a VMM come and go.
 //!
 //! ```text
-//!  VMM ═ unix stream ═► read(2), large ─► receive buffer ─► one frame after the other, in place ─► Netstack
-//!  VMM ◄═ write(2), many frames ═══════ transmit buffer ◄─ written in place by Netstack (FrameSink)
+//!            ┌─ Stream     qemu, vpnkit, stdio   lengths and frames on a byte stream
+//!  Link ─ Carrier ─ Packets    dgram, seqpacket      a frame per datagram
+//!    │       ├─ Tap        tap                   a virtio-net header and a frame per system call
+//!    │       └─ VhostUser  vhost-user            descriptors in the guest's own memory
+//!    └─ where the VMM is met: listener, connect and connect again, descriptor, device
 //! ```
-//! A link reads and writes in batches: one system call for as many frames as there are. It never drops a frame of
-//! ours; when the VMM does not read, [`TransmitBuffer`] is full and the stack waits.
+//! A [`Link`] knows how its VMM comes and goes; the [`Carrier`] knows how frames cross once it is there. Carriers read
+//! and write in batches, hand frames to the stack in place and are the [`FrameSink`] it writes into. None ever drops
+//! a TCP segment of ours: when the VMM does not read, the sink has no room, and the stack waits.
 
-pub mod qemu;
+pub mod framing;
+#[cfg(target_os = "linux")]
+pub mod packets;
+pub mod stream;
+#[cfg(target_os = "linux")]
+pub mod tap;
 mod transmit;
+#[cfg(target_os = "linux")]
+pub mod vhost_user;
+pub mod vnet;
+pub mod vpnkit;
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use mio::net::{UnixListener, UnixStream};
+use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use portway_netstack::PortId;
+use portway_netstack::{FrameSink, Mac, Offload, PortId};
 
-use self::qemu::Framing;
+use self::framing::Prefix;
+#[cfg(target_os = "linux")]
+use self::packets::Packets;
+use self::stream::Stream;
+#[cfg(target_os = "linux")]
+use self::tap::Tap;
 pub use self::transmit::TransmitBuffer;
-use crate::config::{LinkAddress, LinkConfig};
+#[cfg(target_os = "linux")]
+use self::vhost_user::VhostUser;
+use self::vpnkit::Hello;
+use crate::config::{LinkAddress, LinkConfig, LinkKind};
 use crate::unix_path;
 
 /// How long to wait before connecting again.
@@ -40,6 +60,162 @@ pub struct LinkCounters {
     pub bytes_to_guest: u64,
 }
 
+/// What one batch brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    /// Whether there may be more.
+    pub more: bool,
+    /// Frames handed on.
+    pub frames: u64,
+    /// Bytes in those frames.
+    pub bytes: u64,
+}
+
+/// How frames cross, once a VMM is attached.
+#[derive(Debug)]
+pub enum Carrier {
+    /// Lengths and frames on a byte stream. With offload (libkrun) large frames carry no header: their size says it.
+    Stream(Box<Stream>),
+    /// A tap device.
+    #[cfg(target_os = "linux")]
+    Tap(Box<Tap>),
+    /// Guest memory.
+    #[cfg(target_os = "linux")]
+    VhostUser(Box<VhostUser>),
+    /// A socket that keeps frames apart.
+    #[cfg(target_os = "linux")]
+    Packets(Box<Packets>),
+}
+
+impl Carrier {
+    fn wants_receive(&self) -> bool {
+        match self {
+            Self::Stream(s) => s.wants_receive(),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.wants_receive(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.wants_receive(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.wants_receive(),
+        }
+    }
+
+    fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
+        match self {
+            Self::Stream(s) => s.receive(|frame| handle(frame, Offload::default())),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.receive(handle),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.receive(handle),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.receive(|frame| handle(frame, Offload::default())),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Stream(s) => s.flush(),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.flush(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.flush(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.flush(),
+        }
+    }
+
+    fn is_blocked(&self) -> bool {
+        match self {
+            Self::Stream(s) => s.is_blocked(),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.is_blocked(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.is_blocked(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.is_blocked(),
+        }
+    }
+
+    /// Frames and bytes that were ever written to the guest.
+    #[must_use]
+    pub fn written(&self) -> (u64, u64) {
+        match self {
+            Self::Stream(s) => s.transmit.written(),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.written(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.written(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.written(),
+        }
+    }
+
+    /// Whether the guest takes segments and checksums that are not finished.
+    fn offload(&self) -> bool {
+        match self {
+            Self::Stream(_) => false,
+            #[cfg(target_os = "linux")]
+            Self::Tap(_) => true,
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.offload(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(_) => false,
+        }
+    }
+
+    fn fds(&self) -> (RawFd, Option<RawFd>) {
+        match self {
+            Self::Stream(s) => s.fds(),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => (t.fd(), None),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => (v.control_fd(), None),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => (p.fd(), None),
+        }
+    }
+
+    fn note(&mut self, readable: bool, writable: bool) {
+        match self {
+            Self::Stream(s) => s.note(readable, writable),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.note(readable, writable),
+            // Its news are messages and kicks: see `Link::note`.
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(_) => {}
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.note(readable, writable),
+        }
+    }
+}
+
+impl FrameSink for Carrier {
+    fn has_room(&self) -> bool {
+        match self {
+            Self::Stream(s) => s.is_open() && s.transmit.has_room(),
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.has_room(),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.has_room(),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.has_room(),
+        }
+    }
+
+    fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
+        match self {
+            Self::Stream(s) if s.is_open() => s.transmit.frame(len, offload, fill),
+            Self::Stream(_) => None,
+            #[cfg(target_os = "linux")]
+            Self::Tap(t) => t.frame(len, offload, fill),
+            #[cfg(target_os = "linux")]
+            Self::VhostUser(v) => v.frame(len, offload, fill),
+            #[cfg(target_os = "linux")]
+            Self::Packets(p) => p.frame(len, offload, fill),
+        }
+    }
+}
+
 /// One link and the VMM attached to it, if any.
 #[derive(Debug)]
 pub struct Link {
@@ -47,100 +223,168 @@ pub struct Link {
     pub port: PortId,
     /// The VM's name.
     pub name: Option<String>,
+    kind: LinkKind,
     address: LinkAddress,
-    listener: Option<UnixListener>,
-    stream: Option<UnixStream>,
+    listener: Option<socket2::Socket>,
+    carrier: Option<Carrier>,
     tokens: Tokens,
-    framing: Framing,
-    /// Where the stack writes frames to the guest.
-    pub transmit: TransmitBuffer,
-    readable: bool,
-    writable: bool,
     /// When to connect again.
     retry_at: Option<Instant>,
     counters: LinkCounters,
+    mtu: u16,
+    /// Sums and segments are left to us, and no header says so.
+    implied: bool,
+    /// Who came to a listener for several VMs while this link had one.
+    arrivals: Vec<OwnedFd>,
+    /// What is watched of a vhost-user front end beside its socket.
+    #[cfg(target_os = "linux")]
+    kicks: Vec<RawFd>,
     /// Whether nothing can attach any more.
     pub ended: bool,
 }
 
-/// The tokens of a link's two descriptors.
+/// The tokens of a link's descriptors.
 #[derive(Debug, Clone, Copy)]
 pub struct Tokens {
     /// Of the listener.
-    pub listener: Token,
-    /// Of the stream.
-    pub stream: Token,
+    pub first: Token,
+    /// Between one token and the next.
+    pub step: usize,
 }
 
-/// What an attempt to move bytes showed.
+impl Tokens {
+    /// Tokens a link may use.
+    pub const COUNT: usize = 16;
+    const LISTENER: usize = 0;
+    /// The carrier's descriptor, or the one it reads.
+    const MAIN: usize = 1;
+    /// The one it writes, where that is another.
+    const WRITE: usize = 2;
+    /// The first of those on which a guest tells of news in its rings.
+    #[cfg(target_os = "linux")]
+    const KICK: usize = 3;
+
+    const fn get(self, n: usize) -> Token {
+        Token(self.first.0 + n * self.step)
+    }
+}
+
+/// What became of a link's VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkState {
     /// The VMM is there, or none is expected now.
     Same,
     /// The VMM is gone; its port is to be taken down.
     Gone,
+    /// The guest's driver started anew and may take other frames than before.
+    Restarted,
 }
 
 impl Link {
-    /// Binds the listener, takes the descriptor over or makes the first attempt to connect.
+    /// Binds the listener, takes the descriptor over, opens the device or makes the first attempt to connect.
     ///
     /// # Errors
-    /// When the path cannot be bound, or the descriptor is not a stream socket.
+    /// When the path cannot be bound, the descriptor is of another kind, or the device cannot be had.
     pub fn open(config: &LinkConfig, port: PortId, tokens: Tokens, registry: &Registry) -> io::Result<Self> {
-        let mut link = Self {
-            port,
-            name: config.name.clone(),
-            address: config.address.clone(),
-            listener: None,
-            stream: None,
-            tokens,
-            framing: Framing::new(),
-            transmit: TransmitBuffer::new(),
-            readable: false,
-            writable: false,
-            retry_at: None,
-            counters: LinkCounters::default(),
-            ended: false,
-        };
+        let mut link = Self::new(config, port, tokens);
         match &config.address {
+            #[cfg(target_os = "linux")]
+            LinkAddress::Listen(path) if config.kind == LinkKind::Dgram => {
+                link.attach(Carrier::Packets(Box::new(Packets::bound(path)?)), registry)?;
+            }
             LinkAddress::Listen(path) => {
-                let mut listener = UnixListener::from_std(unix_path::listen(path, 0o600)?);
-                registry.register(&mut listener, tokens.listener, Interest::READABLE)?;
+                let listener = unix_path::listen_as(path, 0o600, socket_type(config.kind))?;
+                let fd = listener.as_raw_fd();
+                registry.register(&mut SourceFd(&fd), tokens.get(Tokens::LISTENER), Interest::READABLE)?;
                 link.listener = Some(listener);
             }
             LinkAddress::Connect(_) => link.connect(registry),
             LinkAddress::Fd(fd) => {
                 let fd = crate::fd::inherit(*fd)?;
-                link.attach(stream_of(fd)?, registry)?;
+                link.attach_socket(fd, registry)?;
+            }
+            LinkAddress::Stdio => {
+                let stdio = |fd| crate::fd::inherit(fd);
+                let stream = Stream::pipes(stdio(0)?, stdio(1)?, Prefix::Le16)?;
+                link.attach(Carrier::Stream(Box::new(stream)), registry)?;
+            }
+            #[cfg(target_os = "linux")]
+            LinkAddress::Tap { name, namespace } => {
+                let tap = Tap::open(name, namespace.as_ref())?;
+                link.attach(Carrier::Tap(Box::new(tap)), registry)?;
             }
         }
         Ok(link)
     }
 
+    /// One more VM that came to the listener of a link like `config`.
+    ///
+    /// # Errors
+    /// When it cannot be watched.
+    pub fn arrived(
+        config: &LinkConfig,
+        port: PortId,
+        tokens: Tokens,
+        fd: OwnedFd,
+        registry: &Registry,
+    ) -> io::Result<Self> {
+        let config = LinkConfig { address: LinkAddress::Fd(-1), name: None, ..config.clone() };
+        let mut link = Self::new(&config, port, tokens);
+        link.attach_socket(fd, registry)?;
+        Ok(link)
+    }
+
+    fn new(config: &LinkConfig, port: PortId, tokens: Tokens) -> Self {
+        Self {
+            port,
+            name: config.name.clone(),
+            kind: config.kind,
+            address: config.address.clone(),
+            listener: None,
+            carrier: None,
+            tokens,
+            retry_at: None,
+            counters: LinkCounters::default(),
+            mtu: config.mtu,
+            implied: config.offload,
+            arrivals: Vec::new(),
+            #[cfg(target_os = "linux")]
+            kicks: Vec::new(),
+            ended: false,
+        }
+    }
+
     /// Whether a VMM is attached.
     #[must_use]
     pub const fn is_up(&self) -> bool {
-        self.stream.is_some()
+        self.carrier.is_some()
+    }
+
+    /// The kind of link, as it is typed.
+    #[must_use]
+    pub const fn kind(&self) -> LinkKind {
+        self.kind
+    }
+
+    /// Where the stack writes frames to the guest, when a VMM is attached.
+    pub const fn sink(&mut self) -> Option<&mut Carrier> {
+        self.carrier.as_mut()
+    }
+
+    /// Whether the guest takes segments and checksums that are not finished.
+    #[must_use]
+    pub fn offload(&self) -> bool {
+        self.implied || self.carrier.as_ref().is_some_and(Carrier::offload)
     }
 
     /// The link's numbers.
     #[must_use]
-    pub const fn counters(&self) -> LinkCounters {
+    pub fn counters(&self) -> LinkCounters {
+        let (frames, bytes) = self.carrier.as_ref().map_or((0, 0), Carrier::written);
         let mut counters = self.counters;
-        (counters.frames_to_guest, counters.bytes_to_guest) = self.transmit.written();
+        counters.frames_to_guest += frames;
+        counters.bytes_to_guest += bytes;
         counters
-    }
-
-    fn attach(&mut self, mut stream: UnixStream, registry: &Registry) -> io::Result<()> {
-        // More room in the kernel is fewer times the two sides wait for each other; the host's limit decides.
-        let socket = socket2::SockRef::from(&stream);
-        let _ = socket.set_send_buffer_size(4 << 20);
-        let _ = socket.set_recv_buffer_size(4 << 20);
-        registry.register(&mut stream, self.tokens.stream, Interest::READABLE | Interest::WRITABLE)?;
-        self.stream = Some(stream);
-        (self.readable, self.writable) = (true, true);
-        tracing::info!(link = self.label(), "VMM attached");
-        Ok(())
     }
 
     /// The link's name in logs.
@@ -149,58 +393,144 @@ impl Link {
         self.name.clone().unwrap_or_else(|| format!("link{}", self.port.0))
     }
 
+    // ---- how a VMM comes and goes ----
+
+    fn attach_socket(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
+        let carrier = match self.kind {
+            LinkKind::Qemu => Carrier::Stream(Box::new(Stream::socket(fd, Prefix::Be32)?)),
+            LinkKind::Stdio => Carrier::Stream(Box::new(Stream::socket(fd, Prefix::Le16)?)),
+            #[cfg(target_os = "linux")]
+            LinkKind::VhostUser => {
+                let stream = std::os::unix::net::UnixStream::from(fd);
+                Carrier::VhostUser(Box::new(VhostUser::new(stream, self.mtu)?))
+            }
+            LinkKind::Vpnkit => Carrier::Stream(Box::new(Stream::socket(fd, Prefix::Le16)?.greeted())),
+            #[cfg(target_os = "linux")]
+            LinkKind::Dgram => Carrier::Packets(Box::new(Packets::connected(fd, socket2::Type::DGRAM)?)),
+            #[cfg(target_os = "linux")]
+            LinkKind::Seqpacket => {
+                Carrier::Packets(Box::new(Packets::connected(fd, socket2::Type::SEQPACKET)?))
+            }
+            LinkKind::Tap => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        self.attach(carrier, registry)
+    }
+
+    fn attach(&mut self, carrier: Carrier, registry: &Registry) -> io::Result<()> {
+        let (main, write) = carrier.fds();
+        let both = Interest::READABLE | Interest::WRITABLE;
+        registry.register(&mut SourceFd(&main), self.tokens.get(Tokens::MAIN), both)?;
+        if let Some(fd) = write {
+            registry.register(&mut SourceFd(&fd), self.tokens.get(Tokens::WRITE), Interest::WRITABLE)?;
+        }
+        self.carrier = Some(carrier);
+        tracing::info!(link = self.label(), "VMM attached");
+        Ok(())
+    }
+
     fn connect(&mut self, registry: &Registry) {
         let LinkAddress::Connect(path) = &self.address else { return };
-        let result =
-            std::os::unix::net::UnixStream::connect(path).and_then(|s| s.set_nonblocking(true).map(|()| s));
-        match result.and_then(|s| self.attach(UnixStream::from_std(s), registry)) {
+        match dial(path, socket_type(self.kind)).and_then(|s| self.attach_socket(s.into(), registry)) {
             Ok(()) => self.retry_at = None,
             Err(error) => {
                 if self.retry_at.is_none() {
-                    tracing::warn!(link = self.label(), %error, path = %self.path().display(), "cannot connect, trying every second");
+                    tracing::warn!(link = self.label(), %error, address = %self.address, "cannot connect, trying every second");
                 }
                 self.retry_at = Some(Instant::now() + RETRY);
             }
         }
     }
 
-    fn path(&self) -> &Path {
-        match &self.address {
-            LinkAddress::Listen(path) | LinkAddress::Connect(path) => path,
-            LinkAddress::Fd(_) => Path::new(""),
+    /// When `tick` has something to do.
+    #[must_use]
+    pub fn wants_tick(&self) -> Option<Instant> {
+        match &self.carrier {
+            #[cfg(target_os = "linux")]
+            Some(Carrier::VhostUser(front_end)) => front_end.wants_look(),
+            _ => self.retry_at,
         }
     }
 
-    /// When `tick` has something to do.
-    #[must_use]
-    pub const fn wants_tick(&self) -> Option<Instant> {
-        self.retry_at
-    }
-
-    /// Connects again when it is time.
-    pub fn tick(&mut self, now: Instant, registry: &Registry) {
+    /// Does what it is time for: connects again, looks at rings again.
+    pub fn tick(&mut self, now: Instant, registry: &Registry) -> LinkState {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.connect(registry);
         }
+        match &mut self.carrier {
+            #[cfg(target_os = "linux")]
+            Some(Carrier::VhostUser(front_end)) if front_end.wants_look().is_some_and(|at| at <= now) => {
+                let looked = front_end.look_again();
+                looked.map_or_else(|error| self.lost(&error), |()| LinkState::Same)
+            }
+            _ => LinkState::Same,
+        }
     }
 
-    /// The listener or stream has news.
-    pub fn note(&mut self, token: Token, readable: bool, writable: bool, registry: &Registry) {
-        if token == self.tokens.stream {
-            self.readable |= readable;
-            self.writable |= writable;
-        } else {
+    /// One of the link's descriptors has news.
+    pub fn note(&mut self, token: Token, readable: bool, writable: bool, registry: &Registry) -> LinkState {
+        if token == self.tokens.get(Tokens::LISTENER) {
             self.accept(registry);
+            return LinkState::Same;
+        }
+        match &mut self.carrier {
+            None => LinkState::Same,
+            #[cfg(target_os = "linux")]
+            Some(Carrier::VhostUser(front_end)) => {
+                if token != self.tokens.get(Tokens::MAIN) {
+                    front_end.note_kick(usize::from(token != self.tokens.get(Tokens::KICK)));
+                    return LinkState::Same;
+                }
+                let noted = self.listen_to_front_end(registry);
+                noted.unwrap_or_else(|error| self.lost(&error))
+            }
+            Some(carrier) => {
+                carrier.note(readable, writable);
+                LinkState::Same
+            }
+        }
+    }
+
+    /// Handles a front end's messages, and watches the descriptors it has given for its rings and no others.
+    #[cfg(target_os = "linux")]
+    fn listen_to_front_end(&mut self, registry: &Registry) -> io::Result<LinkState> {
+        let mut state = LinkState::Same;
+        loop {
+            let Some(Carrier::VhostUser(front_end)) = &mut self.carrier else { return Ok(state) };
+            let changes = front_end.handle_control()?;
+            if changes.device {
+                state = LinkState::Restarted;
+            }
+            if changes.kicks {
+                let kicks: Vec<(usize, RawFd)> = front_end.kick_fds().collect();
+                self.forget_kicks(registry);
+                for (queue, fd) in kicks {
+                    let token = self.tokens.get(Tokens::KICK + queue);
+                    registry.register(&mut SourceFd(&fd), token, Interest::READABLE)?;
+                    self.kicks.push(fd);
+                }
+            }
+            if !changes.more {
+                return Ok(state);
+            }
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn forget_kicks(&mut self, registry: &Registry) {
+        for fd in self.kicks.drain(..) {
+            let _ = registry.deregister(&mut SourceFd(&fd));
         }
     }
 
     /// Takes the next VMM that waits, when none is attached: a second one waits and never disturbs the first.
+    /// On a listener for several VMs it goes to [`Self::take_arrival`].
     fn accept(&mut self, registry: &Registry) {
-        while self.stream.is_none() {
+        while self.carrier.is_none() || self.kind == LinkKind::Vpnkit {
             let Some(listener) = &self.listener else { return };
             match listener.accept() {
+                Ok((stream, _)) if self.carrier.is_some() => self.arrivals.push(stream.into()),
                 Ok((stream, _)) => {
-                    if let Err(error) = self.attach(stream, registry) {
+                    if let Err(error) = self.attach_socket(OwnedFd::from(stream), registry) {
                         tracing::warn!(link = self.label(), %error, "a VMM could not be attached");
                     }
                 }
@@ -214,80 +544,139 @@ impl Link {
         }
     }
 
-    /// Whether `receive` may have frames.
-    #[must_use]
-    pub const fn wants_receive(&self) -> bool {
-        self.readable && self.stream.is_some()
+    /// A further VM that came to this link's listener.
+    pub fn take_arrival(&mut self) -> Option<OwnedFd> {
+        self.arrivals.pop()
     }
 
-    /// Reads one batch and hands every whole frame to `handle`, in place.
-    pub fn receive(&mut self, handle: impl FnMut(&[u8], &mut TransmitBuffer)) -> LinkState {
-        let Some(stream) = &mut self.stream else { return LinkState::Same };
-        match self.framing.receive(stream, &mut self.transmit, handle) {
-            Ok(batch) => {
-                self.readable = batch.more;
-                self.counters.frames_from_guest += batch.frames;
-                self.counters.bytes_from_guest += batch.bytes;
+    /// Who has come in by a handshake and waits for [`Self::answer`].
+    pub fn take_hello(&mut self) -> Option<Hello> {
+        match &mut self.carrier {
+            Some(Carrier::Stream(stream)) => stream.take_hello(),
+            _ => None,
+        }
+    }
+
+    /// Answers a [`Hello`]: the guest's MAC, or why it may not come in.
+    pub fn answer(&mut self, answer: Result<Mac, String>) -> LinkState {
+        let (mtu, label) = (self.mtu, self.label());
+        let Some(Carrier::Stream(stream)) = &mut self.carrier else { return LinkState::Same };
+        match answer {
+            Ok(mac) => {
+                stream.answer(&vpnkit::accept(mac, mtu));
                 LinkState::Same
             }
-            Err(error) => {
-                tracing::info!(link = self.label(), reason = %error, "VMM detached");
+            Err(reason) => {
+                stream.answer(&vpnkit::refuse(&reason));
+                let _ = stream.flush();
+                tracing::warn!(link = label, reason, "a VM was refused");
                 LinkState::Gone
             }
         }
     }
 
-    /// Writes what the transmit buffer holds, as far as the VMM takes it.
-    pub fn flush(&mut self) -> LinkState {
-        let Some(stream) = &mut self.stream else {
-            self.transmit.clear();
-            return LinkState::Same;
-        };
-        while self.writable && !self.transmit.is_empty() {
-            match io::Write::write(stream, self.transmit.pending()) {
-                Ok(written) => {
-                    let all = self.transmit.take(written);
-                    self.writable = all;
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.writable = false,
-                Err(error) => {
-                    tracing::info!(link = self.label(), reason = %error, "VMM detached");
-                    return LinkState::Gone;
-                }
-            }
-        }
-        LinkState::Same
-    }
-
-    /// Whether the VMM has to read before more can be written.
-    #[must_use]
-    pub const fn is_blocked(&self) -> bool {
-        !self.writable
-    }
-
     /// Forgets the VMM and makes ready for the next one.
     pub fn detach(&mut self, registry: &Registry) {
-        if let Some(mut stream) = self.stream.take() {
-            let _ = registry.deregister(&mut stream);
+        self.counters = self.counters();
+        #[cfg(target_os = "linux")]
+        self.forget_kicks(registry);
+        if let Some(carrier) = self.carrier.take() {
+            let (main, write) = carrier.fds();
+            for fd in std::iter::once(main).chain(write) {
+                let _ = registry.deregister(&mut SourceFd(&fd));
+            }
         }
-        self.framing = Framing::new();
-        self.transmit.clear();
-        (self.readable, self.writable) = (false, false);
         match &self.address {
             LinkAddress::Listen(_) => self.accept(registry),
             LinkAddress::Connect(_) => self.retry_at = Some(Instant::now()),
-            LinkAddress::Fd(_) => self.ended = true,
+            LinkAddress::Fd(_) | LinkAddress::Stdio => self.ended = true,
+            #[cfg(target_os = "linux")]
+            LinkAddress::Tap { .. } => self.ended = true,
         }
     }
 
     /// Removes the socket we listen on.
     pub fn close(&mut self) {
-        if self.listener.take().is_some() {
-            let _ = std::fs::remove_file(self.path());
+        if self.listener.take().is_some()
+            && let LinkAddress::Listen(path) = &self.address
+        {
+            let _ = std::fs::remove_file(path);
         }
-        self.stream = None;
+        self.carrier = None;
     }
+
+    // ---- frames ----
+
+    /// Whether `receive` may have frames.
+    #[must_use]
+    pub fn wants_receive(&self) -> bool {
+        self.carrier.as_ref().is_some_and(Carrier::wants_receive)
+    }
+
+    /// Reads one batch and hands every whole frame to `handle`, in place.
+    pub fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> LinkState {
+        let Some(carrier) = &mut self.carrier else { return LinkState::Same };
+        let (implied, mtu) = (self.implied, self.mtu);
+        match carrier.receive(|frame, offload| {
+            let offload = if implied { portway_netstack::segments::implied(frame, mtu) } else { offload };
+            handle(frame, offload);
+        }) {
+            Ok(batch) => {
+                self.counters.frames_from_guest += batch.frames;
+                self.counters.bytes_from_guest += batch.bytes;
+                LinkState::Same
+            }
+            Err(error) => self.lost(&error),
+        }
+    }
+
+    /// Brings what the stack wrote to the VMM, as far as that takes it.
+    pub fn flush(&mut self) -> LinkState {
+        let Some(carrier) = &mut self.carrier else { return LinkState::Same };
+        let lost = |carrier: &mut Carrier| match carrier {
+            #[cfg(target_os = "linux")]
+            Carrier::Packets(p) => p.take_lost(),
+            _ => false,
+        };
+        match carrier.flush() {
+            Ok(()) if lost(carrier) => LinkState::Restarted,
+            Ok(()) => LinkState::Same,
+            Err(error) => self.lost(&error),
+        }
+    }
+
+    fn lost(&self, error: &io::Error) -> LinkState {
+        tracing::info!(link = self.label(), reason = %error, "VMM detached");
+        LinkState::Gone
+    }
+
+    /// Whether the VMM has to read before more can be written.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        self.carrier.as_ref().is_some_and(Carrier::is_blocked)
+    }
+}
+
+/// The type of socket on which frames of `kind` travel.
+const fn socket_type(kind: LinkKind) -> socket2::Type {
+    match kind {
+        #[cfg(target_os = "linux")]
+        LinkKind::Dgram => socket2::Type::DGRAM,
+        #[cfg(target_os = "linux")]
+        LinkKind::Seqpacket => socket2::Type::SEQPACKET,
+        _ => socket2::Type::STREAM,
+    }
+}
+
+/// Connects to the VMM's socket at `path`.
+fn dial(path: &std::path::Path, kind: socket2::Type) -> io::Result<socket2::Socket> {
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, kind, None)?;
+    if kind == socket2::Type::DGRAM {
+        // With a name of ours, which the kernel makes up, or the VMM could not answer.
+        nix::sys::socket::bind(socket.as_raw_fd(), &nix::sys::socket::UnixAddr::new_unnamed())?;
+    }
+    socket.connect(&socket2::SockAddr::unix(path)?)?;
+    Ok(socket)
 }
 
 impl Drop for Link {
@@ -295,14 +684,4 @@ impl Drop for Link {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-fn stream_of(fd: OwnedFd) -> io::Result<UnixStream> {
-    let kind = socket2::SockRef::from(&fd).r#type()?;
-    if kind != socket2::Type::STREAM {
-        return Err(io::Error::other("the descriptor is not a stream socket"));
-    }
-    let stream = std::os::unix::net::UnixStream::from(fd);
-    stream.set_nonblocking(true)?;
-    Ok(UnixStream::from_std(stream))
 }

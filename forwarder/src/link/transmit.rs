@@ -2,6 +2,8 @@
 
 use portway_netstack::{FrameSink, Offload};
 
+use super::framing::Prefix;
+
 /// Bytes that may wait before the stack is told to wait. It stays inside a core's second-level cache: a buffer that
 /// outgrows it is written to memory and read back.
 const ROOM: usize = 256 * 1024;
@@ -11,6 +13,7 @@ const LARGEST: usize = 4 + 14 + 65_535;
 /// The transmit buffer of a stream link.
 #[derive(Debug)]
 pub struct TransmitBuffer {
+    prefix: Prefix,
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
@@ -21,8 +24,8 @@ pub struct TransmitBuffer {
 impl TransmitBuffer {
     /// An empty buffer; its pages come as they are written.
     #[must_use]
-    pub fn new() -> Self {
-        Self { bytes: vec![0; ROOM + LARGEST].into(), start: 0, end: 0, frames: 0, total: 0 }
+    pub fn new(prefix: Prefix) -> Self {
+        Self { prefix, bytes: vec![0; ROOM + LARGEST].into(), start: 0, end: 0, frames: 0, total: 0 }
     }
 
     /// Whether nothing waits.
@@ -35,6 +38,14 @@ impl TransmitBuffer {
     #[must_use]
     pub fn pending(&self) -> &[u8] {
         &self.bytes[self.start..self.end]
+    }
+
+    /// Puts bytes in that are no frame: a handshake's. They are few, and come before any frame.
+    pub fn raw(&mut self, bytes: &[u8]) {
+        if let Some(room) = self.bytes.get_mut(self.end..).and_then(|b| b.get_mut(..bytes.len())) {
+            room.copy_from_slice(bytes);
+            self.end += bytes.len();
+        }
     }
 
     /// Forgets the first `n` bytes. True when nothing is left.
@@ -57,18 +68,6 @@ impl TransmitBuffer {
     pub const fn written(&self) -> (u64, u64) {
         (self.frames, self.total)
     }
-
-    /// Puts a copy of a whole frame in. False when there was no room.
-    pub fn push(&mut self, frame: &[u8]) -> bool {
-        self.has_room()
-            && self.frame(frame.len(), Offload::default(), |out| out.copy_from_slice(frame)).is_some()
-    }
-}
-
-impl Default for TransmitBuffer {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 impl FrameSink for TransmitBuffer {
@@ -77,12 +76,14 @@ impl FrameSink for TransmitBuffer {
     }
 
     fn frame<R>(&mut self, len: usize, _: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
-        let header = u32::try_from(len).ok()?.to_be_bytes();
-        let room = self.bytes.get_mut(self.end..)?.get_mut(..4 + len)?;
-        let (head, body) = room.split_at_mut(4);
-        head.copy_from_slice(&header);
+        let size = self.prefix.size();
+        let room = self.bytes.get_mut(self.end..)?.get_mut(..size + len)?;
+        let (head, body) = room.split_at_mut(size);
+        if !self.prefix.write(len, head) {
+            return None;
+        }
         let result = fill(body);
-        self.end += 4 + len;
+        self.end += size + len;
         self.frames += 1;
         self.total += len as u64;
         Some(result)

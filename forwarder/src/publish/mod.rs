@@ -30,8 +30,8 @@ pub enum Listener {
     Tcp(TcpListener),
     /// Accepts connections.
     Unix(UnixListener, PathBuf),
-    /// Takes datagrams.
-    Udp(UdpSocket),
+    /// Takes datagrams; true: of IPv6 (and IPv4, when bound to every address).
+    Udp(UdpSocket, bool),
 }
 
 /// One published port.
@@ -181,7 +181,7 @@ fn bind_one(address: SocketAddr, proto: Protocol) -> io::Result<(Listener, u16)>
     let port = socket.local_addr()?.as_socket().map_or(0, |a| a.port());
     let listener = match proto {
         Protocol::Tcp => Listener::Tcp(TcpListener::from_std(socket.into())),
-        Protocol::Udp => Listener::Udp(UdpSocket::from_std(socket.into())),
+        Protocol::Udp => Listener::Udp(UdpSocket::from_std(socket.into()), address.is_ipv6()),
     };
     Ok((listener, port))
 }
@@ -195,7 +195,7 @@ impl Listener {
         match self {
             Self::Tcp(s) => registry.register(s, token, Interest::READABLE),
             Self::Unix(s, _) => registry.register(s, token, Interest::READABLE),
-            Self::Udp(s) => registry.register(s, token, Interest::READABLE),
+            Self::Udp(s, _) => registry.register(s, token, Interest::READABLE),
         }
     }
 }

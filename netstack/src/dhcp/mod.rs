@@ -54,6 +54,20 @@ pub struct LeaseReport {
     pub fixed: bool,
 }
 
+/// Why a guest cannot have the address it wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PreferError {
+    /// It is not one of those that are leased.
+    #[error("Preferred IP address out of range.")]
+    OutOfRange,
+    /// Another guest has it.
+    #[error("Preferred IP address already used.")]
+    Taken,
+    /// The guest has another.
+    #[error("UUID already assigned to a different IP than the IP requested by the client")]
+    HasAnother,
+}
+
 /// What an answer is and where it goes (RFC 2131 §4.1).
 pub(crate) struct Reply {
     /// The BOOTP message.
@@ -343,6 +357,27 @@ impl DhcpServer {
         let mut all: Vec<_> = shown.map(report).collect();
         all.sort_by_key(|l| l.ip);
         all
+    }
+
+    /// Keeps `ip` for the guest `mac`, as if it had leased it.
+    ///
+    /// # Errors
+    /// When it is not the guest's to have.
+    pub(crate) fn prefer(&mut self, now: Instant, mac: Mac, ip: Ipv4Addr) -> Result<(), PreferError> {
+        if !self.is_pool(ip) {
+            return Err(PreferError::OutOfRange);
+        }
+        let bound = |l: &Lease| l.fixed || (l.state == State::Bound && l.ends > now);
+        if self.leases.get(&ip).is_some_and(|l| l.mac != mac && bound(l)) {
+            return Err(PreferError::Taken);
+        }
+        if self.leases.iter().any(|(other, l)| *other != ip && l.mac == mac && bound(l)) {
+            return Err(PreferError::HasAnother);
+        }
+        self.leases.retain(|other, l| *other != ip || l.mac == mac);
+        let remaining = Some(self.settings.lease_time);
+        self.restore(now, [LeaseReport { ip, mac, port: None, name: None, remaining, fixed: false }]);
+        Ok(())
     }
 
     /// Takes leases back that an earlier run had given.

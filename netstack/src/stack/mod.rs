@@ -22,6 +22,7 @@ use crate::host::{
 use crate::icmp::{self, RateLimit, Unreachable};
 use crate::neighbours::Neighbours;
 use crate::rings::RingMemory;
+use crate::segments;
 use crate::sink::{FrameSink, Offload};
 use crate::switch::{Destination, Switch};
 use crate::tcp::{Arrival, FlowKey, Path, Tcp, Verdict};
@@ -54,6 +55,8 @@ pub struct StackCounters {
 
 struct Port {
     config: PortConfig,
+    /// Whether the link segments and checksums TCP for us.
+    offload: bool,
     answers: RateLimit,
 }
 
@@ -118,13 +121,27 @@ impl Netstack {
         let slot = self.ports.len();
         let port =
             PortId(u16::try_from(slot).expect("links are given by the operator, far fewer than 65536"));
-        // Initial sequence numbers of one guest say nothing about another's.
-        let seed = self.seed.wrapping_mul(0x2545_f491_4f6c_dd1d).rotate_left(u32::from(port.0) % 64)
-            ^ u64::from(port.0);
-        self.tcp.port_up(now, port, config.mtu, offload, IpAddr::V4(self.config.gateway).into(), seed);
-        self.ports.push(Some(Port { config, answers: RateLimit::new(now) }));
+        self.tcp_up(now, port, config.mtu, offload);
+        self.ports.push(Some(Port { config, offload, answers: RateLimit::new(now) }));
         self.outboxes.push(Some(Outbox::new(self.config.limits.outbox_bytes)));
         port
+    }
+
+    fn tcp_up(&mut self, now: Instant, port: PortId, mtu: u16, offload: bool) {
+        // Initial sequence numbers of one guest say nothing about another's.
+        let seed = self.seed.wrapping_mul(0x2545_f491_4f6c_dd1d).rotate_left(u32::from(port.0) % 64)
+            ^ u64::from(port.0)
+            ^ now.micros().rotate_left(32);
+        self.tcp.port_up(now, port, mtu, offload, IpAddr::V4(self.config.gateway).into(), seed);
+    }
+
+    /// The guest on `port` agreed to segment and checksum for us, or no longer does (its driver started anew). Flows of
+    /// the port do not survive that: call [`Self::port_down`] first.
+    pub fn set_offload(&mut self, now: Instant, port: PortId, offload: bool) {
+        let Some(Some(at)) = self.ports.get_mut(usize::from(port.0)) else { return };
+        at.offload = offload;
+        let mtu = at.config.mtu;
+        self.tcp_up(now, port, mtu, offload);
     }
 
     /// The VMM of a port is gone: its flows are reset, its bindings closed, its addresses free for others. The port
@@ -493,6 +510,71 @@ impl Netstack {
         }
     }
 
+    // ---- between guests ----
+
+    /// Writes a frame that [`Handled::Forward`] named, from the guest on `from`, into the sink of port `to`: as it is
+    /// where that link has offload, whole where not. What cannot go there is counted, and a packet that is too large is
+    /// answered (RFC 1191).
+    pub fn forward(
+        &mut self,
+        now: Instant,
+        (from, to): (PortId, PortId),
+        frame: &[u8],
+        offload: Offload,
+        sink: &mut impl FrameSink,
+    ) {
+        if let Err(reason) = self.try_forward(now, (from, to), frame, offload, sink) {
+            self.drops.count(reason);
+        }
+    }
+
+    fn try_forward(
+        &mut self,
+        now: Instant,
+        (from, to): (PortId, PortId),
+        frame: &[u8],
+        offload: Offload,
+        sink: &mut impl FrameSink,
+    ) -> Result<(), DropReason> {
+        let port = |id: PortId| self.ports.get(usize::from(id.0)).and_then(Option::as_ref);
+        let (Some(source), Some(target)) = (port(from), port(to)) else { return Err(DropReason::NotForUs) };
+        if source.config.isolate || target.config.isolate {
+            return Err(DropReason::Isolated);
+        }
+        let (mtu, keeps_offload) = (target.config.mtu, target.offload);
+        let offload = segments::checked(frame, offload)?;
+        if segments::largest_packet(frame, offload) > usize::from(mtu) {
+            self.too_big(now, from, mtu, frame)?;
+            return Err(DropReason::TooBig);
+        }
+        if !keeps_offload {
+            return segments::whole(frame, offload, sink);
+        }
+        if !sink.has_room() {
+            return Err(DropReason::LinkFull);
+        }
+        let copied = sink.frame(frame.len(), offload, |out| {
+            out.copy_from_slice(frame);
+            if let Some(checksum) = offload.checksum {
+                segments::begin_sum(out, checksum);
+            }
+        });
+        copied.ok_or(DropReason::LinkFull)
+    }
+
+    /// Tells the guest that sent `frame` which MTU would fit.
+    fn too_big(&mut self, now: Instant, port: PortId, mtu: u16, frame: &[u8]) -> Result<(), DropReason> {
+        let (header, packet) = ethernet::parse(frame)?;
+        if header.kind != ethernet::IPV4 || header.dst.is_group() {
+            return Ok(());
+        }
+        self.limit(now, port)?;
+        if let Some(error) = icmp::too_big(self.config.gateway, mtu, packet) {
+            self.answer_ip(port, header.src, &error);
+        }
+        Ok(())
+    }
+
     // ---- the host side ----
 
     /// Something happened at the host side of a TCP flow.
@@ -765,6 +847,19 @@ impl Netstack {
     /// Takes leases of an earlier run back.
     pub fn restore_leases(&mut self, now: Instant, leases: impl IntoIterator<Item = LeaseReport>) {
         self.dhcp.restore(now, leases);
+    }
+
+    /// Keeps `ip` for the guest `mac`, which will ask for it by DHCP.
+    ///
+    /// # Errors
+    /// When the guest cannot have it.
+    pub fn prefer_address(
+        &mut self,
+        now: Instant,
+        mac: Mac,
+        ip: Ipv4Addr,
+    ) -> Result<(), crate::dhcp::PreferError> {
+        self.dhcp.prefer(now, mac, ip)
     }
 
     /// Whether leases changed since this was last asked.

@@ -5,11 +5,13 @@ use smoltcp::time::Instant;
 
 use super::Path;
 use super::flow::FlowKey;
-use crate::sink::{FrameSink, Offload};
+use super::window::Advertised;
+use crate::sink::{FrameSink, Offload, PartialChecksum, SegmentKind, Segments};
 use crate::stack::Outbox;
-use crate::wire::ethernet;
+use crate::wire::{self, ethernet, ipv4};
 
 /// The capabilities an `Interface` copies when it is made.
+#[derive(Clone, Copy)]
 pub(super) struct Shape {
     pub(super) mtu: u16,
     /// Whether the link segments and checksums for us.
@@ -44,23 +46,50 @@ impl Device for Shape {
     }
 }
 
+/// The window a flow may tell the guest now, and what it has told.
+pub(super) struct Window<'a> {
+    pub(super) share: u32,
+    pub(super) advertised: &'a mut Advertised,
+}
+
+/// What every way out of a port knows.
+#[derive(Clone, Copy)]
+struct Out {
+    header: [u8; ethernet::HEADER],
+    mtu: u16,
+    offload: bool,
+    v6: bool,
+}
+
+impl Out {
+    fn new(path: Path, v6: bool, shape: &Shape) -> Self {
+        let kind = if v6 { ethernet::IPV6 } else { ethernet::IPV4 };
+        let header = ethernet::Header { dst: path.guest, src: path.gateway, kind }.bytes();
+        Self { header, mtu: shape.mtu, offload: shape.offload, v6 }
+    }
+
+    /// Bytes of the IP header smoltcp writes: it has no options.
+    const fn ip(self) -> usize {
+        if self.v6 { 40 } else { 20 }
+    }
+}
+
 /// One packet from the guest; what smoltcp answers at once (RST, challenge ACK) goes into the port's outbox.
 pub(super) struct Ingress<'a> {
     packet: Option<&'a [u8]>,
     outbox: &'a mut Outbox,
-    header: [u8; ethernet::HEADER],
-    mtu: u16,
+    out: Out,
+    window: Option<Window<'a>>,
 }
 
 impl<'a> Ingress<'a> {
-    pub(super) fn new(packet: &'a [u8], outbox: &'a mut Outbox, path: Path, v6: bool, mtu: u16) -> Self {
-        Self { packet: Some(packet), outbox, header: header(path, v6), mtu }
+    pub(super) fn new(packet: &'a [u8], outbox: &'a mut Outbox, path: Path, v6: bool, shape: &Shape) -> Self {
+        Self { packet: Some(packet), outbox, out: Out::new(path, v6, shape), window: None }
     }
-}
 
-fn header(path: Path, v6: bool) -> [u8; ethernet::HEADER] {
-    let kind = if v6 { ethernet::IPV6 } else { ethernet::IPV4 };
-    ethernet::Header { dst: path.guest, src: path.gateway, kind }.bytes()
+    pub(super) fn with_window(self, window: Window<'a>) -> Self {
+        Self { window: Some(window), ..self }
+    }
 }
 
 /// The packet.
@@ -75,12 +104,25 @@ impl RxToken for Packet<'_> {
 /// Room in the outbox.
 pub(super) struct Reply<'a> {
     outbox: &'a mut Outbox,
-    header: [u8; ethernet::HEADER],
+    out: Out,
+    window: Option<Window<'a>>,
 }
 
 impl TxToken for Reply<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.outbox.frame(&self.header, len, f)
+        let Self { outbox, out, window } = self;
+        outbox.frame(&out.header, len, |packet| {
+            let result = f(packet);
+            if out.offload {
+                // smoltcp left the checksum to the link; frames of the outbox are whole.
+                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
+                wire::finish_checksum(packet, out.ip(), 16);
+            }
+            if let (Some(window), Some(segment)) = (window, packet.get_mut(out.ip()..)) {
+                window.advertised.curb(window.share, segment, true);
+            }
+            result
+        })
     }
 }
 
@@ -95,47 +137,75 @@ impl Device for Ingress<'_> {
         Self: 'a;
     fn receive(&mut self, _: Instant) -> Option<(Self::RxToken<'_>, Self::TxToken<'_>)> {
         let packet = self.packet.take()?;
-        Some((Packet(packet), Reply { outbox: self.outbox, header: self.header }))
+        let window = self.window.as_mut().map(|w| Window { share: w.share, advertised: w.advertised });
+        Some((Packet(packet), Reply { outbox: self.outbox, out: self.out, window }))
     }
     fn transmit(&mut self, _: Instant) -> Option<Self::TxToken<'_>> {
         None
     }
     fn capabilities(&self) -> DeviceCapabilities {
-        capabilities(self.mtu, false)
+        capabilities(self.out.mtu, self.out.offload)
     }
 }
 
 /// The way out of one flow.
 pub(super) struct Egress<'a, S> {
     sink: &'a mut S,
-    header: [u8; ethernet::HEADER],
-    mtu: u16,
+    out: Out,
+    window: Window<'a>,
     /// Whether a segment did not leave because the sink was full.
     pub(super) refused: bool,
 }
 
 impl<'a, S: FrameSink> Egress<'a, S> {
-    pub(super) fn new(sink: &'a mut S, path: Path, key: FlowKey, mtu: u16) -> Self {
-        Self { sink, header: header(path, key.is_v6()), mtu, refused: false }
+    pub(super) fn new(sink: &'a mut S, path: Path, key: FlowKey, shape: &Shape, window: Window<'a>) -> Self {
+        Self { sink, out: Out::new(path, key.is_v6(), shape), window, refused: false }
     }
 }
 
 /// Room for one frame in the sink.
 pub(super) struct Slot<'a, S> {
     sink: &'a mut S,
-    header: [u8; ethernet::HEADER],
+    out: Out,
+    share: u32,
+    advertised: &'a mut Advertised,
     segment_size: u16,
+}
+
+impl<S: FrameSink> Slot<'_, S> {
+    /// What the link is left to do with a segment of `len` bytes, IP header included.
+    fn offload(&self, len: usize) -> Offload {
+        if !self.out.offload {
+            return Offload::default();
+        }
+        // 14 and 40 at the most.
+        let start = u16::try_from(ethernet::HEADER + self.out.ip()).unwrap_or(0);
+        let checksum = Some(PartialChecksum { start, offset: 16 });
+        let kind = if self.out.v6 { SegmentKind::Tcp6 } else { SegmentKind::Tcp4 };
+        // Data segments of an open connection carry no options: smoltcp's timestamps are off.
+        let segments = (self.segment_size != 0 && len > self.out.ip() + 20 + usize::from(self.segment_size))
+            .then_some(Segments { kind, size: self.segment_size, headers: start + 20 });
+        Offload { checksum, segments }
+    }
 }
 
 impl<S: FrameSink> TxToken for Slot<'_, S> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let header = self.header;
+        let offload = self.offload(len);
+        let Self { sink, out, share, advertised, .. } = self;
         let mut f = Some(f);
-        let offload = Offload { segment_size: self.segment_size };
-        let written = self.sink.frame(ethernet::HEADER + len, offload, |frame| {
+        let written = sink.frame(ethernet::HEADER + len, offload, |frame| {
             let (head, packet) = frame.split_at_mut(ethernet::HEADER);
-            head.copy_from_slice(&header);
-            f.take().map(|f| f(packet))
+            head.copy_from_slice(&out.header);
+            let result = f.take().map(|f| f(packet));
+            if out.offload {
+                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
+            }
+            if let Some(segment) = packet.get_mut(out.ip()..) {
+                advertised.note_sent(segment);
+                advertised.curb(share, segment, !out.offload);
+            }
+            result
         });
         match (written.flatten(), f) {
             (Some(r), _) => r,
@@ -167,9 +237,15 @@ impl<S: FrameSink> Device for Egress<'_, S> {
             self.refused = true;
             return None;
         }
-        Some(Slot { sink: self.sink, header: self.header, segment_size: 0 })
+        Some(Slot {
+            sink: self.sink,
+            out: self.out,
+            share: self.window.share,
+            advertised: self.window.advertised,
+            segment_size: 0,
+        })
     }
     fn capabilities(&self) -> DeviceCapabilities {
-        capabilities(self.mtu, false)
+        capabilities(self.out.mtu, self.out.offload)
     }
 }

@@ -8,12 +8,24 @@ use smoltcp::socket::tcp::State;
 
 use super::after;
 use super::table::FlowSocket;
+use super::window::Advertised;
 use crate::config::Limits;
 use crate::drop_reason::DropReason;
 use crate::host::{Direction, FlowReport, FlowState};
-use crate::time::Instant;
+use crate::time::{Duration, Instant};
 use crate::types::{Mac, PortId};
-use crate::wire::tcp::{self, Segment};
+use crate::wire::{
+    self,
+    tcp::{self, Segment},
+};
+
+/// How long the acknowledgment of a small segment may wait for bytes that carry it: the answer to a request that comes
+/// soon saves everybody a frame. RFC 1122 §4.2.3.2 allows 500 ms; this is so short that a guest whose Nagle algorithm
+/// waits for it does not mind. Large segments and FINs are acknowledged at once: a guest in slow start waits for
+/// nothing else.
+pub(super) const ACK_DELAY: Duration = Duration::from_millis(1);
+/// Payload bytes below which a segment is no part of a bulk transfer: less than fills a frame at any usual MTU.
+const SMALL: u32 = 1200;
 
 /// An address and a port, in 20 bytes where a `SocketAddr` needs 32: there is one flow's worth of these per idle flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,18 +169,31 @@ pub(super) struct Live {
     taken: Wrapping<u32>,
     /// The highest end of a segment smoltcp was given.
     seen_end: Wrapping<u32>,
-    /// Our initial sequence number, once the guest has acknowledged it.
-    iss: Option<Wrapping<u32>>,
-    /// Bytes put into the ring to the guest, modulo 2³².
-    given: Wrapping<u32>,
-    /// The host's end of file came before the guest's part of the handshake: the FIN is still owed.
-    owes_fin: bool,
-    /// How often a SYN of ours was sent anew because the guest answered with an ACK.
-    reopened: u8,
     pub(super) established: bool,
     pub(super) told_end: bool,
     pub(super) ending: Ending,
     pub(super) time_wait_since: Option<Instant>,
+    pub(super) advertised: Advertised,
+    /// What the guest acknowledged last.
+    acknowledged: Option<Wrapping<u32>>,
+    /// The host's end of file came before the guest's part of the handshake: the FIN is still owed.
+    owes_fin: bool,
+    /// How often our SYN met a connection that the guest still remembered.
+    remembered: u8,
+    /// What the guest sent last is acknowledged without delay.
+    ack_now: bool,
+    /// When it was last counted among the senders.
+    pub(super) sent_in: u64,
+}
+
+/// What smoltcp sees of a segment.
+pub(super) enum Shown {
+    /// All of it.
+    Whole,
+    /// Another packet.
+    Instead(Vec<u8>),
+    /// Nothing; it says nothing new.
+    Nothing,
 }
 
 impl Live {
@@ -178,15 +203,29 @@ impl Live {
             irs,
             taken: Wrapping(0),
             seen_end: irs.unwrap_or_default() + Wrapping(1),
-            iss: None,
-            given: Wrapping(0),
-            owes_fin: false,
-            reopened: 0,
             established: false,
             told_end: false,
             ending: Ending::Not,
             time_wait_since: None,
+            advertised: Advertised::default(),
+            acknowledged: None,
+            owes_fin: false,
+            remembered: 0,
+            ack_now: false,
+            sent_in: 0,
         }
+    }
+
+    /// How far ahead of time smoltcp's clock goes for the next segments, so that an acknowledgment it keeps back for
+    /// [`ACK_DELAY`] leaves at once.
+    pub(super) const fn take_ack_haste(&mut self) -> Duration {
+        if std::mem::replace(&mut self.ack_now, false) { ACK_DELAY } else { Duration::ZERO }
+    }
+
+    /// The guest's SYN or SYN|ACK says whether windows are scaled.
+    pub(super) fn begin_window(&mut self, packet: &[u8]) {
+        let capacity = self.socket.tcp_ref().recv_capacity();
+        self.advertised.begin(wire::transport(packet), capacity);
     }
 
     /// Whether smoltcp may see `segment`: its data must lie inside the ring (see the module documentation).
@@ -207,39 +246,40 @@ impl Live {
         Ok(())
     }
 
-    /// Whether `segment` is an acknowledgement that says nothing new while our FIN alone is under way. smoltcp 0.14 must
-    /// not count it: at the third it turns the retransmission timer off for a fast retransmission, which it then does
-    /// not make because there is no data to send, and a lost FIN is lost for ever. It would do nothing else with it.
-    pub(super) fn holds_back(&self, segment: &Segment) -> bool {
-        let socket = self.socket.tcp_ref();
-        segment.payload == 0
-            && segment.flags & (tcp::ACK | tcp::SYN | tcp::FIN | tcp::RST) == tcp::ACK
-            && matches!(socket.state(), State::FinWait1 | State::Closing | State::LastAck)
-            && socket.send_queue() == 0
-            && self.iss.is_some_and(|iss| segment.ack == iss + Wrapping(1) + self.given)
+    /// What smoltcp is to see of `segment`, which it admits.
+    ///
+    /// smoltcp 0.14 has one timer, and loses the one that sends again what got lost in two cases, after which a flow stands
+    /// still for ever: when the guest closes its window while bytes are under way (the zero-window probe's timer takes its
+    /// place, and is stopped when the window opens), and at the third duplicate ACK when only a FIN is under way. Both happen
+    /// with guests that drop what they have no memory for. So a window is never quite closed while bytes are under way, which
+    /// hold it anyway; and duplicate ACKs of a FIN's predecessor are not shown.
+    pub(super) fn shown(&mut self, segment: &Segment, packet: &[u8]) -> Shown {
+        let Some((ack, window)) = tcp::acknowledged(wire::transport(packet)) else { return Shown::Whole };
+        let again = self.acknowledged.replace(ack) == Some(ack);
+        let under_way = self.advertised.in_flight(ack);
+        let alone = segment.payload == 0 && !segment.has(tcp::FIN);
+        if again && alone && under_way == 1 && self.socket.tcp_ref().send_queue() == 0 {
+            return Shown::Nothing;
+        }
+        if window == 0 && under_way > 0 {
+            let mut copy = packet.to_vec();
+            let header = packet.len() - wire::transport(packet).len();
+            if let Some(segment) = copy.get_mut(header..) {
+                tcp::set_window(segment, 1, true);
+            }
+            return Shown::Instead(copy);
+        }
+        Shown::Whole
     }
 
     /// The host has sent its last byte. Before the handshake is over the FIN has to wait: smoltcp 0.14 takes the
-    /// acknowledgement of its SYN for one of the FIN that it has not sent.
+    /// acknowledgement of its SYN for one of the FIN that it has not sent, and forgets a SYN of its own.
     pub(super) fn host_ended(&mut self) {
         let socket = self.socket.tcp();
         match socket.state() {
             State::SynSent | State::SynReceived => self.owes_fin = true,
             _ => socket.close(),
         }
-    }
-
-    /// Whether `segment`, which smoltcp has just seen, is a guest's challenge to our SYN: it still has an earlier
-    /// connection of these ports (in TIME-WAIT, RFC 9293 §3.10.7.4, or half dead, RFC 5961 §4). smoltcp's RST has ended
-    /// that one; without a new SYN now the client would wait a second for the next.
-    pub(super) fn is_challenged(&mut self, segment: &Segment) -> bool {
-        /// A guest that ignores RST in TIME-WAIT (RFC 1337) challenges every SYN: then the timer has to do.
-        const REOPENS: u8 = 2;
-        let challenged = self.socket.tcp_ref().state() == State::SynSent
-            && segment.flags & (tcp::ACK | tcp::SYN | tcp::RST) == tcp::ACK
-            && self.reopened < REOPENS;
-        self.reopened += u8::from(challenged);
-        challenged
     }
 
     /// Ends a socket that listens: the guest reset its handshake, or smoltcp did not take its SYN. smoltcp would wait
@@ -252,24 +292,30 @@ impl Live {
         }
     }
 
+    /// Whether `segment`, the answer to our SYN, says that the guest still has a connection on these ports in TIME-WAIT, or
+    /// half open: an ACK alone (RFC 9293 §3.5.1, figure 9). True three times at the most.
+    pub(super) fn is_remembered(&mut self, segment: &Segment) -> bool {
+        let answer = segment.has(tcp::ACK) && segment.flags & (tcp::SYN | tcp::RST) == 0;
+        if !answer || self.remembered >= 3 || self.socket.tcp_ref().state() != State::SynSent {
+            return false;
+        }
+        self.remembered += 1;
+        true
+    }
+
     /// Notes a segment smoltcp has seen.
-    pub(super) fn note_segment(&mut self, segment: &Segment) {
+    pub(super) fn note_segment(&mut self, segment: &Segment, packet: &[u8]) {
         self.never_listens();
         let state = self.socket.tcp_ref().state();
         if self.irs.is_none() && segment.has(tcp::SYN) && state != State::SynSent && state != State::Closed {
             self.irs = Some(segment.seq);
             self.seen_end = segment.seq + Wrapping(1);
+            self.begin_window(packet);
         }
         if segment.payload > 0 && after(segment.end(), self.seen_end) {
             self.seen_end = segment.end();
         }
-        if self.iss.is_none()
-            && segment.has(tcp::ACK)
-            && !matches!(state, State::SynSent | State::SynReceived | State::Closed)
-        {
-            // Nothing but the SYN is under way until here, and smoltcp takes no other acknowledgement.
-            self.iss = Some(segment.ack - Wrapping(1));
-        }
+        self.ack_now |= segment.payload >= SMALL || segment.has(tcp::FIN);
         if self.owes_fin && matches!(state, State::Established | State::CloseWait) {
             self.owes_fin = false;
             self.socket.tcp().close();
@@ -282,10 +328,6 @@ impl Live {
     pub(super) fn note_taken(&mut self, bytes: usize) {
         // A ring is smaller than 2³²; the sum is modulo 2³² by its nature.
         self.taken += Wrapping(u32::try_from(bytes).unwrap_or(u32::MAX));
-    }
-
-    pub(super) fn note_given(&mut self, bytes: usize) {
-        self.given += Wrapping(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
     /// Whether both rings are empty, segments that came out of order included: their pages hold nothing.

@@ -16,16 +16,16 @@
 //!
 //! **Window guard**: smoltcp 0.14 accepts data beyond its ring right after the handshake, where it takes the
 //! unscaled window of the SYN|ACK for a scaled one, and panics when the ring overflows. [`Live::admits`] drops what
-//! lies beyond the real window before smoltcp sees it. Three more of its faults end here: duplicate ACKs that would
-//! lose a FIN ([`Live::holds_back`]), a FIN before the handshake is over ([`Live::host_ended`]), and a SYN that waits a
-//! second after a guest's challenge ([`Live::is_challenged`]).
+//! lies beyond the real window before smoltcp sees it.
 //!
 //! Limits: [`crate::Limits`] (`flows`, `dialing`, `dialing_loopback`, `resolving` and the times). Sources: RFC 9293,
 //! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp).
 
+mod clock;
 mod device;
 mod flow;
 mod table;
+mod window;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -35,10 +35,12 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
-use self::device::{Egress, Ingress};
+use self::clock::{engine_time, our_time};
+use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
-use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving};
+use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving, Shown};
 use self::table::{FlowTable, SocketPool};
+use self::window::Senders;
 use crate::config::Limits;
 use crate::drop_reason::DropReason;
 use crate::host::{
@@ -85,11 +87,20 @@ struct TcpPort {
     iface: Interface,
     /// Without sockets: smoltcp answers a segment for it with the RST that RFC 9293 §3.10.7.1 asks for.
     nobody: SocketSet<'static>,
-    mtu: u16,
+    shape: Shape,
+    senders: Senders,
     egress: VecDeque<FlowId>,
     flows: usize,
     dialing: usize,
     dialing_loopback: usize,
+}
+
+impl TcpPort {
+    /// The bytes of window one flow may tell the guest.
+    fn share(&self) -> u32 {
+        // With offload a frame of the guest's queue is up to 64 KiB long, whatever the MTU.
+        self.senders.share(if self.shape.offload { 65_535 } else { u32::from(self.shape.mtu) })
+    }
 }
 
 /// All flows.
@@ -132,7 +143,8 @@ impl Tcp {
     ) {
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
-        let mut iface = Interface::new(config, &mut device::Shape { mtu, offload }, now.into());
+        let mut shape = Shape { mtu, offload };
+        let mut iface = Interface::new(config, &mut shape, engine_time(now));
         iface.set_any_ip(true);
         iface.update_ip_addrs(|addresses| {
             // The list holds two entries by default; any_ip makes the one address stand for all.
@@ -149,7 +161,8 @@ impl Tcp {
         self.ports[slot] = Some(TcpPort {
             iface,
             nobody: SocketSet::new(Vec::new()),
-            mtu,
+            shape,
+            senders: Senders::default(),
             egress: VecDeque::new(),
             flows: 0,
             dialing: 0,
@@ -218,16 +231,28 @@ impl Tcp {
         let Some(port) = self.ports.get_mut(usize::from(key.port.0)).and_then(Option::as_mut) else {
             return Verdict::Done(Err(DropReason::NotForUs));
         };
-        if !live.holds_back(segment) {
-            let mut device = Ingress::new(packet, outbox, path, key.is_v6(), port.mtu);
-            port.iface.poll_ingress_single(now.into(), &mut device, &mut live.socket.set);
-            live.note_segment(segment);
-            if live.is_challenged(segment) {
-                // smoltcp sends a SYN anew only when its timer says so, or from a socket that begins.
-                live.socket.tcp().abort();
-                let _ = Self::begin(port, &key, live);
-            }
+        if segment.payload > 0 {
+            port.senders.note(now, &mut live.sent_in);
         }
+        let instead;
+        let shown = match live.shown(segment, packet) {
+            Shown::Whole => packet,
+            Shown::Instead(other) => {
+                instead = other;
+                &instead[..]
+            }
+            Shown::Nothing => return Verdict::Done(Ok(())),
+        };
+        let window = Window { share: port.share(), advertised: &mut live.advertised };
+        let calling = live.socket.tcp_ref().state() == State::SynSent;
+        let mut device = Ingress::new(shown, outbox, path, key.is_v6(), &port.shape).with_window(window);
+        port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
+        if calling && live.is_remembered(segment) {
+            // smoltcp has answered with RST, which ends what the guest remembers, and would say SYN again in a second.
+            live.socket.tcp().abort();
+            let _ = live.socket.tcp().connect(port.iface.context(), key.guest(), listen_on(&key));
+        }
+        live.note_segment(segment, packet);
         flow.last_active = now;
         flow.last_heard = now;
         flow.warm = true;
@@ -263,8 +288,8 @@ impl Tcp {
     ) {
         if let Some(port) = self.port(port) {
             let v6 = packet.first().is_some_and(|b| b >> 4 == 6);
-            let mut device = Ingress::new(packet, outbox, path, v6, port.mtu);
-            port.iface.poll_ingress_single(now.into(), &mut device, &mut port.nobody);
+            let mut device = Ingress::new(packet, outbox, path, v6, &port.shape);
+            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut port.nobody);
         }
     }
 
@@ -412,16 +437,11 @@ impl Tcp {
         let Some(port) = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut) else {
             return false;
         };
-        let done = Self::begin(port, &flow.key, live);
+        let local = listen_on(&flow.key);
+        let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
         Self::queue(port, flow, id);
         self.arm(now, id);
         done
-    }
-
-    /// Has a closed socket begin an active open, with an initial sequence number of its own.
-    fn begin(port: &mut TcpPort, key: &FlowKey, live: &mut Live) -> bool {
-        let local = IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() };
-        live.socket.tcp().connect(port.iface.context(), key.guest(), local).is_ok()
     }
 
     // ---- from the host ----
@@ -508,12 +528,13 @@ impl Tcp {
         } else {
             port.dialing -= 1;
         }
-        let local = IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() };
+        let local = listen_on(&key);
         if socket.tcp().listen(local).is_ok() {
-            let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), port.mtu);
-            port.iface.poll_ingress_single(now.into(), &mut device, &mut socket.set);
+            let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
+            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut socket.set);
         }
         let mut live = Live::new(socket, Some(dialing.irs));
+        live.begin_window(&dialing.syn);
         live.never_listens();
         flow.life = Life::Live(live);
         flow.last_active = now;
@@ -606,7 +627,6 @@ impl Tcp {
             })
             .ok()?;
         if given > 0 {
-            live.note_given(given);
             flow.bytes_to_guest += given as u64;
             flow.last_active = now;
             flow.warm = true;
@@ -673,11 +693,14 @@ impl Tcp {
             return false;
         };
         let path = Path { gateway: self.gateway_mac, guest: flow.guest_mac };
-        let mut device = Egress::new(sink, path, flow.key, port.mtu);
-        let clock = live.clock(now);
+        let clock = live.clock(now) + live.take_ack_haste();
+        let window = Window { share: port.share(), advertised: &mut live.advertised };
+        let mut device = Egress::new(sink, path, flow.key, &port.shape, window);
         let mut more = true;
         for _ in 0..TURN {
-            if port.iface.poll_egress(clock.into(), &mut device, &mut live.socket.set) == PollResult::None {
+            if port.iface.poll_egress(engine_time(clock), &mut device, &mut live.socket.set)
+                == PollResult::None
+            {
                 more = false;
                 break;
             }
@@ -732,10 +755,11 @@ impl Tcp {
         match &mut flow.life {
             Life::Live(live) => {
                 let port = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut);
-                if let Some(t) = port.and_then(|p| p.iface.poll_at(live.clock(now).into(), &live.socket.set))
+                if let Some(t) =
+                    port.and_then(|p| p.iface.poll_at(engine_time(live.clock(now)), &live.socket.set))
                     && live.time_wait_since.is_none()
                 {
-                    at = at.min(Instant::from(t));
+                    at = at.min(our_time(t));
                 }
             }
             Life::Resolving(r) => at = at.min(flow.created + Duration::from_secs(u64::from(r.asked))),
@@ -790,8 +814,8 @@ impl Tcp {
                         let due = {
                             let Life::Live(live) = &mut flow.life else { continue };
                             port.iface
-                                .poll_at(live.clock(now).into(), &live.socket.set)
-                                .is_some_and(|t| Instant::from(t) <= now)
+                                .poll_at(engine_time(live.clock(now)), &live.socket.set)
+                                .is_some_and(|t| our_time(t) <= now)
                         };
                         if due {
                             Self::queue(port, flow, id);
@@ -856,6 +880,11 @@ impl Tcp {
     pub(crate) fn port_of(&self, id: FlowId) -> Option<PortId> {
         self.table.get(id).map(|f| f.key.port)
     }
+}
+
+/// smoltcp's name of our end of a flow.
+fn listen_on(key: &FlowKey) -> IpListenEndpoint {
+    IpListenEndpoint { addr: Some(key.remote().ip().into()), port: key.remote().port() }
 }
 
 /// `a` comes after `b` in sequence space (RFC 9293 §3.4).

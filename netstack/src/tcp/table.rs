@@ -153,7 +153,7 @@ impl SocketPool {
         let mut socket = tcp::Socket::new(RingBuffer::new(rings.to_host), RingBuffer::new(rings.to_guest));
         // The applications at both ends have decided about small segments already, and the link is memory.
         socket.set_nagle_enabled(false);
-        socket.set_ack_delay(None);
+        socket.set_ack_delay(Some(super::clock::engine_span(super::flow::ACK_DELAY)));
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
         Some(FlowSocket { set, handle, rings: rings.id, class })

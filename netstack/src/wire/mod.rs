@@ -32,6 +32,48 @@ pub fn checksum(parts: &[&[u8]]) -> u16 {
     !u16::try_from(sum).unwrap_or(0)
 }
 
+/// What an IP packet carries, IPv6's extension headers not looked at; nothing when it is none.
+#[must_use]
+pub fn transport(packet: &[u8]) -> &[u8] {
+    let header = match packet.first() {
+        Some(first) if first >> 4 == 4 => usize::from(first & 0x0f) * 4,
+        Some(first) if first >> 4 == 6 => 40,
+        _ => return &[],
+    };
+    packet.get(header..).unwrap_or_default()
+}
+
+/// Writes the sum of the pseudo-header (RFC 9293 §3.1, RFC 768, RFC 8200 §8.1), and nothing else, into the checksum
+/// field of the segment in `packet`: its IP header has `header` bytes, the field is `offset` bytes behind it. It is what
+/// virtio asks for where the checksum is left to the link.
+pub fn partial_checksum(packet: &mut [u8], header: usize, protocol: u8, offset: usize) {
+    let Some((ip, segment)) = packet.split_at_mut_checked(header) else { return };
+    let length = u32::try_from(segment.len()).unwrap_or(0).to_be_bytes();
+    let addresses = match ip.first().map(|b| b >> 4) {
+        Some(4) => ip.get(12..20),
+        Some(6) => ip.get(8..40),
+        _ => None,
+    };
+    let field = segment.get_mut(offset..).and_then(|f| f.first_chunk_mut());
+    let (Some(addresses), Some(field)) = (addresses, field) else { return };
+    // `checksum` complements; the field holds the sum itself.
+    *field = (!checksum(&[addresses, &[0, 0, 0, protocol], &length])).to_be_bytes();
+}
+
+/// Finishes a partial checksum: sums `bytes` from `start`, the pseudo-header's sum in the field included, and stores
+/// the result `offset` bytes behind `start` (virtio 1.2, §5.1.6.2). A field outside of `bytes` is left alone.
+pub fn finish_checksum(bytes: &mut [u8], start: usize, offset: usize) {
+    let Some(covered) = bytes.get_mut(start..) else { return };
+    let sum = match checksum(&[covered]) {
+        // For UDP zero would mean that there is none (RFC 768); for TCP both are the same number.
+        0 => 0xffff,
+        sum => sum,
+    };
+    if let Some(field) = covered.get_mut(offset..).and_then(|f| f.first_chunk_mut()) {
+        *field = sum.to_be_bytes();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

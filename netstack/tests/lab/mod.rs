@@ -129,6 +129,11 @@ impl Segment {
         self
     }
 
+    pub fn window(mut self, window: u16) -> Self {
+        self.window = window;
+        self
+    }
+
     pub fn frame(&self, mac: Mac) -> Vec<u8> {
         let mut b = PacketBuilder::ethernet2(mac.0, GATEWAY_MAC.0)
             .ipv4(self.from.ip().octets(), self.to.ip().octets(), 64)
@@ -185,7 +190,7 @@ impl Lab {
 
     fn of(config: StackConfig, guests: usize, mtu: u16, rings: Box<dyn RingMemory>) -> Self {
         let mut stack = Netstack::new(config, rings, 0x5eed);
-        let port = PortConfig { name: None, mtu, address: None };
+        let port = PortConfig { name: None, mtu, address: None, isolate: false };
         let ports = (0..guests).map(|_| stack.add_port(Instant::ZERO, port.clone(), false)).collect();
         let wires = (0..guests).map(|_| Wire { frames: vec![], room: usize::MAX }).collect();
         Self { stack, now: Instant::ZERO, wires, ports }

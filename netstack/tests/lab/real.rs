@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::net::IpAddr;
 
-use portway_netstack::{Duration, FlowId, HostCommand, HostEvent, Instant};
+use portway_netstack::{Duration, FlowId, HostCommand, HostEvent};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
@@ -92,7 +92,7 @@ impl Guest {
         let mut nic = Nic { incoming: VecDeque::new(), outgoing: Vec::new(), mtu };
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
-        let mut iface = Interface::new(config, &mut nic, Instant::ZERO.into());
+        let mut iface = Interface::new(config, &mut nic, smoltcp::time::Instant::ZERO);
         let own: IpAddr = [192, 168, 127, 2].into();
         iface.update_ip_addrs(|a| a.push(IpCidr::new(own.into(), 24)).unwrap());
         iface.routes_mut().add_default_ipv4_route([192, 168, 127, 1].into()).unwrap();
@@ -148,7 +148,7 @@ impl Guest {
     /// One millisecond of everything.
     pub fn step(&mut self) {
         self.lab.after(Duration::from_millis(1));
-        let now: smoltcp::time::Instant = self.lab.now.into();
+        let now = smoltcp::time::Instant::from_micros(i64::try_from(self.lab.now.micros()).unwrap());
         let header = [&GATEWAY_MAC.0[..], &mac_of(0).0, &[8, 0]].concat();
         self.iface.poll(now, &mut self.nic, &mut self.sockets);
         let late = std::mem::take(&mut self.late_to_stack);

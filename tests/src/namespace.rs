@@ -1,0 +1,86 @@
+//! A network namespace that plays the guest: the kernel's own stack behind a tap device.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, setns};
+
+/// The namespace; gone with the value.
+#[derive(Debug)]
+pub struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    /// Makes one. `None`, said on standard error, where this process may not.
+    ///
+    /// # Errors
+    /// When it may, and cannot.
+    pub fn new() -> Result<Option<Self>> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: network namespaces need root");
+            return Ok(None);
+        }
+        let name = format!("pwtest-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        ip(&["netns", "add", &name])?;
+        let namespace = Self { name };
+        ip(&["-n", &namespace.name, "link", "set", "lo", "up"])?;
+        Ok(Some(namespace))
+    }
+
+    /// What `netns=` takes.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.name)
+    }
+
+    /// Gives `device` an address, the gateway and an MTU, as a container's runtime does.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn configure(&self, device: &str, address: IpAddr, gateway: IpAddr, mtu: u16) -> Result<()> {
+        let n = self.name.as_str();
+        ip(&["-n", n, "link", "set", device, "mtu", &mtu.to_string(), "up"])?;
+        ip(&["-n", n, "address", "add", &format!("{address}/24"), "dev", device])?;
+        ip(&["-n", n, "route", "add", "default", "via", &gateway.to_string()])
+    }
+
+    /// Deletes a device.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn delete(&self, device: &str) -> Result<()> {
+        ip(&["-n", &self.name, "link", "delete", device])
+    }
+
+    /// Runs `work` on a thread inside; sockets it makes stay there.
+    ///
+    /// # Errors
+    /// Those of `work`, and when the namespace cannot be entered.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let file = std::fs::File::open(self.path())?;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(&file, CloneFlags::CLONE_NEWNET)?;
+                work()
+            });
+            thread.join().map_err(|_| anyhow::anyhow!("the thread in the namespace panicked"))?
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = ip(&["netns", "delete", &self.name]);
+    }
+}
+
+fn ip(args: &[&str]) -> Result<()> {
+    let out = Command::new("ip").args(args).output().context("ip (package iproute2)")?;
+    ensure!(out.status.success(), "ip {}: {}", args.join(" "), String::from_utf8_lossy(&out.stderr).trim());
+    Ok(())
+}
