@@ -105,6 +105,16 @@ fn a_reset_is_a_reset_in_both_directions() {
 }
 
 #[test]
+fn a_reset_that_acknowledges_nothing_new_ends_a_flow_that_waits_for_its_fin() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.host_says(HostEvent::Eof { flow });
+    lab.guest_sends(&segment("A", GUEST, FAR, seq, ack));
+    lab.guest_sends(&segment("RA", GUEST, FAR, seq, ack));
+    assert_eq!(lab.host_sees(), [HostCommand::Reset { flow }]);
+}
+
+#[test]
 fn segments_of_no_connection_are_reset() {
     let mut lab = Lab::new();
     lab.guest_sends(&segment("A", GUEST, FAR, 5, 77));

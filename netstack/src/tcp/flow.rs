@@ -174,8 +174,6 @@ pub(super) struct Live {
     pub(super) ending: Ending,
     pub(super) time_wait_since: Option<Instant>,
     pub(super) advertised: Advertised,
-    /// What the guest acknowledged last.
-    acknowledged: Option<Wrapping<u32>>,
     /// The host's end of file came before the guest's part of the handshake: the FIN is still owed.
     owes_fin: bool,
     /// How often our SYN met a connection that the guest still remembered.
@@ -208,7 +206,6 @@ impl Live {
             ending: Ending::Not,
             time_wait_since: None,
             advertised: Advertised::default(),
-            acknowledged: None,
             owes_fin: false,
             remembered: 0,
             ack_now: false,
@@ -253,12 +250,15 @@ impl Live {
     /// place, and is stopped when the window opens), and at the third duplicate ACK when only a FIN is under way. Both happen
     /// with guests that drop what they have no memory for. So a window is never quite closed while bytes are under way, which
     /// hold it anyway; and duplicate ACKs of a FIN's predecessor are not shown.
-    pub(super) fn shown(&mut self, segment: &Segment, packet: &[u8]) -> Shown {
+    pub(super) fn shown(&self, segment: &Segment, packet: &[u8]) -> Shown {
         let Some((ack, window)) = tcp::acknowledged(wire::transport(packet)) else { return Shown::Whole };
-        let again = self.acknowledged.replace(ack) == Some(ack);
         let under_way = self.advertised.in_flight(ack);
+        let socket = self.socket.tcp_ref();
         let alone = segment.payload == 0 && !segment.has(tcp::FIN);
-        if again && alone && under_way == 1 && self.socket.tcp_ref().send_queue() == 0 {
+        let only_fin = matches!(socket.state(), State::FinWait1 | State::Closing | State::LastAck)
+            && socket.send_queue() == 0
+            && under_way == 1;
+        if alone && only_fin {
             return Shown::Nothing;
         }
         if window == 0 && under_way > 0 {
@@ -300,6 +300,8 @@ impl Live {
             return false;
         }
         self.remembered += 1;
+        // The next SYN has another initial sequence number.
+        self.advertised = Advertised::default();
         true
     }
 
