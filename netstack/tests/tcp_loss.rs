@@ -104,6 +104,38 @@ fn a_published_connection_carries_bytes_both_ways_through_a_faulty_link() {
     }
 }
 
+#[test]
+fn a_guest_with_little_memory_that_seldom_reads_gets_every_byte() {
+    for seed in 1..=40 {
+        let mut guest = Guest::new(Lab::new(), 1500, Faults { lost: 8, twice: 8, late: 8 }, seed);
+        let socket = guest.connect_with(FAR, 40_000, 2000 + 700 * usize::try_from(seed % 7).unwrap());
+        let flow = guest.accept();
+        let mut dice = Dice(seed ^ 0x51);
+        let data: Vec<u8> = (0..60_000).map(|_| u8::try_from(dice.roll(256)).unwrap()).collect();
+        let (mut sent, mut ended, mut got) = (0, false, Vec::new());
+        // Its window is closed most of the time, while bytes are under way and while none are.
+        let mut next_read = 0;
+        for step in 0..3_000_000 {
+            guest.step();
+            sent += guest.lab.host_writes(flow, &data[sent..]);
+            if sent == data.len() && !ended {
+                guest.lab.host_says(HostEvent::Eof { flow });
+                ended = true;
+            }
+            let tcp = guest.tcp(socket);
+            if step >= next_read && tcp.can_recv() {
+                got.extend(tcp.recv(|bytes| (bytes.len(), bytes.to_vec())).unwrap());
+                next_read = step + dice.roll(60);
+            }
+            if tcp.state() == State::CloseWait && got.len() == data.len() {
+                break;
+            }
+        }
+        assert!(got == data, "seed {seed}: {} of {} bytes, or others", got.len(), data.len());
+        assert_eq!(guest.tcp(socket).state(), State::CloseWait, "seed {seed}");
+    }
+}
+
 /// Twenty connections at once over a faulty link, each echoed by the host; when it took.
 fn echoes(seed: u64) -> portway_netstack::Instant {
     let mut guest = Guest::new(Lab::new(), 1500, Faults { lost: 5, twice: 3, late: 5 }, seed);
