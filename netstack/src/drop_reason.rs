@@ -56,8 +56,8 @@ reasons! {
     DhcpIgnored "the DHCP message is not for this server";
     /// No address is left to lease.
     DhcpExhausted "no address is left to lease";
-    /// A DHCP client beyond the leases of a port.
-    LeaseLimit "the link's DHCP leases are used up";
+    /// More leases on one link than allowed.
+    DhcpLimit "the link holds too many leases";
     /// A fragment: not reassembled in this release.
     Fragment "fragments are not reassembled";
     /// TCP data beyond the window we offered.

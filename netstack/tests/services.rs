@@ -61,7 +61,7 @@ fn a_link_with_all_its_leases_gets_no_offer_and_another_link_does() {
     lab.frame(0, &discover(mac_of(0)));
     assert_eq!(lab.guest_n_sees(0).len(), 1);
     lab.frame(0, &discover(mac_of(8)));
-    assert_eq!((lab.guest_n_sees(0), lab.dropped(DropReason::LeaseLimit)), (vec![], 1));
+    assert_eq!((lab.guest_n_sees(0), lab.dropped(DropReason::DhcpLimit)), (vec![], 1));
     lab.frame(1, &discover(mac_of(1)));
     assert!(matches!(&lab.guest_n_sees(1)[..], [Seen::Udp { dst, .. }] if dst == "192.168.127.3:68"));
 }

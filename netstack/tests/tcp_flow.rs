@@ -204,7 +204,7 @@ fn when_the_host_takes_nothing_the_window_closes_and_nothing_is_lost() {
         let at = seq + u32::try_from(sent).unwrap();
         lab.guest_sends(&segment("A", GUEST, FAR, at, ack).with(&bytes[sent..sent + n]));
         sent += n;
-        lab.after(ms(1));
+        lab.after(ms(1)); // a small one waits that long for an answer to go with
         let Some(Seen::Tcp { ack: acknowledged, window: w, .. }) = lab.guest_sees().pop() else { panic!() };
         assert_eq!(acknowledged, seq + u32::try_from(sent).unwrap(), "every segment is acknowledged");
         // The guest's SYN had no window scale, so what it is told is bytes.

@@ -307,7 +307,7 @@ impl DhcpServer {
         if known || self.leases.values().filter(|l| counts(l)).count() < self.per_port {
             Ok(())
         } else {
-            Err(DropReason::LeaseLimit)
+            Err(DropReason::DhcpLimit)
         }
     }
 

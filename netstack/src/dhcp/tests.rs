@@ -158,16 +158,16 @@ fn refused(answer: Result<Option<Message>, DropReason>) -> Option<DropReason> {
 }
 
 #[test]
-fn a_link_with_all_its_leases_gets_no_more_and_leaves_the_pool_to_the_others() {
+fn a_guest_that_asks_under_many_names_leaves_addresses_for_the_others() {
     let mut lab = Lab::new(&[]);
     for n in 0..PER_PORT {
         lab.leases(many(n));
     }
     let discover = message(MessageType::Discover, A, &[]);
-    assert_eq!(refused(lab.says(&discover)), Some(DropReason::LeaseLimit));
+    assert_eq!(refused(lab.says(&discover)), Some(DropReason::DhcpLimit));
     // Neither without an offer, after a reboot.
     let reboot = message(MessageType::Request, A, &[DhcpOption::RequestedIpAddress(ip(200))]);
-    assert_eq!(refused(lab.says(&reboot)), Some(DropReason::LeaseLimit));
+    assert_eq!(refused(lab.says(&reboot)), Some(DropReason::DhcpLimit));
     // Who has a lease keeps it.
     assert_eq!(lab.leases(many(7)), ip(9));
     let other = lab.says_on(PortId(1), &discover).unwrap();
@@ -191,7 +191,7 @@ fn offers_nobody_takes_and_addresses_declined_count_as_leases_of_their_link() {
         }
     }
     let discover = message(MessageType::Discover, A, &[]);
-    assert_eq!(refused(lab.says(&discover)), Some(DropReason::LeaseLimit));
+    assert_eq!(refused(lab.says(&discover)), Some(DropReason::DhcpLimit));
     lab.1 += OFFER;
     assert_eq!(kind(&lab.says(&discover).unwrap()), Some(MessageType::Offer));
 }

@@ -169,13 +169,13 @@ pub(super) struct Live {
     taken: Wrapping<u32>,
     /// The highest end of a segment smoltcp was given.
     seen_end: Wrapping<u32>,
+    /// The host's end of file came before the guest's part of the handshake: the FIN is still owed.
+    owes_fin: bool,
     pub(super) established: bool,
     pub(super) told_end: bool,
     pub(super) ending: Ending,
     pub(super) time_wait_since: Option<Instant>,
     pub(super) advertised: Advertised,
-    /// The host's end of file came before the guest's part of the handshake: the FIN is still owed.
-    owes_fin: bool,
     /// How often our SYN met a connection that the guest still remembered.
     remembered: u8,
     /// What the guest sent last is acknowledged without delay.
@@ -201,12 +201,12 @@ impl Live {
             irs,
             taken: Wrapping(0),
             seen_end: irs.unwrap_or_default() + Wrapping(1),
+            owes_fin: false,
             established: false,
             told_end: false,
             ending: Ending::Not,
             time_wait_since: None,
             advertised: Advertised::default(),
-            owes_fin: false,
             remembered: 0,
             ack_now: false,
             sent_in: 0,
@@ -298,10 +298,11 @@ impl Live {
     }
 
     /// Whether `segment`, the answer to our SYN, says that the guest still has a connection on these ports in TIME-WAIT, or
-    /// half open: an ACK alone (RFC 9293 §3.5.1, figure 9). True three times at the most.
+    /// half open: an ACK alone (RFC 9293 §3.5.1, figure 9). True twice at the most: a guest that
+    /// ignores RST in TIME-WAIT (RFC 1337) challenges every SYN, and then the timer has to do.
     pub(super) fn is_remembered(&mut self, segment: &Segment) -> bool {
         let answer = segment.has(tcp::ACK) && segment.flags & (tcp::SYN | tcp::RST) == 0;
-        if !answer || self.remembered >= 3 || self.socket.tcp_ref().state() != State::SynSent {
+        if !answer || self.remembered >= 2 || self.socket.tcp_ref().state() != State::SynSent {
             return false;
         }
         self.remembered += 1;
