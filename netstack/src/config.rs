@@ -66,6 +66,9 @@ pub struct Limits {
     pub udp_bindings: usize,
     /// Learned Ethernet addresses per port. At it frames from further ones are dropped.
     pub macs: usize,
+    /// DHCP leases of one port: offered, in use and declined addresses together, fixed ones not counted. At it a client
+    /// without a lease gets no answer, so that a guest that asks under many names leaves the pool to the others.
+    pub leases: usize,
     /// Bytes of answers (ARP, DHCP, ICMP, RST) that wait for one port. At it further answers are dropped.
     pub outbox_bytes: usize,
     /// Published connections that wait for a guest's ARP answer. At it further ones are reset.
@@ -90,6 +93,7 @@ impl Default for Limits {
             dialing_loopback: 1024,
             udp_bindings: 4096,
             macs: 1024,
+            leases: 64,
             outbox_bytes: 256 * 1024,
             resolving: 256,
             tcp_idle: Duration::from_secs(7440),

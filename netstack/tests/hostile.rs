@@ -4,8 +4,8 @@
 mod lab;
 
 use lab::real::Dice;
-use lab::{Lab, mac_of, segment, syn};
-use portway_netstack::{DropReason, HostCommand, HostEvent, Limits};
+use lab::{Lab, Seen, mac_of, segment, syn};
+use portway_netstack::{DropReason, FlowId, HostCommand, HostEvent, Limits};
 
 /// The stack still does its work.
 fn still_serves(lab: &mut Lab) {
@@ -71,12 +71,33 @@ fn garbage_behind_every_ethertype_and_protocol_is_harmless() {
 }
 
 #[test]
+fn a_syn_that_meets_ours_before_it_has_left_is_harmless() {
+    // smoltcp 0.14 panics on it: "attempt to subtract sequence numbers with underflow".
+    let (guest, client) = ("192.168.127.2:22", "192.168.127.254:51000");
+    let mut lab = Lab::new();
+    lab.guest_announces();
+    let port = lab.ports[0];
+    lab.stack.open_to_guest(lab.now, lab::addr(guest), lab::addr("127.0.0.1:51000")).unwrap();
+    lab.stack.handle_frame(lab.now, port, &syn(guest, client).frame(mac_of(0)));
+    lab.after(lab::ms(1));
+    // The same when the guest has challenged our SYN, which begins anew, in one batch with a SYN.
+    lab.stack.handle_frame(lab.now, port, &segment("A", guest, client, 9, 9).frame(mac_of(0)));
+    lab.stack.handle_frame(lab.now, port, &syn(guest, client).frame(mac_of(0)));
+    lab.after(lab::ms(1));
+    assert_eq!(lab.dropped(DropReason::NoFlow), 3);
+    still_serves(&mut lab);
+}
+
+#[test]
 fn random_segments_in_batches_on_open_flows_never_panic() {
     for seed in 1..=60 {
         let mut lab = Lab::with(Limits { flows: 64, ..Limits::default() }, 1, 65_520);
         let mut dice = Dice(seed);
         let (flow, seq, ack) = lab.open("192.168.127.2:1", "192.0.2.7:80");
         lab.host_writes(flow, &[1; 5000]);
+        // The second pair of ports is a published connection: the guest answers our SYN with anything.
+        let (guest, client) = (lab::addr("192.168.127.2:2"), lab::addr("192.0.2.7:80"));
+        let published = lab.stack.open_to_guest(lab.now, guest, client).unwrap();
         let port = lab.ports[0];
         for _ in 0..1500 {
             let flags = ["A", "PA", "FA", "S", "R", "SA", "RA"][usize::try_from(dice.roll(7)).unwrap()];
@@ -89,7 +110,7 @@ fn random_segments_in_batches_on_open_flows_never_panic() {
             let len = [0, 1, 1448, 60_000][usize::try_from(dice.roll(4)).unwrap()];
             let (seq, ack) = (near(seq, &mut dice), near(ack, &mut dice));
             let mut s = segment(flags, &from, "192.0.2.7:80", seq, ack).with(&vec![3; len]);
-            s.window = u16::try_from(dice.roll(65_536)).unwrap();
+            s.window = [0, 1, 500, 65_535][usize::try_from(dice.roll(4)).unwrap()];
             lab.stack.handle_frame(lab.now, port, &s.frame(mac_of(0)));
             if dice.roll(5) == 0 {
                 lab.after(lab::ms(dice.roll(3000)));
@@ -98,12 +119,135 @@ fn random_segments_in_batches_on_open_flows_never_panic() {
                         lab.host_says(HostEvent::Connected { flow });
                     }
                 }
+                if dice.roll(40) == 0 {
+                    lab.host_says(HostEvent::Eof { flow: if dice.roll(2) == 0 { flow } else { published } });
+                }
                 if dice.roll(2) == 0 {
                     lab.host_reads(flow);
                     lab.host_writes(flow, &[2; 3000]);
+                    lab.host_reads(published);
+                    lab.host_writes(published, &[4; 3000]);
                 }
             }
         }
         still_serves(&mut lab);
+    }
+}
+
+/// One of `choices`.
+fn any<T: Copy, const N: usize>(dice: &mut Dice, choices: [T; N]) -> T {
+    choices[usize::try_from(dice.roll(u64::try_from(N).unwrap())).unwrap()]
+}
+
+/// A guest that knows the sequence numbers of its connections, keeps to them most of the time, and sends anything.
+struct Rogue {
+    lab: Lab,
+    dice: Dice,
+    /// For each guest port from 1 on: what it sends next, and what it expects next.
+    next: [(u32, u32); 4],
+    flows: Vec<FlowId>,
+}
+
+impl Rogue {
+    const FAR: &'static str = "192.0.2.7:80";
+
+    /// Takes what is on the link, and tells the host what it asks for.
+    fn listens(&mut self) {
+        for seen in self.lab.guest_sees() {
+            let Seen::Tcp { dst, flags, seq, ack, payload, .. } = seen else { continue };
+            let port: usize = dst.rsplit(':').next().unwrap().parse().unwrap();
+            let Some((mine, theirs)) = self.next.get_mut(port - 1) else { continue };
+            let counted = u32::from(flags.contains('S')) + u32::from(flags.contains('F'));
+            *theirs = seq.wrapping_add(u32::try_from(payload.len()).unwrap()).wrapping_add(counted);
+            if ack != 0 {
+                *mine = ack;
+            }
+        }
+        for command in self.lab.host_sees() {
+            if let HostCommand::Connect { flow, .. } = command {
+                self.flows.push(flow);
+                if self.dice.roll(8) > 0 {
+                    self.lab.host_says(HostEvent::Connected { flow });
+                }
+            }
+        }
+    }
+
+    fn speaks(&mut self) {
+        let honest = self.dice.roll(8) > 0;
+        let dice = &mut self.dice;
+        let n = dice.roll(4);
+        let (mine, theirs) = self.next[usize::try_from(n).unwrap()];
+        let stray = if honest {
+            0
+        } else {
+            any(dice, [0, 1, u32::MAX, 1448, 1449, u32::MAX - 1447, 70_000, 1 << 20])
+        };
+        let stray_ack = if honest { 0 } else { any(dice, [0, 1, 2, u32::MAX, u32::MAX - 1447, 1 << 30]) };
+        let (seq, ack) = (mine.wrapping_add(stray), theirs.wrapping_add(stray_ack));
+        let flags = if honest {
+            any(dice, ["A", "A", "A", "A", "PA", "PA", "SA", "S", "FA"])
+        } else {
+            any(dice, ["A", "FA", "S", "SA", "R", "RA"])
+        };
+        let len = any(dice, [0, 0, 0, 1, 1448, 60_000]);
+        let mut s = segment(flags, &format!("192.168.127.2:{}", n + 1), Self::FAR, seq, ack);
+        if !flags.contains('S') || dice.roll(20) == 0 {
+            s.payload = vec![3; len];
+        }
+        if flags.contains('S') && dice.roll(2) == 0 {
+            s.scale = Some(any(dice, [0, 1, 7, 14, 255]));
+        }
+        s.window = any(dice, [0, 0, 1, 500, 65_535, 65_535]);
+        let port = self.lab.ports[0];
+        self.lab.stack.handle_frame(self.lab.now, port, &s.frame(mac_of(0)));
+        // Honest about what it has sent, most of the time.
+        if self.dice.roll(4) > 0 && stray == 0 {
+            let counted = u32::from(flags.contains('F')) + u32::from(flags.contains('S'));
+            let sent = u32::try_from(s.payload.len()).unwrap().wrapping_add(counted);
+            self.next[usize::try_from(n).unwrap()].0 = mine.wrapping_add(sent);
+        }
+    }
+
+    /// The host does something, too.
+    fn host(&mut self) {
+        if self.dice.roll(6) == 0 {
+            let guest = lab::addr(&format!("192.168.127.2:{}", 1 + self.dice.roll(4)));
+            self.flows.extend(self.lab.stack.open_to_guest(self.lab.now, guest, lab::addr(Self::FAR)));
+        }
+        let Some(last) = u64::try_from(self.flows.len()).unwrap().checked_sub(1) else { return };
+        let flow = self.flows[usize::try_from(last - self.dice.roll(6).min(last)).unwrap()];
+        match self.dice.roll(20) {
+            0 => self.lab.host_says(HostEvent::Eof { flow }),
+            1 if self.dice.roll(3) == 0 => self.lab.host_says(HostEvent::Reset { flow }),
+            2..8 => drop(self.lab.host_reads(flow)),
+            _ => drop(self.lab.host_writes(flow, &[4; 3000])),
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_knows_the_protocol_and_breaks_it_never_panics() {
+    for seed in 1..=150 {
+        let mtu = if seed % 2 == 0 { 65_520 } else { 1500 };
+        let mut lab = Lab::with(Limits { flows: 64, ..Limits::default() }, 1, mtu);
+        lab.guest_announces();
+        let mut rogue = Rogue { lab, dice: Dice(seed << 1 | 1), next: [(1000, 0); 4], flows: vec![] };
+        for _ in 0..400 {
+            // In batches: the stack sends nothing between the frames of one.
+            for _ in 0..=rogue.dice.roll(6) {
+                rogue.speaks();
+                if rogue.dice.roll(4) == 0 {
+                    rogue.host();
+                }
+            }
+            if rogue.dice.roll(6) == 0 {
+                rogue.lab.wires[0].room = any(&mut rogue.dice, [0, 1, 3]);
+            }
+            rogue.lab.after(lab::ms(any(&mut rogue.dice, [0, 0, 0, 1, 1, 40, 40, 400, 3000])));
+            rogue.listens();
+            rogue.lab.wires[0].room = usize::MAX;
+        }
+        still_serves(&mut rogue.lab);
     }
 }

@@ -56,6 +56,17 @@ fn a_discover_is_offered_the_first_address_and_the_links_mtu() {
 }
 
 #[test]
+fn a_link_with_all_its_leases_gets_no_offer_and_another_link_does() {
+    let mut lab = Lab::with(Limits { leases: 1, ..Limits::default() }, 2, 1500);
+    lab.frame(0, &discover(mac_of(0)));
+    assert_eq!(lab.guest_n_sees(0).len(), 1);
+    lab.frame(0, &discover(mac_of(8)));
+    assert_eq!((lab.guest_n_sees(0), lab.dropped(DropReason::DhcpLimit)), (vec![], 1));
+    lab.frame(1, &discover(mac_of(1)));
+    assert!(matches!(&lab.guest_n_sees(1)[..], [Seen::Udp { dst, .. }] if dst == "192.168.127.3:68"));
+}
+
+#[test]
 fn echo_is_answered_for_our_own_addresses_and_refused_beyond_them() {
     let mut lab = Lab::new();
     for ours in [1, 254] {

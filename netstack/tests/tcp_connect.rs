@@ -294,6 +294,18 @@ fn a_client_that_goes_away_while_the_guest_is_asked_for_leaves_nothing() {
 }
 
 #[test]
+fn a_client_that_ends_before_the_guest_answers_is_still_a_connection_and_a_fin() {
+    let mut lab = Lab::new();
+    lab.guest_announces();
+    let flow = lab.stack.open_to_guest(lab.now, addr("192.168.127.2:22"), addr("127.0.0.1:51000")).unwrap();
+    lab.host_says(HostEvent::Eof { flow });
+    let Seen::Tcp { flags: "S", seq, .. } = lab.guest_sees()[0] else { panic!() };
+    lab.guest_sends(&segment("SA", "192.168.127.2:22", "192.168.127.254:51000", 500, seq + 1));
+    assert_eq!(lab.guest_sees_flags(), ["FA"]);
+    assert_eq!(lab.host_sees(), []);
+}
+
+#[test]
 fn a_host_that_ends_before_the_guests_handshake_does_is_still_a_fin() {
     let mut lab = Lab::new();
     lab.guest_sends(&syn(GUEST, FAR));
@@ -341,13 +353,13 @@ fn a_client_port_the_guest_holds_in_time_wait_is_open_again_without_a_wait() {
 
 #[test]
 fn a_guest_that_challenges_every_syn_is_not_sent_one_each_time() {
-    let (guest, client) = ("192.168.127.2:22", "192.168.127.254:51000");
     let mut lab = Lab::new();
-    lab.guest_announces();
-    lab.stack.open_to_guest(lab.now, addr(guest), addr("127.0.0.1:51000")).unwrap();
+    lab.guest_sends(&segment("A", GUEST, FAR, 1, 1));
+    lab.guest_sees();
+    lab.stack.open_to_guest(lab.now, addr("192.168.127.2:22"), addr("127.0.0.1:51000")).unwrap();
     assert_eq!(lab.guest_sees_flags(), ["S"]);
-    for _ in 0..100 {
-        lab.guest_sends(&segment("A", guest, client, 1, 1));
+    for _ in 0..9 {
+        lab.guest_sends(&segment("A", "192.168.127.2:22", "192.168.127.254:51000", 900, 77));
     }
     assert_eq!(lab.guest_sees_flags().iter().filter(|f| **f == "S").count(), 2);
     // The timer goes on.

@@ -5,7 +5,7 @@
 mod lab;
 
 use lab::real::{Dice, Faults, Guest};
-use lab::{Lab, secs, segment};
+use lab::{Lab, Seen, secs, segment};
 use portway_netstack::{HostCommand, HostEvent, Limits};
 use smoltcp::socket::tcp::State;
 
@@ -101,6 +101,38 @@ fn a_published_connection_carries_bytes_both_ways_through_a_faulty_link() {
             }
         }
         assert_eq!(back.len(), data.len(), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_guest_with_little_memory_that_seldom_reads_gets_every_byte() {
+    for seed in 1..=40 {
+        let mut guest = Guest::new(Lab::new(), 1500, Faults { lost: 8, twice: 8, late: 8 }, seed);
+        let socket = guest.connect_with(FAR, 40_000, 2000 + 700 * usize::try_from(seed % 7).unwrap());
+        let flow = guest.accept();
+        let mut dice = Dice(seed ^ 0x51);
+        let data: Vec<u8> = (0..60_000).map(|_| u8::try_from(dice.roll(256)).unwrap()).collect();
+        let (mut sent, mut ended, mut got) = (0, false, Vec::new());
+        // Its window is closed most of the time, while bytes are under way and while none are.
+        let mut next_read = 0;
+        for step in 0..3_000_000 {
+            guest.step();
+            sent += guest.lab.host_writes(flow, &data[sent..]);
+            if sent == data.len() && !ended {
+                guest.lab.host_says(HostEvent::Eof { flow });
+                ended = true;
+            }
+            let tcp = guest.tcp(socket);
+            if step >= next_read && tcp.can_recv() {
+                got.extend(tcp.recv(|bytes| (bytes.len(), bytes.to_vec())).unwrap());
+                next_read = step + dice.roll(60);
+            }
+            if tcp.state() == State::CloseWait && got.len() == data.len() {
+                break;
+            }
+        }
+        assert!(got == data, "seed {seed}: {} of {} bytes, or others", got.len(), data.len());
+        assert_eq!(guest.tcp(socket).state(), State::CloseWait, "seed {seed}");
     }
 }
 
@@ -216,5 +248,47 @@ fn the_hosts_end_of_file_reaches_the_guest_whatever_the_link_does_to_it() {
     for seed in 1..=40 {
         assert!(the_hosts_end_arrives(seed, false), "a guest's connection, seed {seed}");
         assert!(the_hosts_end_arrives(seed, true), "a published connection, seed {seed}");
+    }
+}
+
+#[test]
+fn a_lost_fin_is_sent_again_whatever_old_acknowledgements_come_late() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.host_writes(flow, &[1; 100]);
+    lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + 100));
+    lab.host_says(HostEvent::Eof { flow });
+    lab.guest_sees();
+    for late in 0..9 {
+        lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + 10 * late));
+        lab.guest_sends(&segment("A", GUEST, FAR, seq, ack + 100));
+    }
+    lab.guest_sees();
+    lab.after(secs(60));
+    assert!(lab.guest_sees_flags().contains(&"FA"));
+}
+
+#[test]
+fn a_lost_fin_is_sent_again_though_the_syn_had_to_begin_anew() {
+    let mut lab = Lab::new();
+    lab.guest_announces();
+    let guest = "192.168.127.2:22";
+    // The second initial sequence number lies before the first about every other time.
+    for port in 51_000..51_020 {
+        let client = format!("192.168.127.254:{port}");
+        let from = lab::addr(&format!("127.0.0.1:{port}"));
+        let flow = lab.stack.open_to_guest(lab.now, lab::addr(guest), from).unwrap();
+        lab.guest_sees();
+        lab.guest_sends(&segment("A", guest, &client, 900, 77));
+        let Seen::Tcp { flags: "S", seq, .. } = lab.guest_sees()[1] else { panic!() };
+        lab.guest_sends(&segment("SA", guest, &client, 500, seq + 1));
+        lab.host_says(HostEvent::Eof { flow });
+        assert_eq!(lab.guest_sees_flags(), ["A", "FA"]);
+        for _ in 0..4 {
+            lab.guest_sends(&segment("A", guest, &client, 501, seq + 1));
+        }
+        lab.guest_sees();
+        lab.after(secs(60));
+        assert!(lab.guest_sees_flags().contains(&"FA"), "{port}");
     }
 }

@@ -7,7 +7,7 @@
 //! A lease belongs to a client (its client identifier, else its Ethernet address) and to the link it was made on; it
 //! is offered again to the same client as long as nobody else needs the address. Gateway, host alias, network and
 //! broadcast address are never leased. When no address is left the client gets no answer, and the drop is counted:
-//! the lease that ended longest ago is reused first.
+//! the lease that ended longest ago is reused first. The same when its link has [`crate::Limits::leases`] already.
 //!
 //! `dhcproto` reads messages; answers are written by [`reply`], because clients may depend on the order of options
 //! (RFC 2131 §4.3.1: the order of their parameter request list) and the crate keeps them in a map.
@@ -108,20 +108,19 @@ const OFFER: Duration = Duration::from_secs(60);
 const QUARANTINE: Duration = Duration::from_secs(600);
 /// Addresses remembered; at it the lease that ended longest ago is forgotten, else the client gets no answer.
 const LEASES: usize = 4096;
-/// Leases, offers and declined addresses one link may hold at a time; at it further clients behind it get no answer, so that a
-/// guest that asks under many names leaves addresses for the others. Fixed addresses are not counted.
-const LEASES_PER_LINK: usize = 64;
 
 /// The server of one network.
 pub(crate) struct DhcpServer {
     settings: Settings,
     subnet: Subnet,
+    /// Leases that one port may have.
+    per_port: usize,
     /// Ordered, so that the same messages give the same leases.
     leases: BTreeMap<Ipv4Addr, Lease>,
 }
 
 impl DhcpServer {
-    pub(crate) fn new(settings: Settings, subnet: Subnet, fixed: &[StaticLease]) -> Self {
+    pub(crate) fn new(settings: Settings, subnet: Subnet, per_port: usize, fixed: &[StaticLease]) -> Self {
         let leases = fixed.iter().map(|f| {
             let lease = Lease {
                 client: f.mac.0.to_vec(),
@@ -135,7 +134,7 @@ impl DhcpServer {
             (f.ip, lease)
         });
         let leases = leases.collect();
-        Self { settings, subnet, leases }
+        Self { settings, subnet, per_port, leases }
     }
 
     /// One BOOTP message of a guest on `port`. `wish` is the address the link's configuration gives its first guest.
@@ -179,6 +178,7 @@ impl DhcpServer {
         match options.msg_type().ok_or(DropReason::BadDhcp)? {
             MessageType::Discover => {
                 let ip = self.choose(&asker, requested)?;
+                self.admits(&asker, ip)?;
                 let bytes = answer(MessageType::Offer, ip, true);
                 self.hold(&asker, ip, State::Offered, now + OFFER);
                 Ok(Some(self.addressed(&message, mac, ip, bytes, false)))
@@ -202,6 +202,7 @@ impl DhcpServer {
                     let dst = Ipv4Addr::BROADCAST;
                     return Ok(Some(Reply { bytes, dst_mac: Mac::BROADCAST, dst, granted: false }));
                 }
+                self.admits(&asker, ip)?;
                 let bytes = answer(MessageType::Ack, ip, true);
                 self.hold(&asker, ip, State::Bound, now + self.settings.lease_time);
                 Ok(Some(self.addressed(&message, mac, ip, bytes, true)))
@@ -260,11 +261,6 @@ impl DhcpServer {
             .filter(|(_, l)| l.state != State::Declined)
             .max_by_key(|(_, l)| (l.fixed, l.ends))
             .map(|(ip, _)| *ip);
-        let held =
-            self.leases.values().filter(|l| !l.fixed && l.port == Some(asker.port) && !l.is_over(asker.now));
-        if own.is_none() && held.count() >= LEASES_PER_LINK {
-            return Err(DropReason::DhcpLimit);
-        }
         let wishes = [own, asker.wish, requested];
         if let Some(ip) = wishes.into_iter().flatten().find(|ip| self.may_have(asker, *ip)) {
             return Ok(ip);
@@ -301,6 +297,17 @@ impl DhcpServer {
             Some(l) if l.fixed => l.mac == asker.mac && l.on(asker),
             Some(l) if l.is_of(asker) => l.state != State::Declined && l.on(asker),
             Some(l) => l.is_over(asker.now) && !self.has_fixed_elsewhere(asker, ip),
+        }
+    }
+
+    /// Whether the asker's link may have a lease of `ip`: it has it already, or fewer than its limit.
+    fn admits(&self, asker: &Asker, ip: Ipv4Addr) -> Result<(), DropReason> {
+        let counts = |l: &Lease| !l.fixed && l.port == Some(asker.port) && !l.is_over(asker.now);
+        let known = self.leases.get(&ip).is_some_and(|l| l.fixed || counts(l));
+        if known || self.leases.values().filter(|l| counts(l)).count() < self.per_port {
+            Ok(())
+        } else {
+            Err(DropReason::DhcpLimit)
         }
     }
 

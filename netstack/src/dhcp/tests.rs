@@ -11,6 +11,9 @@ fn ip(last: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 127, last)
 }
 
+/// Leases of one link.
+const PER_PORT: usize = 64;
+
 fn server_of(prefix: u8, fixed: &[StaticLease]) -> DhcpServer {
     let subnet = Subnet::new(ip(0).into(), prefix).unwrap();
     let settings = Settings {
@@ -25,7 +28,7 @@ fn server_of(prefix: u8, fixed: &[StaticLease]) -> DhcpServer {
         search: vec![],
         lease_time: Duration::from_secs(3600),
     };
-    DhcpServer::new(settings, subnet, fixed)
+    DhcpServer::new(settings, subnet, PER_PORT, fixed)
 }
 
 fn message(kind: MessageType, mac: Mac, options: &[DhcpOption]) -> Message {
@@ -146,18 +149,60 @@ fn a_full_pool_answers_nobody_until_a_lease_ends() {
     assert_eq!(lab.leases(A), ip(2));
 }
 
+fn many(n: usize) -> Mac {
+    Mac([2, 0, 0, 0, 9, u8::try_from(n).unwrap()])
+}
+
+fn refused(answer: Result<Option<Message>, DropReason>) -> Option<DropReason> {
+    answer.err()
+}
+
 #[test]
 fn a_guest_that_asks_under_many_names_leaves_addresses_for_the_others() {
     let mut lab = Lab::new(&[]);
-    let name = |n: usize| Mac([2, 0, 0, 0, 1, u8::try_from(n).unwrap()]);
-    for n in 0..LEASES_PER_LINK {
-        lab.leases(name(n));
+    for n in 0..PER_PORT {
+        lab.leases(many(n));
     }
-    let more = message(MessageType::Discover, name(LEASES_PER_LINK), &[]);
-    assert_eq!(lab.says(&more).map(|_| ()), Err(DropReason::DhcpLimit));
-    assert!(lab.says_on(PortId(1), &message(MessageType::Discover, A, &[])).unwrap().is_some());
-    // Those that have one keep it.
-    assert_eq!(lab.leases(name(0)), ip(2));
+    let discover = message(MessageType::Discover, A, &[]);
+    assert_eq!(refused(lab.says(&discover)), Some(DropReason::DhcpLimit));
+    // Neither without an offer, after a reboot.
+    let reboot = message(MessageType::Request, A, &[DhcpOption::RequestedIpAddress(ip(200))]);
+    assert_eq!(refused(lab.says(&reboot)), Some(DropReason::DhcpLimit));
+    // Who has a lease keeps it.
+    assert_eq!(lab.leases(many(7)), ip(9));
+    let other = lab.says_on(PortId(1), &discover).unwrap();
+    assert_eq!(kind(&other), Some(MessageType::Offer));
+    // A lease that is given back is another's to have.
+    let mut release = message(MessageType::Release, many(7), &[]);
+    release.set_ciaddr(ip(9));
+    lab.says(&release).unwrap();
+    assert_eq!(kind(&lab.says(&message(MessageType::Discover, B, &[])).unwrap()), Some(MessageType::Offer));
+}
+
+#[test]
+fn offers_nobody_takes_and_addresses_declined_count_as_leases_of_their_link() {
+    let mut lab = Lab::new(&[]);
+    for n in 0..PER_PORT {
+        if n % 2 == 0 {
+            lab.says(&message(MessageType::Discover, many(n), &[])).unwrap();
+        } else {
+            let declined = [DhcpOption::RequestedIpAddress(lab.leases(many(n)))];
+            lab.says(&message(MessageType::Decline, many(n), &declined)).unwrap();
+        }
+    }
+    let discover = message(MessageType::Discover, A, &[]);
+    assert_eq!(refused(lab.says(&discover)), Some(DropReason::DhcpLimit));
+    lab.1 += OFFER;
+    assert_eq!(kind(&lab.says(&discover).unwrap()), Some(MessageType::Offer));
+}
+
+#[test]
+fn a_static_lease_is_had_by_a_link_without_any_left() {
+    let mut lab = Lab::new(&[StaticLease { mac: A, ip: ip(200), name: None }]);
+    for n in 0..PER_PORT {
+        lab.leases(many(n));
+    }
+    assert_eq!(lab.leases(A), ip(200));
 }
 
 #[test]
@@ -229,6 +274,39 @@ fn truncations_and_flipped_bytes_never_panic() {
         bad[n] = 0xff;
         let _ = lab.0.handle(lab.1, LINK, 1500, &bad, None);
     }
+}
+
+#[test]
+fn options_that_are_not_read_may_have_any_length() {
+    // dhcproto 0.15 asserts the lengths of 80, 81, 94 and 152 to 155 in builds with debug assertions.
+    let mut lab = Lab::new(&[]);
+    let good = bytes(&message(MessageType::Discover, A, &[]));
+    for code in [80, 81, 94, 152, 153, 154, 155] {
+        for len in 0..20_u8 {
+            let mut odd = good[..240].to_vec();
+            odd.extend([code, len]);
+            odd.resize(odd.len() + usize::from(len), 0xff);
+            odd.extend(&good[240..]);
+            let offer = lab.0.handle(lab.1, LINK, 1500, &odd, None).unwrap().unwrap();
+            assert_eq!(offer.dst, ip(2), "option {code} of {len} bytes");
+        }
+    }
+}
+
+#[test]
+fn an_option_of_any_length_hurts_nobody_else() {
+    let mut lab = Lab::new(&[]);
+    let good = bytes(&message(MessageType::Discover, A, &[]));
+    for code in 1..=254 {
+        for len in 0..20_u8 {
+            let mut odd = good[..240].to_vec();
+            odd.extend([code, len]);
+            odd.resize(odd.len() + usize::from(len), 3);
+            odd.extend(&good[240..]);
+            let _ = lab.0.handle(lab.1, LINK, 1500, &odd, None);
+        }
+    }
+    lab.leases(B);
 }
 
 #[test]

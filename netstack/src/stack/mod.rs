@@ -102,7 +102,7 @@ impl Netstack {
             outboxes: Vec::new(),
             switch: Switch::new(config.gateway_mac, config.limits.macs, seed),
             neighbours: Neighbours::new(NEIGHBOURS, seed),
-            dhcp: DhcpServer::new(settings, config.subnet, &config.static_leases),
+            dhcp: DhcpServer::new(settings, config.subnet, config.limits.leases, &config.static_leases),
             udp: Bindings::new(config.limits.udp_bindings, seed),
             tcp: Tcp::new(config.limits.clone(), config.gateway_mac, memory, seed),
             commands: VecDeque::new(),

@@ -176,8 +176,6 @@ pub(super) struct Live {
     pub(super) ending: Ending,
     pub(super) time_wait_since: Option<Instant>,
     pub(super) advertised: Advertised,
-    /// What the guest acknowledged last.
-    acknowledged: Option<Wrapping<u32>>,
     /// How often our SYN met a connection that the guest still remembered.
     remembered: u8,
     /// What the guest sent last is acknowledged without delay.
@@ -209,7 +207,6 @@ impl Live {
             ending: Ending::Not,
             time_wait_since: None,
             advertised: Advertised::default(),
-            acknowledged: None,
             remembered: 0,
             ack_now: false,
             sent_in: 0,
@@ -228,8 +225,13 @@ impl Live {
         self.advertised.begin(wire::transport(packet), capacity);
     }
 
-    /// Whether smoltcp may see `segment`: its data must lie inside the ring (see the module documentation).
+    /// Whether smoltcp may see `segment`: it answers something, and its data must lie inside the ring (see the module
+    /// documentation).
     pub(super) fn admits(&self, segment: &Segment) -> Result<(), DropReason> {
+        // smoltcp 0.14 panics when a SYN arrives before its own SYN has left: it counts from a window it has not told.
+        if self.socket.tcp_ref().state() == State::SynSent && self.advertised.is_silent() {
+            return Err(DropReason::NoFlow);
+        }
         if segment.payload == 0 {
             return Ok(());
         }
@@ -253,12 +255,15 @@ impl Live {
     /// place, and is stopped when the window opens), and at the third duplicate ACK when only a FIN is under way. Both happen
     /// with guests that drop what they have no memory for. So a window is never quite closed while bytes are under way, which
     /// hold it anyway; and duplicate ACKs of a FIN's predecessor are not shown.
-    pub(super) fn shown(&mut self, segment: &Segment, packet: &[u8]) -> Shown {
+    pub(super) fn shown(&self, segment: &Segment, packet: &[u8]) -> Shown {
         let Some((ack, window)) = tcp::acknowledged(wire::transport(packet)) else { return Shown::Whole };
-        let again = self.acknowledged.replace(ack) == Some(ack);
         let under_way = self.advertised.in_flight(ack);
+        let socket = self.socket.tcp_ref();
         let alone = segment.payload == 0 && !segment.has(tcp::FIN);
-        if again && alone && under_way == 1 && self.socket.tcp_ref().send_queue() == 0 {
+        let only_fin = matches!(socket.state(), State::FinWait1 | State::Closing | State::LastAck)
+            && socket.send_queue() == 0
+            && under_way == 1;
+        if alone && only_fin {
             return Shown::Nothing;
         }
         if window == 0 && under_way > 0 {
@@ -273,7 +278,7 @@ impl Live {
     }
 
     /// The host has sent its last byte. Before the handshake is over the FIN has to wait: smoltcp 0.14 takes the
-    /// acknowledgement of its SYN for one of the FIN that it has not sent.
+    /// acknowledgement of its SYN for one of the FIN that it has not sent, and forgets a SYN of its own.
     pub(super) fn host_ended(&mut self) {
         let socket = self.socket.tcp();
         match socket.state() {
@@ -301,6 +306,8 @@ impl Live {
             return false;
         }
         self.remembered += 1;
+        // The next SYN has another initial sequence number.
+        self.advertised = Advertised::default();
         true
     }
 

@@ -16,9 +16,10 @@
 //!
 //! **Window guard**: smoltcp 0.14 accepts data beyond its ring right after the handshake, where it takes the
 //! unscaled window of the SYN|ACK for a scaled one, and panics when the ring overflows. [`Live::admits`] drops what
-//! lies beyond the real window before smoltcp sees it. More of its faults end here: a retransmission timer that gets lost
-//! ([`Live::shown`]), a FIN before the handshake is over ([`Live::host_ended`]), and a SYN that waits for its timer after a
-//! guest's challenge ([`Live::is_remembered`]). docs/adr/0003 has the reasons.
+//! lies beyond the real window before smoltcp sees it, and a SYN that comes before its own has left, which makes it
+//! panic as well. More of its faults end here: a retransmission timer that gets lost ([`Live::shown`]), a FIN before
+//! the handshake is over ([`Live::host_ended`]), and a SYN that waits for its timer after a guest's challenge
+//! ([`Live::is_remembered`]). docs/adr/0003 has the reasons.
 //!
 //! Limits: [`crate::Limits`] (`flows`, `dialing`, `dialing_loopback`, `resolving` and the times). Sources: RFC 9293,
 //! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp).

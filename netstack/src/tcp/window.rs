@@ -82,6 +82,11 @@ impl Advertised {
         }
     }
 
+    /// Whether nothing has been sent yet.
+    pub(super) const fn is_silent(&self) -> bool {
+        self.sent.is_none()
+    }
+
     /// The sequence numbers that are under way when the guest has acknowledged `ack`.
     pub(super) fn in_flight(&self, ack: Wrapping<u32>) -> u32 {
         self.sent.filter(|sent| after(*sent, ack)).map_or(0, |sent| (sent - ack).0)

@@ -6,7 +6,7 @@ pub mod real;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
-use etherparse::PacketBuilder;
+use etherparse::{PacketBuilder, TcpOptionElement};
 use portway_netstack::{
     DropReason, Duration, FlowId, FrameSink, Handled, HostCommand, HostEvent, Instant, Limits, Mac, Netstack,
     Offload, PortConfig, PortId, RingClass, RingMemory, Rings, StackConfig,
@@ -115,12 +115,14 @@ pub struct Segment {
     pub ack: Option<u32>,
     pub flags: &'static str,
     pub window: u16,
+    /// The window scale option, of a SYN.
+    pub scale: Option<u8>,
     pub payload: Vec<u8>,
 }
 
 pub fn segment(flags: &'static str, from: &str, to: &str, seq: u32, ack: u32) -> Segment {
     let ack = (flags != "S" && flags != "R").then_some(ack);
-    Segment { from: v4(from), to: v4(to), seq, ack, flags, window: 65_535, payload: vec![] }
+    Segment { from: v4(from), to: v4(to), seq, ack, flags, window: 65_535, scale: None, payload: vec![] }
 }
 
 impl Segment {
@@ -149,6 +151,9 @@ impl Segment {
         }
         if let Some(ack) = self.ack {
             b = b.ack(ack);
+        }
+        if let Some(shift) = self.scale {
+            b = b.options(&[TcpOptionElement::WindowScale(shift)]).unwrap();
         }
         let mut out = Vec::new();
         b.write(&mut out, &self.payload).unwrap();

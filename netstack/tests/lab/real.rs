@@ -114,20 +114,26 @@ impl Guest {
         guest
     }
 
-    pub fn socket(&mut self) -> SocketHandle {
-        let ring = || tcp::SocketBuffer::new(vec![0; 262_144]);
+    /// A socket with rings of `bytes` each way.
+    fn socket(&mut self, bytes: usize) -> SocketHandle {
+        let ring = || tcp::SocketBuffer::new(vec![0; bytes]);
         self.sockets.add(tcp::Socket::new(ring(), ring()))
     }
 
     pub fn connect(&mut self, to: &str, from_port: u16) -> SocketHandle {
-        let handle = self.socket();
+        self.connect_with(to, from_port, 262_144)
+    }
+
+    /// A connection of a guest that has `bytes` of memory for each direction of it.
+    pub fn connect_with(&mut self, to: &str, from_port: u16, bytes: usize) -> SocketHandle {
+        let handle = self.socket(bytes);
         let to: IpEndpoint = super::addr(to).into();
         self.sockets.get_mut::<tcp::Socket<'_>>(handle).connect(self.iface.context(), to, from_port).unwrap();
         handle
     }
 
     pub fn listen(&mut self, port: u16) -> SocketHandle {
-        let handle = self.socket();
+        let handle = self.socket(262_144);
         self.sockets.get_mut::<tcp::Socket<'_>>(handle).listen(port).unwrap();
         handle
     }
