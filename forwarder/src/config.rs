@@ -20,6 +20,7 @@ use portway_netstack::{Limits, Mac, Subnet};
 use serde::Deserialize;
 
 use crate::publish::spec::{HostEnd, PublishSpec};
+pub use crate::sandbox::Mode as SandboxMode;
 
 /// A setting that cannot be used: its name, the value, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -99,6 +100,15 @@ pub struct Settings {
     /// The hosts file guests are answered from; `off` for none [default: /etc/hosts]
     #[arg(long, value_name = "FILE|off")]
     pub hosts_file: Option<PathBuf>,
+    /// Whether the process gives up what it does not need before the first frame: require, best-effort or off [default: best-effort]
+    #[arg(long, value_name = "MODE")]
+    pub sandbox: Option<SandboxMode>,
+    /// Started as root, become this user [default: nobody, or the owner of our directories]
+    #[arg(long, value_name = "USER")]
+    pub runas: Option<String>,
+    /// Let sockets be published in this directory while the network runs; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub allow_path: Vec<Directory>,
 }
 
 const RUNTIME_DIR_MODE: u32 = 0o700;
@@ -144,6 +154,12 @@ pub struct Config {
     pub resolv_conf: PathBuf,
     /// `None`: guests are not answered from a hosts file.
     pub hosts_file: Option<PathBuf>,
+    /// See [`Settings`].
+    pub sandbox: SandboxMode,
+    /// See [`Settings`].
+    pub runas: Option<String>,
+    /// See [`Settings`].
+    pub allow_path: Vec<PathBuf>,
     /// The limits of what a guest can make grow.
     pub limits: Limits,
 }
@@ -326,7 +342,7 @@ macro_rules! from_string {
         }
     )+};
 }
-from_string!(LinkSpec, Upstream, DnsHost, LeaseSpec, UnixPath);
+from_string!(LinkSpec, Upstream, DnsHost, LeaseSpec, UnixPath, Directory);
 
 fn from_text<'de, D: serde::Deserializer<'de>, T: FromStr<Err: std::fmt::Display>>(
     d: D,
@@ -535,6 +551,18 @@ impl FromStr for UnixPath {
     }
 }
 
+/// A directory, made absolute.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Directory(pub PathBuf);
+
+impl FromStr for Directory {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        absolute(text).map(Self)
+    }
+}
+
 /// On or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -612,6 +640,9 @@ impl Settings {
             metadata: self.metadata.or(file.metadata),
             resolv_conf: self.resolv_conf.or(file.resolv_conf),
             hosts_file: self.hosts_file.or(file.hosts_file),
+            sandbox: self.sandbox.or(file.sandbox),
+            runas: self.runas.or(file.runas),
+            allow_path: join(file.allow_path, self.allow_path),
         }
     }
 }
@@ -722,6 +753,9 @@ impl TryFrom<Settings> for Config {
                 Some(p) if p.as_os_str() == "off" => None,
                 other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
             },
+            sandbox: s.sandbox.unwrap_or_default(),
+            runas: s.runas,
+            allow_path: s.allow_path.into_iter().map(|d| d.0).collect(),
             limits: Limits::default(),
         })
     }

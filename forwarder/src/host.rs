@@ -8,6 +8,31 @@ use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use portway_netstack::{ConnectError, FlowId, HostError};
 
+/// What the sandbox lets flows do: sockets of the host's protocols (ping sockets are datagram sockets).
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![
+    SYS_socket: crate::sandbox::Only::OneOf(0, &[AF_UNIX, AF_INET, AF_INET6, AF_VSOCK]),
+    SYS_socketpair: crate::sandbox::Only::OneOf(0, &[AF_UNIX]),
+    SYS_connect,
+    SYS_getpeername,
+    SYS_getsockname,
+    SYS_getsockopt,
+    SYS_setsockopt,
+    SYS_recvfrom,
+    SYS_sendto,
+    SYS_shutdown,
+];
+
+#[cfg(target_os = "linux")]
+const AF_UNIX: u64 = 1;
+#[cfg(target_os = "linux")]
+const AF_INET: u64 = 2;
+#[cfg(target_os = "linux")]
+const AF_INET6: u64 = 10;
+/// Of the agent's transports.
+#[cfg(target_os = "linux")]
+const AF_VSOCK: u64 = 40;
+
 /// The host's end of a flow.
 #[derive(Debug)]
 pub enum HostStream {

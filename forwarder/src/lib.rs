@@ -20,6 +20,7 @@ mod log;
 pub mod publish;
 pub mod request;
 pub mod rings;
+pub mod sandbox;
 pub mod sidecar;
 mod unix_path;
 

@@ -22,10 +22,17 @@ impl Sidecar {
     /// # Errors
     /// When it ends before that; its log is in the error.
     pub fn start(dir: &Path, options: &[&str]) -> Result<Self> {
+        Self::start_by(dir, Command::new(crate::vm::portway()?), options)
+    }
+
+    /// As [`Self::start`], by a command that ends in the program: another user's, a tracer's.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_by(dir: &Path, mut command: Command, options: &[&str]) -> Result<Self> {
         let (ready, theirs) = nix::unistd::pipe()?;
         let log = std::fs::File::create(dir.join("log"))?;
         let fd = theirs.as_raw_fd();
-        let mut command = Command::new(crate::vm::portway()?);
         command.arg("serve").arg("--link").arg(format!("qemu:unix:{},name=web", dir.join("vm").display()));
         command.arg("--api").arg(format!("unix:{}", dir.join("api").display()));
         command.arg("--ready-fd").arg(fd.to_string()).arg("--pid-file").arg(dir.join("pid")).args(options);
@@ -44,6 +51,12 @@ impl Sidecar {
     #[must_use]
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
+    /// The process that was started.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Whether it still runs.

@@ -116,6 +116,9 @@ pub struct Stats {
     pub dns_queries: u64,
     /// Frames dropped, by reason.
     pub drops: std::collections::BTreeMap<String, u64>,
+    /// What the sidecar has given up.
+    #[serde(default)]
+    pub sandbox: SandboxInfo,
 }
 
 /// The body of `POST /v1/ports` and `DELETE /v1/ports`: specs in the grammar of `--publish`.
@@ -165,4 +168,29 @@ pub struct NetworkInfo {
     pub host_alias: String,
     /// The domain of our own names.
     pub domain: String,
+    /// What the sidecar has given up.
+    #[serde(default)]
+    pub sandbox: SandboxInfo,
+}
+
+/// What the sidecar has given up before the first frame.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SandboxInfo {
+    /// `require`, `best-effort` or `off`.
+    pub mode: String,
+    /// One entry per part.
+    pub parts: Vec<SandboxPart>,
+    /// System calls that were refused since the start; a number above 0 is a fault of ours or an intruder.
+    pub refused_calls: u64,
+}
+
+/// One part of the sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxPart {
+    /// `user`, `capabilities`, `no_new_privs`, `not_dumpable`, `landlock` or `seccomp`.
+    pub name: String,
+    /// Whether it is in force.
+    pub in_force: bool,
+    /// How, or why not.
+    pub detail: String,
 }

@@ -24,7 +24,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use portway_api::control::{NetworkInfo, PortInfo, PortsRequest, PortsResponse, Problem};
+use portway_api::control::{NetworkInfo, PortInfo, PortsRequest, PortsResponse, Problem, SandboxInfo, Stats};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, oneshot};
 
@@ -111,6 +111,11 @@ fn problem(status: StatusCode, code: &str, title: &str, detail: String) -> Respo
 }
 
 impl App {
+    /// What was given up at the start, and what was refused since.
+    fn sandbox(&self) -> SandboxInfo {
+        SandboxInfo { refused_calls: crate::sandbox::refused_calls(), ..self.network.sandbox.clone() }
+    }
+
     /// Asks the data thread one thing.
     async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Unanswered> {
         let (reply, answer) = oneshot::channel();
@@ -130,7 +135,8 @@ impl IntoResponse for Unanswered {
 }
 
 async fn network(State(app): State<App>) -> Json<NetworkInfo> {
-    Json((*app.network).clone())
+    let sandbox = app.sandbox();
+    Json(NetworkInfo { sandbox, ..(*app.network).clone() })
 }
 
 async fn ports(State(app): State<App>) -> Result<Response, Unanswered> {
@@ -146,7 +152,8 @@ async fn flows(State(app): State<App>) -> Result<Response, Unanswered> {
 }
 
 async fn stats(State(app): State<App>) -> Result<Response, Unanswered> {
-    Ok(Json(app.ask(|reply| Request::Stats { reply }).await?).into_response())
+    let stats = app.ask(|reply| Request::Stats { reply }).await?;
+    Ok(Json(Stats { sandbox: app.sandbox(), ..stats }).into_response())
 }
 
 /// The specs of a body; a bad one refuses the whole request, and nothing is changed.

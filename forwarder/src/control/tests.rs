@@ -73,6 +73,7 @@ impl Server {
                 gateway: "192.168.127.1".into(),
                 host_alias: "192.168.127.254".into(),
                 domain: crate::DOMAIN.into(),
+                sandbox: portway_api::control::SandboxInfo::default(),
             };
             runtime.block_on(async {
                 serve(UnixListener::from_std(listener).unwrap(), requests, network).await

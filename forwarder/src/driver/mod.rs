@@ -116,6 +116,8 @@ pub struct Driver {
     slow: tokio::sync::mpsc::Sender<Slow>,
     names: Vec<(String, std::net::IpAddr)>,
     events: EventQueue,
+    /// Where sockets may be made from now on; `None` while the process starts, when the configuration says where.
+    allowed: Option<crate::sandbox::paths::Paths>,
     ending: bool,
 }
 
@@ -177,6 +179,7 @@ impl Driver {
             slow,
             names: Vec::new(),
             events: EventQueue::default(),
+            allowed: None,
             ending: false,
         })
     }
@@ -184,6 +187,11 @@ impl Driver {
     /// Takes leases of an earlier run back.
     pub fn restore_leases(&mut self, leases: Vec<portway_netstack::dhcp::LeaseReport>) {
         self.stack.restore_leases(self.now, leases);
+    }
+
+    /// From now on sockets are made only where `allowed` says.
+    pub(crate) fn confine(&mut self, allowed: crate::sandbox::paths::Paths) {
+        self.allowed = Some(allowed);
     }
 
     /// Runs until it is told to end, or nothing can attach any more.

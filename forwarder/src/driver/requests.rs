@@ -60,6 +60,11 @@ impl Driver {
         {
             return Err(PublishError::NoGuest(name.clone()));
         }
+        if let (HostEnd::Unix(path), Some(allowed)) = (&spec.host, &self.allowed)
+            && !allowed.may_make(path)
+        {
+            return Err(PublishError::Outside(path.clone()));
+        }
         let free = matches!(spec.host, HostEnd::Ports { first: 0, .. });
         if !free && self.published.iter().flatten().any(|p| p.is_named(spec, n)) {
             return Err(PublishError::AlreadyPublished(spec.to_string()));
@@ -252,6 +257,8 @@ impl Driver {
             udp_bindings: counters.bindings as u64,
             dns_queries: counters.dns_queries,
             drops: self.stack.drops().iter().filter(|(_, n)| *n > 0).map(|(r, n)| (r.name(), n)).collect(),
+            // The control thread knows.
+            sandbox: portway_api::control::SandboxInfo::default(),
         }
     }
 }

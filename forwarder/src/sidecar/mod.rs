@@ -10,11 +10,12 @@
 mod state;
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
-use portway_api::control::NetworkInfo;
+use portway_api::control::{NetworkInfo, SandboxInfo};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -24,12 +25,31 @@ use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
 use crate::request::{Request, Requests};
 
+/// What the sandbox lets state files do: be written beside the old one, brought to the disk and renamed over it.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![
+    SYS_openat,
+    SYS_fsync,
+    SYS_fdatasync,
+    SYS_ftruncate,
+    #[cfg(target_arch = "x86_64")]
+    SYS_rename,
+    SYS_renameat,
+    SYS_renameat2,
+    #[cfg(target_arch = "x86_64")]
+    SYS_mkdir,
+    SYS_mkdirat,
+    SYS_getdents64,
+];
+
 /// Runs the network until it is told to end.
 ///
 /// # Errors
 /// When something of the configuration cannot be had at this host.
 pub fn run(config: &Config) -> anyhow::Result<()> {
     raise_descriptor_limit();
+    // What we make is ours alone from the first moment, also between a socket's `bind` and its `chmod`.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     if let Some(dir) = &config.state_dir {
         std::fs::create_dir_all(dir).with_context(|| format!("--state-dir: {}", dir.display()))?;
     }
@@ -52,10 +72,16 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     }
     let _pid = config.pid_file.as_deref().map(write_pid).transpose()?;
 
+    // Nothing has been read from a guest yet, and no thread but this one runs.
+    driver.confine(crate::sandbox::paths::Paths::of(config));
+    let refusals = refusals().context("the sandbox")?;
+    let sandbox = crate::sandbox::enter(config)?;
+
     let control = Control {
         requests: requests.clone(),
         dns,
-        network: network(config),
+        network: network(config, sandbox),
+        refusals,
         state_dir: config.state_dir.clone(),
     };
     let thread = std::thread::Builder::new().name("control".into());
@@ -67,7 +93,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn network(config: &Config) -> NetworkInfo {
+fn network(config: &Config, sandbox: SandboxInfo) -> NetworkInfo {
     NetworkInfo {
         name: config.network.clone(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -76,7 +102,16 @@ fn network(config: &Config) -> NetworkInfo {
         gateway: config.gateway.to_string(),
         host_alias: config.host_alias.to_string(),
         domain: crate::DOMAIN.into(),
+        sandbox,
     }
+}
+
+/// Where the sandbox rings when it refuses a call; nowhere on systems without one.
+fn refusals() -> std::io::Result<Option<std::os::unix::net::UnixStream>> {
+    #[cfg(target_os = "linux")]
+    return crate::sandbox::refused::bell().map(Some);
+    #[cfg(not(target_os = "linux"))]
+    Ok(None)
 }
 
 fn dns_config(config: &Config) -> DnsConfig {
@@ -113,7 +148,11 @@ impl Drop for RemovedAtEnd<'_> {
 }
 
 fn write_pid(path: &Path) -> anyhow::Result<RemovedAtEnd<'_>> {
-    std::fs::write(path, std::process::id().to_string())
+    let written = std::fs::write(path, std::process::id().to_string());
+    // Whoever may see processes may see this one's number.
+    let readable = std::fs::Permissions::from_mode(0o644);
+    written
+        .and_then(|()| std::fs::set_permissions(path, readable))
         .with_context(|| format!("--pid-file: {}", path.display()))?;
     Ok(RemovedAtEnd(path))
 }
@@ -131,11 +170,13 @@ struct Control {
     requests: Requests,
     dns: Arc<Dns>,
     network: NetworkInfo,
+    /// See [`refusals`].
+    refusals: Option<std::os::unix::net::UnixStream>,
     state_dir: Option<std::path::PathBuf>,
 }
 
 impl Control {
-    fn run(self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
+    fn run(mut self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -152,6 +193,10 @@ impl Control {
                     self.network.clone(),
                 ))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            }
+            #[cfg(target_os = "linux")]
+            if let Some(bell) = self.refusals.take() {
+                tokio::spawn(tell_refusals(bell));
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
             self.slow_things(slow).await;
@@ -201,6 +246,25 @@ impl Control {
                 // A guest may call itself anything; it just has no name then.
                 Err(error) => tracing::debug!(%error, "a guest's name is not given"),
             }
+        }
+    }
+}
+
+/// Says which system calls the sandbox refused, each once.
+#[cfg(target_os = "linux")]
+async fn tell_refusals(bell: std::os::unix::net::UnixStream) {
+    use tokio::io::AsyncReadExt;
+    let mut bell = match tokio::net::UnixStream::from_std(bell) {
+        Ok(bell) => bell,
+        Err(error) => return tracing::warn!(%error, "what the sandbox refuses is counted and not told"),
+    };
+    let (mut teller, mut rings) = (crate::sandbox::refused::Teller::default(), [0; 64]);
+    while bell.read(&mut rings).await.is_ok_and(|n| n > 0) {
+        for call in teller.news() {
+            tracing::warn!(
+                call,
+                "the sandbox refused a system call; this is a fault of portway, please report it"
+            );
         }
     }
 }
