@@ -315,7 +315,8 @@ impl Fragments {
     pub(crate) fn pop_expired(&mut self, now: Instant) -> Option<Expired> {
         let (slot, _) = self.oldest().filter(|(_, began)| *began + PATIENCE <= now)?;
         let pieces = self.slots[slot as usize].as_ref()?;
-        let first = pieces.have.first().filter(|h| h.start == 0).map(|h| pieces.packet(&pieces.bytes[..h.end]));
+        let first =
+            pieces.have.first().filter(|h| h.start == 0).map(|h| pieces.packet(&pieces.bytes[..h.end]));
         let expired = Expired { port: pieces.key.port, mac: pieces.mac, first };
         self.remove(slot);
         Some(expired)

@@ -291,7 +291,10 @@ mod tests {
     fn rfc_4443_2_4_an_error_is_at_most_1280_bytes_and_none_is_about_an_error() {
         let told = error(FAR6.into(), Fault::TooBig(1400), &v6(17, &[0; 1400])).unwrap();
         let read = ipv6::parse(&told).unwrap();
-        assert_eq!((told.len(), &read.payload[..2], &read.payload[4..8]), (1280, &[2, 0][..], &[0, 0, 5, 120][..]));
+        assert_eq!(
+            (told.len(), &read.payload[..2], &read.payload[4..8]),
+            (1280, &[2, 0][..], &[0, 0, 5, 120][..])
+        );
         assert_eq!(ipv6::icmp_checksum(FAR6, GUEST6, &[read.payload]), 0);
         assert_eq!(error(GUEST6.into(), Fault::HopLimit, &told), None);
         let redirect = v6(ipv6::ICMP, &[137, 0, 0, 0]);

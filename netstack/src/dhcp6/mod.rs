@@ -239,7 +239,9 @@ impl Dhcp6Server {
     ) -> bool {
         let mut found = false;
         for ip in &ia.addresses {
-            let Some(lease) = self.leases.get_mut(ip).filter(|l| l.is_of(asker.client, ia.id)) else { continue };
+            let Some(lease) = self.leases.get_mut(ip).filter(|l| l.is_of(asker.client, ia.id)) else {
+                continue;
+            };
             found = true;
             if message.kind == Kind::Decline {
                 (lease.state, lease.ends) = (State::Declined, asker.now + QUARANTINE);
@@ -275,7 +277,8 @@ impl Dhcp6Server {
     fn address(&self, client: &[u8], iaid: u32, n: u64) -> Option<Ipv6Addr> {
         // FNV-1a: the same on every machine and in every version.
         let bytes = client.iter().copied().chain(iaid.to_be_bytes()).chain(n.to_be_bytes());
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let hash =
+            bytes.fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
         let low = (hash >> 32) ^ (hash & 0xffff_ffff);
         match self.settings.subnet.network() {
             IpAddr::V6(prefix) => Some(Ipv6Addr::from(u128::from(prefix) | 1 << 32 | u128::from(low))),

@@ -6,7 +6,11 @@ const GATEWAY: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
 const MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
 
 fn ip(v6: bool, last: u8) -> IpAddr {
-    if v6 { IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)]) } else { IpAddr::from([10, 0, 0, last]) }
+    if v6 {
+        IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(last)])
+    } else {
+        IpAddr::from([10, 0, 0, last])
+    }
 }
 
 struct Table(Fragments, Instant);
@@ -97,7 +101,11 @@ fn two_ends_or_bytes_behind_the_end_are_an_overlap() {
         let mut t = Table::new();
         t.piece(0, false, 1, 16, false, &[1; 8]).unwrap();
         let (offset, more) = second;
-        assert_eq!(t.piece(0, false, 1, offset, more, &[1; 8]), Err(DropReason::FragmentOverlap), "{second:?}");
+        assert_eq!(
+            t.piece(0, false, 1, offset, more, &[1; 8]),
+            Err(DropReason::FragmentOverlap),
+            "{second:?}"
+        );
     }
     let mut t = Table::new();
     t.piece(0, false, 1, 64, true, &[1; 8]).unwrap();

@@ -187,10 +187,7 @@ mod tests {
     fn rfc_4861_7_1_1_a_probe_goes_to_its_targets_group() {
         let ns = message(NEIGHBOUR_SOLICITATION, Some(A), &[]);
         let none = Ipv6Addr::UNSPECIFIED;
-        assert_eq!(
-            parse(none, ipv6::solicited_node(A), 255, &ns),
-            Ok(Message::Solicitation { target: A })
-        );
+        assert_eq!(parse(none, ipv6::solicited_node(A), 255, &ns), Ok(Message::Solicitation { target: A }));
         assert_eq!(parse(none, ALL_NODES, 255, &ns), Err(DropReason::BadNeighbour));
         let with = message(NEIGHBOUR_SOLICITATION, Some(A), &[1, 1, 2, 0, 0, 0, 0, 1]);
         assert_eq!(parse(none, ipv6::solicited_node(A), 255, &with), Err(DropReason::BadNeighbour));
@@ -220,7 +217,10 @@ mod tests {
             let read = ipv6::parse(packet).unwrap();
             let h = read.header;
             assert_eq!(ipv6::icmp_checksum(h.src, h.dst, &[read.payload]), 0);
-            assert_eq!(parse(h.src, h.dst, h.hop_limit, read.payload), Ok(Message::Advertisement { target: A }));
+            assert_eq!(
+                parse(h.src, h.dst, h.hop_limit, read.payload),
+                Ok(Message::Advertisement { target: A })
+            );
             assert_eq!(header.dst.is_group(), asker.is_unspecified());
             assert_eq!(read.payload[4] & ROUTER != 0, router);
         }

@@ -347,7 +347,8 @@ impl Netstack {
     }
 
     fn unknown<'f>(&mut self, now: Instant, packet: &Packet<'f>) -> Result<Handled<'f>, DropReason> {
-        let why = if self.config.is_ours(packet.dst) { Unreachable::Protocol } else { Unreachable::Prohibited };
+        let why =
+            if self.config.is_ours(packet.dst) { Unreachable::Protocol } else { Unreachable::Prohibited };
         self.refuse(now, packet, Fault::Unreachable(why))?;
         Err(DropReason::UnknownProtocol)
     }
@@ -407,9 +408,14 @@ impl Netstack {
     /// An address of the host that answers, as a guest of that version knows it.
     pub(super) fn guest_view(&self, remote: SocketAddr, v6: bool) -> SocketAddr {
         let ip = match (remote.ip().to_canonical(), &self.config.ipv6) {
-            (IpAddr::V4(ip), _) if !v6 && !ip.is_loopback() && !self.config.subnet.contains(ip.into()) => ip.into(),
+            (IpAddr::V4(ip), _) if !v6 && !ip.is_loopback() && !self.config.subnet.contains(ip.into()) => {
+                ip.into()
+            }
             (IpAddr::V6(ip), Some(c))
-                if v6 && !ip.is_loopback() && !ip.is_unicast_link_local() && !c.subnet.contains(ip.into()) =>
+                if v6
+                    && !ip.is_loopback()
+                    && !ip.is_unicast_link_local()
+                    && !c.subnet.contains(ip.into()) =>
             {
                 ip.into()
             }

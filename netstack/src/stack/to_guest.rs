@@ -26,7 +26,12 @@ impl Netstack {
     }
 
     /// Tells the sender of `packet` what became of it.
-    pub(super) fn refuse(&mut self, now: Instant, packet: &Packet<'_>, fault: Fault) -> Result<(), DropReason> {
+    pub(super) fn refuse(
+        &mut self,
+        now: Instant,
+        packet: &Packet<'_>,
+        fault: Fault,
+    ) -> Result<(), DropReason> {
         self.tell(now, packet.port, packet.mac, packet.dst, fault, packet.bytes)
     }
 
@@ -52,7 +57,11 @@ impl Netstack {
 
     /// The gateway's address of one version.
     pub(super) fn gateway(&self, v6: bool) -> Option<IpAddr> {
-        if v6 { self.config.ipv6.as_ref().map(|c| c.gateway.into()) } else { Some(self.config.gateway.into()) }
+        if v6 {
+            self.config.ipv6.as_ref().map(|c| c.gateway.into())
+        } else {
+            Some(self.config.gateway.into())
+        }
     }
 
     pub(super) fn answer(&mut self, port: PortId, frame: &[u8]) {
@@ -158,12 +167,15 @@ impl Netstack {
             return Err(DropReason::NotForUs);
         };
         let multicast = matches!(packet.dst, IpAddr::V6(dst) if dst.is_multicast());
-        let Some(reply) = server.handle(now, packet.port, packet.mac, multicast, body)? else { return Ok(()) };
+        let Some(reply) = server.handle(now, packet.port, packet.mac, multicast, body)? else {
+            return Ok(());
+        };
         self.leases_changed |= reply.changed;
         self.limit(now, packet.port)?;
         let Some(router) = &self.router else { return Ok(()) };
         // RFC 8415 §18.3.10: to where it came from; from an address that reaches there.
-        let (src, dst) = (SocketAddr::new(router.link_local().into(), 547), SocketAddr::new(guest.into(), DHCP6_CLIENT));
+        let (src, dst) =
+            (SocketAddr::new(router.link_local().into(), 547), SocketAddr::new(guest.into(), DHCP6_CLIENT));
         let header = udp::header(src, dst, &reply.bytes);
         let length = u16::try_from(header.len() + reply.bytes.len()).map_err(|_| DropReason::BadDhcp)?;
         let mut out = ipv6::header(router.link_local(), guest, ipv4::UDP, 64, length).to_vec();
@@ -228,8 +240,7 @@ impl Netstack {
             let from = self.guest_view(remote, v6).ip();
             let packet = icmp::echo_message(from, to.guest.ip(), message, to.guest.port())
                 .ok_or(DropReason::BadIcmp)?;
-            let (header, protocol) =
-                if v6 { (ipv6::HEADER, ipv6::ICMP) } else { (ipv4::HEADER, ipv4::ICMP) };
+            let (header, protocol) = if v6 { (ipv6::HEADER, ipv6::ICMP) } else { (ipv4::HEADER, ipv4::ICMP) };
             self.packet(to, from, protocol, [&[], packet.get(header..).unwrap_or_default()], sink)
         });
         if let Err(reason) = result {
@@ -359,7 +370,12 @@ impl Outgoing {
     }
 
     /// The fragments of one packet (RFC 791 §3.2, RFC 8200 §4.5).
-    fn fragments(&self, id: u32, [head, payload]: [&[u8]; 2], sink: &mut impl FrameSink) -> Result<(), DropReason> {
+    fn fragments(
+        &self,
+        id: u32,
+        [head, payload]: [&[u8]; 2],
+        sink: &mut impl FrameSink,
+    ) -> Result<(), DropReason> {
         let extra = if self.dst.is_ipv6() { ipv6::FRAGMENT_HEADER } else { 0 };
         let room = usize::from(self.mtu).saturating_sub(self.header() + extra) & !7;
         let total = head.len() + payload.len();

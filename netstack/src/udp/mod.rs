@@ -190,7 +190,8 @@ impl Bindings {
             self.touch(slot);
             return path;
         }
-        let (binding, new) = self.outbound(now, Key::Guest(port, guest), Target { port, mac, guest }, remote, bytes);
+        let (binding, new) =
+            self.outbound(now, Key::Guest(port, guest), Target { port, mac, guest }, remote, bytes);
         UdpPath::Binding { binding, new }
     }
 
