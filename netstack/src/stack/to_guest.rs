@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use super::ip::{DHCP6_CLIENT, Packet};
 use super::{Netstack, Outbox};
 use crate::drop_reason::DropReason;
-use crate::icmp::{self, Fault};
+use crate::icmp::{self, Fault, Unreachable};
 use crate::ndp;
 use crate::sink::{FrameSink, Offload};
 use crate::time::Instant;
@@ -263,6 +263,12 @@ impl Netstack {
         if let Err(reason) = self.try_host_fault(now, binding, remote, reporter, fault, payload) {
             self.drops.count(reason);
         }
+    }
+
+    /// The host does not send echo requests on: the guest is told that this is prohibited, as by [`Self::host_fault`].
+    pub fn echo_refused(&mut self, now: Instant, binding: BindingId, remote: SocketAddr, message: &[u8]) {
+        self.drops.count(DropReason::NoPing);
+        self.host_fault(now, binding, remote, None, Fault::Unreachable(Unreachable::Prohibited), message);
     }
 
     fn try_host_fault(
