@@ -199,8 +199,12 @@ impl Control {
             self.dns.remove_guest(gone);
         }
         known.clear();
-        for (name, ip) in names {
-            match self.dns.set_guest(name, &[*ip]) {
+        for (name, _) in names {
+            if known.contains(name) {
+                continue;
+            }
+            let addresses: Vec<_> = names.iter().filter(|(n, _)| n == name).map(|(_, ip)| *ip).collect();
+            match self.dns.set_guest(name, &addresses) {
                 Ok(()) => known.push(name.clone()),
                 // A guest may call itself anything; it just has no name then.
                 Err(error) => tracing::debug!(%error, "a guest's name is not given"),

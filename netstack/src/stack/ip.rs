@@ -354,7 +354,7 @@ impl Netstack {
     }
 
     /// A destination of a guest as the host knows it. `Err` when policy forbids it.
-    fn host_view(&self, dst: SocketAddr) -> Result<SocketAddr, DropReason> {
+    pub(super) fn host_view(&self, dst: SocketAddr) -> Result<SocketAddr, DropReason> {
         let ip = match dst.ip() {
             IpAddr::V4(ip) => self.host_view_v4(ip)?.into(),
             IpAddr::V6(ip) => self.host_view_v6(ip)?.into(),
@@ -435,7 +435,7 @@ impl Netstack {
         }
     }
 
-    fn is_gateway(&self, ip: IpAddr) -> bool {
+    pub(super) fn is_gateway(&self, ip: IpAddr) -> bool {
         let host_alias = match ip {
             IpAddr::V4(ip) => ip == self.config.host_alias,
             IpAddr::V6(ip) => self.config.ipv6.as_ref().is_some_and(|c| ip == c.host_alias),

@@ -52,11 +52,9 @@ impl BindingId {
     }
 }
 
-/// What a listing says of one binding.
+/// What a listing says of one binding of UDP, or one client of a published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BindingReport {
-    /// Whether these are echo requests and not datagrams: the ports are identifiers then.
-    pub echo: bool,
     /// The guest's end.
     pub guest: SocketAddr,
     /// Where its last datagram went (host's view); of a published client, the client.
@@ -340,8 +338,8 @@ impl Bindings {
     }
 
     pub(crate) fn reports(&self, now: Instant) -> impl Iterator<Item = BindingReport> + '_ {
-        self.slots.iter().filter_map(|(_, e)| e.as_ref()).map(move |e| BindingReport {
-            echo: matches!(e.key, Key::Echo(..)),
+        let entries = self.slots.iter().filter_map(|(_, e)| e.as_ref());
+        entries.filter(|e| !matches!(e.key, Key::Echo(..))).map(move |e| BindingReport {
             guest: e.guest,
             remote: e.remote,
             published: matches!(e.key, Key::Client(..)),
