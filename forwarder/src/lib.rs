@@ -22,6 +22,7 @@ pub mod request;
 pub mod rings;
 pub mod sidecar;
 mod unix_path;
+pub mod vsock;
 
 /// The domain of our own names: `gateway.`, `host.` and the VMs' names lie in it.
 pub const DOMAIN: &str = "portway.internal";
