@@ -22,6 +22,8 @@ pub mod request;
 pub mod rings;
 pub mod sidecar;
 mod unix_path;
+#[cfg(target_os = "linux")]
+mod vhost_user;
 pub mod vsock;
 
 /// The domain of our own names: `gateway.`, `host.` and the VMs' names lie in it.

@@ -1,6 +1,6 @@
 //! A front end and a guest's driver, in one: memory in a file, rings made by hand.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserMemoryRegion, VhostUserProtocolFeatures};
@@ -8,8 +8,10 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::super::memory::Memory;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::super::*;
+use crate::vhost_user::Memory;
 
 /// Entries of a ring.
 pub(super) const SIZE: u16 = 256;
@@ -59,7 +61,7 @@ pub(super) fn talk<T: Send>(
         let mut all = Ok(Changes::default());
         loop {
             let last = said.is_finished();
-            let mut fds = [PollFd::new(link.stream.as_fd(), PollFlags::POLLIN)];
+            let mut fds = [PollFd::new(link.front.socket().as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::from(1u8)).unwrap();
             match (link.handle_control(), &mut all) {
                 (Ok(new), Ok(all)) => {
@@ -68,7 +70,7 @@ pub(super) fn talk<T: Send>(
                 }
                 (Err(error), _) => {
                     // The front end must not wait for ever.
-                    link.stream.shutdown(std::net::Shutdown::Both).unwrap();
+                    link.front.socket().shutdown(std::net::Shutdown::Both).unwrap();
                     return (said.join().unwrap(), Err(error));
                 }
                 (Ok(_), Err(_)) => {}
