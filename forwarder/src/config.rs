@@ -88,7 +88,7 @@ pub struct Settings {
     /// Keep leases here, so that they survive a restart
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-    /// A guest's vsock, KIND:ADDRESS[,cid=N][,name=VM]: vhost:CID, firecracker:PATH or dir:PATH; repeatable
+    /// A guest's vsock, KIND:ADDRESS[,cid=N][,name=VM]: vhost-user:unix:PATH, vhost:CID, firecracker:PATH or dir:PATH; repeatable
     #[arg(long, value_name = "VSOCK")]
     pub vsock: Vec<VsockSpec>,
     /// Ports of the guest, each a unix socket guest.%08x and CID.%08x in --vsock-dir, such as 2374,62373

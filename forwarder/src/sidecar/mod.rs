@@ -75,7 +75,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
 fn vsocks(config: &Config) -> anyhow::Result<(Vec<GuestVsock>, Vec<Removed>)> {
     let (mut vsocks, mut all_names) = (Vec::new(), Vec::new());
     for (n, spec) in config.vsock.iter().enumerate() {
-        let vsock = Vsock::open(spec).context("--vsock")?;
+        let vsock = Vsock::open(spec, config.vsock_dir.as_deref()).context("--vsock")?;
         let mut ports = None;
         if let Some(dir) = config.vsock_dir.as_ref().filter(|_| !config.vsock_ports.is_empty()) {
             let bound = PortSockets::bind(dir, vsock.cid(), &config.vsock_ports, n == 0);

@@ -24,6 +24,8 @@
 //! descriptors, as every front end sends it.
 
 mod control;
+#[cfg(test)]
+pub(crate) mod lab;
 mod memory;
 mod message;
 mod ring;

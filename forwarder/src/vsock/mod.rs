@@ -21,6 +21,8 @@
 //! LinuxKit documents (`docs/platform-hyperkit.md` there): CID and port in eight hex digits each.
 
 #[cfg(target_os = "linux")]
+mod device;
+#[cfg(target_os = "linux")]
 mod kernel;
 mod ports;
 mod sockets;
@@ -30,6 +32,7 @@ mod tests;
 
 use std::fmt;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,6 +69,8 @@ struct Inner {
 /// What carries the streams.
 enum Carrier {
     #[cfg(target_os = "linux")]
+    Device(device::Device),
+    #[cfg(target_os = "linux")]
     Kernel(kernel::Kernel),
     Sockets(sockets::Sockets),
 }
@@ -80,10 +85,17 @@ impl fmt::Debug for Vsock {
 impl Vsock {
     /// Makes what `spec` says ready. The guest need not be there yet, and may go and come back.
     ///
+    /// In `dir`, where our own device is the transport, a guest's stream to a port of the host that nobody
+    /// [listens](Self::listen) on is connected to the unix socket that bears the port's name, if there is one.
+    ///
     /// # Errors
     /// When the host does not have the transport, or a path cannot be listened on; the text says which and what helps.
-    pub fn open(spec: &VsockSpec) -> io::Result<Self> {
+    pub fn open(spec: &VsockSpec, dir: Option<&Path>) -> io::Result<Self> {
         let carrier = match &spec.transport {
+            #[cfg(target_os = "linux")]
+            Transport::VhostUser(path) => {
+                Carrier::Device(device::Device::start(path, spec.cid, dir.map(Path::to_owned))?)
+            }
             #[cfg(target_os = "linux")]
             Transport::Kernel => Carrier::Kernel(kernel::Kernel::open(spec.cid)?),
             Transport::Firecracker(path) => Carrier::Sockets(sockets::Sockets::Firecracker(path.clone())),
@@ -117,6 +129,8 @@ impl Vsock {
         let connecting = async {
             match &self.0.carrier {
                 #[cfg(target_os = "linux")]
+                Carrier::Device(device) => device.connect(port).await,
+                #[cfg(target_os = "linux")]
                 Carrier::Kernel(kernel) => kernel.connect(port).await,
                 Carrier::Sockets(sockets) => sockets.connect(port).await,
             }
@@ -137,16 +151,23 @@ impl Vsock {
     pub fn listen(&self, port: u32) -> mpsc::Receiver<UnixStream> {
         match &self.0.carrier {
             #[cfg(target_os = "linux")]
+            Carrier::Device(device) => device.listen(port),
+            #[cfg(target_os = "linux")]
             Carrier::Kernel(kernel) => kernel.listen(port),
             Carrier::Sockets(sockets) => sockets.listen(port),
         }
     }
 
-    /// Makes `client` one end of a stream to `port` of the guest, and comes back when that has ended.
+    /// Makes `client` one end of a stream to `port` of the guest; comes back when that has ended, or when our own device
+    /// has taken it over.
     ///
     /// # Errors
     /// As [`Self::connect`], and when the stream broke.
     pub async fn carry(&self, port: u32, mut client: UnixStream) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        if let Carrier::Device(device) = &self.0.carrier {
+            return device.dial(port, client.into_std()?).await;
+        }
         let mut stream = self.connect(port).await?;
         tokio::io::copy_bidirectional_with_sizes(&mut client, &mut stream, COPY, COPY).await.map(drop)
     }

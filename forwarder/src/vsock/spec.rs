@@ -11,6 +11,9 @@ use crate::config::ConfigError;
 /// What carries a guest's streams.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Transport {
+    /// Our own device, for the VMM that connects to the path.
+    #[cfg(target_os = "linux")]
+    VhostUser(PathBuf),
     /// The kernel's AF_VSOCK: the VMM has a vhost-vsock device.
     #[cfg(target_os = "linux")]
     Kernel,
@@ -41,7 +44,7 @@ impl TryFrom<String> for VsockSpec {
 }
 
 /// Kinds and examples, for errors.
-const KINDS: &str = "vhost:CID, firecracker:PATH or dir:PATH";
+const KINDS: &str = "vhost-user:unix:PATH, vhost:CID, firecracker:PATH or dir:PATH";
 
 impl FromStr for VsockSpec {
     type Err = String;
@@ -50,7 +53,7 @@ impl FromStr for VsockSpec {
         let mut parts = text.split(',');
         let place = parts.next().unwrap_or_default();
         let (kind, address) = place.split_once(':').unwrap_or((place, ""));
-        let path = || {
+        let path = |address: &str| {
             let fault = |why: &str| format!("{place:?} is not a vsock: {why}; one is {KINDS}");
             if address.is_empty() {
                 return Err(fault("its path is empty"));
@@ -60,12 +63,17 @@ impl FromStr for VsockSpec {
         let mut given = None;
         let transport = match kind {
             #[cfg(target_os = "linux")]
+            "vhost-user" => match address.strip_prefix("unix:") {
+                Some(address) => Transport::VhostUser(path(address)?),
+                None => return Err(format!("{place:?} is not a vsock: vhost-user:unix:PATH is one")),
+            },
+            #[cfg(target_os = "linux")]
             "vhost" => {
                 given = Some(guest(address)?);
                 Transport::Kernel
             }
-            "firecracker" => Transport::Firecracker(path()?),
-            "dir" => Transport::Directory(path()?),
+            "firecracker" => Transport::Firecracker(path(address)?),
+            "dir" => Transport::Directory(path(address)?),
             _ => return Err(format!("{kind:?} is not a kind of vsock: {KINDS}")),
         };
         let mut name = None;
@@ -116,6 +124,8 @@ mod tests {
     #[test]
     fn what_is_typed_is_what_is_meant() {
         let parsed = |text: &str| text.parse::<VsockSpec>().expect(text);
+        let ours = Transport::VhostUser("/run/v".into());
+        assert_eq!(parsed("vhost-user:unix:/run/v"), VsockSpec { transport: ours, cid: 3, name: None });
         let kernel = VsockSpec { transport: Transport::Kernel, cid: 42, name: None };
         assert_eq!(parsed("vhost:42"), kernel);
         let fire = Transport::Firecracker("/run/v.sock".into());
@@ -130,6 +140,8 @@ mod tests {
         for (text, fault) in [
             ("", "is not a kind of vsock"),
             ("hyperkit:/x", "firecracker:PATH"),
+            ("vhost-user:/x", "vhost-user:unix:PATH is one"),
+            ("vhost-user:unix:", "its path is empty"),
             ("vhost:2", "is not the CID of a guest"),
             ("vhost:4294967295", "is not the CID of a guest"),
             ("vhost:5,cid=6", "is not an option"),

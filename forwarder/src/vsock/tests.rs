@@ -9,7 +9,7 @@ use tokio::net::UnixListener;
 use super::*;
 
 fn opened(spec: &str) -> Vsock {
-    Vsock::open(&spec.parse().unwrap()).unwrap()
+    Vsock::open(&spec.parse().unwrap(), None).unwrap()
 }
 
 async fn exchange(a: &mut UnixStream, b: &mut UnixStream) {
