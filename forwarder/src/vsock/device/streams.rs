@@ -696,10 +696,11 @@ impl Streams {
             stream.say.credit_request = !std::mem::replace(&mut stream.begged, true);
             return Ok(if stream.say.credit_request { Spoke::More(0) } else { Spoke::All });
         }
-        let Some(room) = to_guest.room(free.min(scratch.len()))? else { return Ok(Spoke::Blocked) };
+        let wanted = free.min(scratch.len());
+        let Some(room) = to_guest.room(wanted)? else { return Ok(Spoke::Blocked) };
         let Some(socket) = &stream.socket else { return Ok(Spoke::All) };
         // A chain without room for bytes takes a packet that says nothing, and the next one may be better.
-        let Some(space) = scratch.get_mut(..free.min(room)) else { return Ok(Spoke::All) };
+        let Some(space) = scratch.get_mut(..room.min(wanted)) else { return Ok(Spoke::All) };
         if space.is_empty() {
             let header = stream.header(cid, Op::CreditUpdate, 0);
             to_guest.put(&header, &[])?;

@@ -692,11 +692,14 @@ proptest! {
     #[test]
     fn every_byte_arrives_in_order_both_ways(
         to_host in prop::collection::vec(1usize..40_000, 1..20),
-        to_guest in prop::collection::vec(1usize..40_000, 1..20),
-        credit in 1u32..20_000, reads in 1usize..20_000, posts in 1usize..64,
+        to_guest in prop::collection::vec(1usize..80_000, 1..20),
+        credit in 1u32..200_000, reads in 1usize..20_000, posts in 1usize..64, buffer in 1u32..8000,
     ) {
-        let mut lab = Lab::new();
-        lab.reposts = false;
+        let mut lab = Lab::detached(ALL);
+        lab.negotiate();
+        lab.start([0; RINGS]);
+        (lab.reposts, lab.buffer) = (false, buffer);
+        lab.post_buffers(64);
         let mut streams = lab.listen(80);
         lab.sends(Header { buf_alloc: credit, ..packet(5000, 80, Op::Request) }, &[]);
         let mut host = lab.accepted(&mut streams);

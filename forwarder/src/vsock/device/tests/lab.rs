@@ -19,7 +19,7 @@ pub(super) const ALL: u64 = feature::RINGS;
 pub(super) const CID: u32 = 7;
 /// How much the guest takes of each stream.
 pub(super) const CREDIT: u32 = 256 * 1024;
-/// Bytes of a buffer for a packet's payload, as Linux posts them.
+/// Bytes of a buffer for a packet's payload, as Linux 6.1 posts them.
 pub(super) const BUFFER: u32 = 4096;
 /// Between two buffers to write to.
 const STEP: u64 = 8192;
@@ -39,6 +39,8 @@ pub(super) struct Lab {
     posted: Vec<Option<u64>>,
     /// What the guest has seen is posted again.
     pub(super) reposts: bool,
+    /// Bytes of a buffer for a packet's payload.
+    pub(super) buffer: u32,
     next_packet: u64,
 }
 
@@ -115,6 +117,7 @@ impl Lab {
             dir,
             posted: vec![None; SIZE.into()],
             reposts: true,
+            buffer: BUFFER,
             next_packet: PACKETS,
         }
     }
@@ -161,7 +164,7 @@ impl Lab {
 
     fn post_buffer(&mut self, at: u64) {
         let header = u32::try_from(LEN).unwrap();
-        let pieces: [Piece; 2] = [(at, header, true), (at + u64::from(header), BUFFER, true)];
+        let pieces: [Piece; 2] = [(at, header, true), (at + u64::from(header), self.buffer, true)];
         let head = self.driver.chain(TO_GUEST, &pieces, true);
         self.posted[usize::from(head)] = Some(at);
         self.driver.offer(TO_GUEST, head);
