@@ -20,6 +20,7 @@ use portway_netstack::{Ipv6Config, Limits, Mac, Subnet, UdpConfig, UdpFilter};
 use serde::Deserialize;
 
 use crate::publish::spec::{HostEnd, PublishSpec};
+use crate::vsock::VsockSpec;
 
 /// A setting that cannot be used: its name, the value, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -100,6 +101,15 @@ pub struct Settings {
     /// Keep leases here, so that they survive a restart
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+    /// A guest's vsock, KIND:ADDRESS[,cid=N][,name=VM]: vhost-user:unix:PATH, vhost:CID, firecracker:PATH or dir:PATH; repeatable
+    #[arg(long, value_name = "VSOCK")]
+    pub vsock: Vec<VsockSpec>,
+    /// Ports of the guest, each a unix socket guest.%08x and CID.%08x in --vsock-dir, such as 2374,62373
+    #[arg(long, value_name = "PORT,…", value_delimiter = ',')]
+    pub vsock_ports: Vec<u32>,
+    /// Where the sockets of vsock ports are [default: --state-dir]
+    #[arg(long, value_name = "DIR")]
+    pub vsock_dir: Option<PathBuf>,
     /// Whether the host alias reaches the host's loopback [default: on]
     #[arg(long, value_name = "on|off")]
     pub host_loopback: Option<Switch>,
@@ -149,6 +159,12 @@ pub struct Config {
     pub log_level: LogLevel,
     /// See [`Settings`].
     pub state_dir: Option<PathBuf>,
+    /// The guests' vsocks.
+    pub vsock: Vec<VsockSpec>,
+    /// Ports of the guests that have sockets in `vsock_dir`.
+    pub vsock_ports: Vec<u32>,
+    /// Where sockets of vsock ports are.
+    pub vsock_dir: Option<PathBuf>,
     /// See [`Settings`].
     pub host_loopback: bool,
     /// Whether link-local addresses may be reached.
@@ -704,6 +720,9 @@ impl Settings {
             log_file: self.log_file.or(file.log_file),
             log_level: self.log_level.or(file.log_level),
             state_dir: self.state_dir.or(file.state_dir),
+            vsock: join(file.vsock, self.vsock),
+            vsock_ports: join(file.vsock_ports, self.vsock_ports),
+            vsock_dir: self.vsock_dir.or(file.vsock_dir),
             host_loopback: self.host_loopback.or(file.host_loopback),
             metadata: self.metadata.or(file.metadata),
             resolv_conf: self.resolv_conf.or(file.resolv_conf),
@@ -799,6 +818,8 @@ impl TryFrom<Settings> for Config {
                 return Err(bad("--publish", format!("{spec}: its host port is given twice")));
             }
         }
+        let vsock_dir = s.vsock_dir.or_else(|| s.state_dir.clone());
+        crate::vsock::check(&s.vsock, &s.vsock_ports, vsock_dir.is_some())?;
         let network = s.network.unwrap_or_else(|| "default".into());
         if network.is_empty() || network.contains(['/', '\0']) || network.starts_with('.') {
             return Err(bad("--network", format!("{network:?} is not a name")));
@@ -823,6 +844,9 @@ impl TryFrom<Settings> for Config {
             log_file: s.log_file,
             log_level: s.log_level.unwrap_or_default(),
             state_dir: s.state_dir,
+            vsock: s.vsock,
+            vsock_ports: s.vsock_ports,
+            vsock_dir,
             host_loopback: s.host_loopback != Some(Switch::Off),
             metadata: s.metadata == Some(Metadata::Allow),
             ipv6: (s.ipv6 != Some(Ipv6Switch::Off)).then_some(ipv6),
@@ -945,6 +969,13 @@ mod tests {
             ("link = [\"qemu:unix:/x\"]\npublish = [\"1:1\", \"1:2\"]", "given twice"),
             ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"dns.test\"]", "is not IP[:PORT]"),
             ("link = [\"qemu:unix:/x\"]\nstatic-lease = [\"a=b\"]", "is not MAC=IP"),
+            ("link = [\"qemu:unix:/x\"]\nvsock = [\"wire:/x\"]", "is not a kind of vsock"),
+            ("link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\", \"dir:/y\"]", "--vsock: two guests have CID 3"),
+            ("link = [\"qemu:unix:/x\"]\nvsock-ports = [1]", "--vsock-ports: there is no --vsock"),
+            (
+                "link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\"]\nvsock-ports = [1]",
+                "--vsock-ports: they need",
+            ),
             ("link = [\"qemu:unix:/x\"]\nmto = 3", "unknown field `mto`"),
         ] {
             let error = settings(toml).expect_err(toml);

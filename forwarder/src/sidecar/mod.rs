@@ -23,6 +23,8 @@ use crate::config::Config;
 use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
 use crate::request::{Request, Requests};
+use crate::unix_path::Removed;
+use crate::vsock::{PortSockets, Vsock};
 
 /// Runs the network until it is told to end.
 ///
@@ -45,6 +47,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         driver.restore_leases(state::leases(dir));
     }
     let ports = driver.publish_at_start(&config.publish).context("--publish")?;
+    let (vsocks, _names) = vsocks(config)?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
     for p in &ports {
@@ -57,6 +60,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         dns,
         network: network(config),
         state_dir: config.state_dir.clone(),
+        vsocks,
     };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
@@ -65,6 +69,23 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     driver.run().context("the data thread")?;
     tracing::info!("ended");
     Ok(())
+}
+
+/// The guests' vsocks with the sockets of their ports, and the sockets' names, which go at the end.
+fn vsocks(config: &Config) -> anyhow::Result<(Vec<GuestVsock>, Vec<Removed>)> {
+    let (mut vsocks, mut all_names) = (Vec::new(), Vec::new());
+    for (n, spec) in config.vsock.iter().enumerate() {
+        let vsock = Vsock::open(spec, config.vsock_dir.as_deref()).context("--vsock")?;
+        let mut ports = None;
+        if let Some(dir) = config.vsock_dir.as_ref().filter(|_| !config.vsock_ports.is_empty()) {
+            let bound = PortSockets::bind(dir, vsock.cid(), &config.vsock_ports, n == 0);
+            let (sockets, names) = bound.context("--vsock-ports")?;
+            all_names.extend(names);
+            ports = Some(sockets);
+        }
+        vsocks.push((vsock, ports));
+    }
+    Ok((vsocks, all_names))
 }
 
 fn network(config: &Config) -> NetworkInfo {
@@ -130,16 +151,20 @@ fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A guest's vsock, and the sockets of its ports where it has some.
+type GuestVsock = (Vsock, Option<PortSockets>);
+
 /// The control thread.
 struct Control {
     requests: Requests,
     dns: Arc<Dns>,
     network: NetworkInfo,
     state_dir: Option<std::path::PathBuf>,
+    vsocks: Vec<GuestVsock>,
 }
 
 impl Control {
-    fn run(self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
+    fn run(mut self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -156,6 +181,11 @@ impl Control {
                     self.network.clone(),
                 ))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            }
+            for (vsock, ports) in self.vsocks.drain(..) {
+                if let Some(ports) = ports {
+                    tokio::spawn(ports.serve(vsock));
+                }
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
             self.slow_things(slow).await;
