@@ -53,6 +53,7 @@ pub(crate) const ALL: &[(&str, &[Call])] = &[
     ("the C library and the Rust runtime", RUNTIME),
     ("descriptors of every kind", DESCRIPTORS),
     ("driver and tokio: waiting", WAITING),
+    ("driver: its timer", crate::driver::CALLS),
     ("host: sockets of flows", crate::host::CALLS),
     ("datagrams", crate::datagrams::CALLS),
     ("rings", crate::rings::CALLS),

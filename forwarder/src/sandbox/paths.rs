@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{Config, LinkAddress};
 use crate::publish::spec::HostEnd;
+use crate::vsock::Transport;
 
 /// Where programs that manage resolv.conf keep what it is a link to, now or after the next change.
 const RESOLVERS: [&str; 4] =
@@ -45,6 +46,13 @@ impl Paths {
         write.extend(config.links.iter().filter_map(|l| match &l.address {
             LinkAddress::Listen(path) => parent(path),
             _ => None,
+        }));
+        write.extend(config.vsock_dir.clone());
+        write.extend(config.vsock.iter().filter_map(|v| match &v.transport {
+            Transport::VhostUser(path) | Transport::Firecracker(path) => parent(path),
+            Transport::Directory(path) => Some(path.clone()),
+            #[cfg(target_os = "linux")]
+            Transport::Kernel => None,
         }));
         write.extend(config.publish.iter().filter_map(|p| match &p.host {
             HostEnd::Unix(path) => parent(path),

@@ -24,6 +24,8 @@ use crate::config::Config;
 use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
 use crate::request::{Request, Requests};
+use crate::unix_path::Removed;
+use crate::vsock::{PortSockets, Vsock};
 
 /// What the sandbox lets state files do: be written beside the old one, brought to the disk and renamed over it.
 #[cfg(target_os = "linux")]
@@ -65,6 +67,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         driver.restore_leases(state::leases(dir));
     }
     let ports = driver.publish_at_start(&config.publish).context("--publish")?;
+    let (vsocks, _names) = vsocks(config)?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
     for p in &ports {
@@ -76,6 +79,9 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     driver.confine(crate::sandbox::paths::Paths::of(config));
     let refusals = refusals().context("the sandbox")?;
     let sandbox = crate::sandbox::enter(config)?;
+    for (vsock, _) in &vsocks {
+        vsock.start().context("--vsock")?;
+    }
 
     let control = Control {
         requests: requests.clone(),
@@ -83,6 +89,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         network: network(config, sandbox),
         refusals,
         state_dir: config.state_dir.clone(),
+        vsocks,
     };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
@@ -91,6 +98,23 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     driver.run().context("the data thread")?;
     tracing::info!("ended");
     Ok(())
+}
+
+/// The guests' vsocks with the sockets of their ports, and the sockets' names, which go at the end.
+fn vsocks(config: &Config) -> anyhow::Result<(Vec<GuestVsock>, Vec<Removed>)> {
+    let (mut vsocks, mut all_names) = (Vec::new(), Vec::new());
+    for (n, spec) in config.vsock.iter().enumerate() {
+        let vsock = Vsock::open(spec, config.vsock_dir.as_deref()).context("--vsock")?;
+        let mut ports = None;
+        if let Some(dir) = config.vsock_dir.as_ref().filter(|_| !config.vsock_ports.is_empty()) {
+            let bound = PortSockets::bind(dir, vsock.cid(), &config.vsock_ports, n == 0);
+            let (sockets, names) = bound.context("--vsock-ports")?;
+            all_names.extend(names);
+            ports = Some(sockets);
+        }
+        vsocks.push((vsock, ports));
+    }
+    Ok((vsocks, all_names))
 }
 
 fn network(config: &Config, sandbox: SandboxInfo) -> NetworkInfo {
@@ -118,14 +142,18 @@ fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
-        gateway: vec![config.gateway.into()],
-        host: vec![config.host_alias.into()],
+        gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
+        host: both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias)),
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
         upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
         resolv_conf: config.resolv_conf.clone(),
         hosts: config.hosts_file.clone(),
     }
+}
+
+fn both(v4: std::net::Ipv4Addr, v6: Option<std::net::Ipv6Addr>) -> Vec<std::net::IpAddr> {
+    std::iter::once(v4.into()).chain(v6.map(Into::into)).collect()
 }
 
 /// Every flow needs a descriptor: the soft limit goes up to the hard one.
@@ -165,6 +193,9 @@ fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A guest's vsock, and the sockets of its ports where it has some.
+type GuestVsock = (Vsock, Option<PortSockets>);
+
 /// The control thread.
 struct Control {
     requests: Requests,
@@ -173,6 +204,7 @@ struct Control {
     /// See [`refusals`].
     refusals: Option<std::os::unix::net::UnixStream>,
     state_dir: Option<std::path::PathBuf>,
+    vsocks: Vec<GuestVsock>,
 }
 
 impl Control {
@@ -197,6 +229,11 @@ impl Control {
             #[cfg(target_os = "linux")]
             if let Some(bell) = self.refusals.take() {
                 tokio::spawn(tell_refusals(bell));
+            }
+            for (vsock, ports) in self.vsocks.drain(..) {
+                if let Some(ports) = ports {
+                    tokio::spawn(ports.serve(vsock));
+                }
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
             self.slow_things(slow).await;
@@ -240,8 +277,12 @@ impl Control {
             self.dns.remove_guest(gone);
         }
         known.clear();
-        for (name, ip) in names {
-            match self.dns.set_guest(name, &[*ip]) {
+        for (name, _) in names {
+            if known.contains(name) {
+                continue;
+            }
+            let addresses: Vec<_> = names.iter().filter(|(n, _)| n == name).map(|(_, ip)| *ip).collect();
+            match self.dns.set_guest(name, &addresses) {
                 Ok(()) => known.push(name.clone()),
                 // A guest may call itself anything; it just has no name then.
                 Err(error) => tracing::debug!(%error, "a guest's name is not given"),
