@@ -4,6 +4,9 @@
 //! line that says so.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -138,8 +141,12 @@ fn a_qcow2_disk_of_a_prefix_boots_by_bios() -> Result<()> {
 
 /// `portway` with a runtime directory of its own.
 fn cli(dir: &Path, words: &[&str]) -> Result<Output> {
-    let out =
-        Command::new(portway()?).args(words).env("XDG_RUNTIME_DIR", dir).stdin(Stdio::null()).output()?;
+    let out = Command::new(portway()?)
+        .args(words)
+        .env("XDG_RUNTIME_DIR", dir)
+        .env("XDG_STATE_HOME", dir)
+        .stdin(Stdio::null())
+        .output()?;
     Ok(out)
 }
 
@@ -238,17 +245,16 @@ fn an_address_that_the_network_does_not_have_ends_the_run_with_the_networks_word
 }
 
 /// A VM in the background, killed with the test.
-struct Detached {
-    dir: tempfile::TempDir,
+struct Detached<'a> {
+    dir: &'a Path,
     name: &'static str,
 }
 
-impl Detached {
-    fn start(name: &'static str, options: &[&str]) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
+impl<'a> Detached<'a> {
+    fn start(dir: &'a Path, name: &'static str, options: &[&str]) -> Result<Self> {
         let vm = Self { dir, name };
         let (image, state) = (guest_image()?.display().to_string(), vm.state(""));
-        let words = ["run", "--detach", "--name", name, "--mem", "512", "--state-dir", &state];
+        let words = ["run", "--detach", "--name", name, "--mem", "256", "--state-dir", &state];
         let out = vm.portway(&[&words[..], options, &[&image]].concat())?;
         ensure!(out.status.success(), "{}", said(&out));
         ensure!(out.stdout == format!("{name}\n").into_bytes(), "{}", said(&out));
@@ -256,17 +262,24 @@ impl Detached {
     }
 
     fn portway(&self, words: &[&str]) -> Result<Output> {
-        cli(self.dir.path(), words)
+        cli(self.dir, words)
     }
 
     fn state(&self, file: &str) -> String {
-        path(self.dir.path(), &format!("state/{file}"))
+        path(self.dir, &format!("state-{}/{file}", self.name))
     }
 
     fn await_console(&self, text: &str) -> Result<()> {
         let log = || fs::read(self.state("console.log")).unwrap_or_default();
         let waited = until(Duration::from_secs(120), || String::from_utf8_lossy(&log()).contains(text));
-        waited.with_context(|| String::from_utf8_lossy(&log()).into_owned())
+        waited.with_context(|| format!("no {text:?}:\n{}", String::from_utf8_lossy(&log())))
+    }
+
+    /// Types a command on the console and waits for what it says.
+    fn types(&self, command: &str, answer: &str) -> Result<()> {
+        let mut console = UnixStream::connect(self.state("console.sock")).context("console.sock")?;
+        console.write_all(format!("\n{command}\n").as_bytes())?;
+        self.await_console(answer)
     }
 
     fn vms(&self) -> Result<serde_json::Value> {
@@ -274,7 +287,7 @@ impl Detached {
     }
 }
 
-impl Drop for Detached {
+impl Drop for Detached<'_> {
     fn drop(&mut self) {
         let _ = self.portway(&["kill", self.name]);
     }
@@ -321,7 +334,8 @@ fn a_detached_vm_is_listed_has_a_console_and_is_stopped_by_name() -> Result<()> 
     if !has_qemu() {
         return Ok(());
     }
-    let vm = Detached::start("web", &[])?;
+    let dir = tempfile::tempdir()?;
+    let vm = Detached::start(dir.path(), "web", &[])?;
     let listed = vm.vms()?;
     ensure!(
         listed[0]["name"] == "web" && listed[0]["detached"] == true && listed[0]["accel"].is_string(),
@@ -333,11 +347,11 @@ fn a_detached_vm_is_listed_has_a_console_and_is_stopped_by_name() -> Result<()> 
 
     vm.await_console("portway-agent: ready")?;
     let program = portway()?.display().to_string();
-    let runtime = vm.dir.path().display().to_string();
+    let runtime = dir.path().display().to_string();
     let command = format!(
         "stty -a > {runtime}/before; XDG_RUNTIME_DIR={runtime} {program} console web; stty -a > {runtime}/after; echo left=$?"
     );
-    let terminal = Terminal::start(vm.dir.path(), &command)?;
+    let terminal = Terminal::start(dir.path(), &command)?;
     terminal.shows("Ctrl-] leaves it")?;
     terminal.types(&["", "Enter"])?;
     terminal.shows("/ #")?;
@@ -348,13 +362,13 @@ fn a_detached_vm_is_listed_has_a_console_and_is_stopped_by_name() -> Result<()> 
     terminal.shows("still-here")?;
     terminal.types(&["C-]"])?;
     terminal.shows("left=0")?;
-    let settings = |name: &str| fs::read_to_string(vm.dir.path().join(name));
+    let settings = |name: &str| fs::read_to_string(dir.path().join(name));
     ensure!(settings("before")? == settings("after")?, "the terminal is not as it was");
 
     let start = Instant::now();
     let mut waiting = Command::new(portway()?)
         .args(["wait", "web"])
-        .env("XDG_RUNTIME_DIR", vm.dir.path())
+        .env("XDG_RUNTIME_DIR", dir.path())
         .stdout(Stdio::piped())
         .spawn()?;
     let out = vm.portway(&["stop", "web"])?;
@@ -373,10 +387,11 @@ fn a_killed_vm_has_an_exit_code_of_its_own() -> Result<()> {
     if !has_qemu() {
         return Ok(());
     }
-    let vm = Detached::start("web", &["--net", "none"])?;
+    let dir = tempfile::tempdir()?;
+    let vm = Detached::start(dir.path(), "web", &["--net", "none"])?;
     let waiting = Command::new(portway()?)
         .args(["wait", "web"])
-        .env("XDG_RUNTIME_DIR", vm.dir.path())
+        .env("XDG_RUNTIME_DIR", dir.path())
         .stdout(Stdio::piped())
         .spawn()?;
     let out = vm.portway(&["kill", "web"])?;
@@ -408,5 +423,147 @@ fn a_detached_vm_that_cannot_start_says_why_and_is_not_there() -> Result<()> {
         serde_json::from_slice::<serde_json::Value>(&cli(dir.path(), &["vms", "--format", "json"])?.stdout)?
             == serde_json::json!([])
     );
+    Ok(())
+}
+
+#[test]
+fn two_vms_share_a_network_find_each_other_by_name_and_it_ends_with_the_last() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let network = ["--network", "lab"];
+    let one = Detached::start(dir.path(), "one", &[&network[..], &["-publish", "0:22"]].concat())?;
+    let two = Detached::start(
+        dir.path(),
+        "two",
+        &[&network[..], &["-publish", "0:80", "--ip", "192.168.127.77"]].concat(),
+    )?;
+    let late = cli(
+        dir.path(),
+        &["run", "--network", "lab", "--dns-host", "a.test=1.2.3.4", &guest_image()?.display().to_string()],
+    )?;
+    ensure!(
+        late.status.code() == Some(2) && said(&late).contains("--dns-host cannot be given now"),
+        "{}",
+        said(&late)
+    );
+    let again = cli(
+        dir.path(),
+        &[
+            "run",
+            "--network",
+            "lab",
+            "--name",
+            "two",
+            "--state-dir",
+            &path(dir.path(), "s"),
+            &guest_image()?.display().to_string(),
+        ],
+    )?;
+    ensure!(
+        again.status.code() == Some(2) && said(&again).contains("\"two\" is on this network already"),
+        "{}",
+        said(&again)
+    );
+    for vm in [&one, &two] {
+        vm.await_console("portway-agent: ready")?;
+    }
+    one.types("ping -c 1 -W 10 two && echo found-$((40+2))", "found-42")?;
+    two.types("ping -c 1 -W 10 one.portway.internal && echo found-$((40+2))", "found-42")?;
+    two.await_console("lease 192.168.127.77")?;
+    let ports = cli(dir.path(), &["ports", "--network", "lab", "--format", "json"])?;
+    let ports: serde_json::Value = serde_json::from_slice(&ports.stdout)?;
+    ensure!(ports.as_array().is_some_and(|ports| ports.len() == 2), "{ports}");
+
+    // The first may go: the network stays for the second, without the first's ports.
+    ensure!(one.portway(&["stop", "one"])?.status.success());
+    let left = || -> Result<serde_json::Value> {
+        Ok(serde_json::from_slice(
+            &cli(dir.path(), &["ports", "--network", "lab", "--format", "json"])?.stdout,
+        )?)
+    };
+    until(Duration::from_secs(10), || left().is_ok_and(|p| p.as_array().is_some_and(|p| p.len() == 1)))?;
+    ensure!(left()?[0]["guest_port"] == 80, "{}", left()?);
+    two.types("nslookup gateway.portway.internal && echo still-$((40+2))", "still-42")?;
+    ensure!(two.portway(&["stop", "two"])?.status.success());
+    until(Duration::from_secs(10), || sockets(dir.path()).is_ok_and(|left| left.is_empty()))
+        .with_context(|| format!("left behind: {:?}", sockets(dir.path())))
+}
+
+/// Sockets, and other things that belong to a running VM alone.
+fn sockets(dir: &Path) -> Result<Vec<PathBuf>> {
+    let is_left = |path: &PathBuf| {
+        let socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        socket || name == "tmp" || name.ends_with(".new") || path.parent().is_some_and(|p| p.ends_with("vms"))
+    };
+    Ok(tree(dir)?.into_iter().filter(is_left).collect())
+}
+
+/// Processes that were started with this runtime directory, zombies excepted.
+fn processes(dir: &Path) -> Result<Vec<String>> {
+    let mark = format!("XDG_RUNTIME_DIR={}\0", dir.display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        // A process that ends meanwhile is none.
+        let environment = fs::read(path.join("environ")).unwrap_or_default();
+        if environment.windows(mark.len()).any(|bytes| bytes == mark.as_bytes()) {
+            let line = fs::read(path.join("cmdline")).unwrap_or_default();
+            found.push(String::from_utf8_lossy(&line).replace('\0', " "));
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_launcher_that_is_killed_at_any_moment_leaves_nothing_behind() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let image = guest_image()?.display().to_string();
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    for round in 0..50 {
+        let dir = tempfile::tempdir()?;
+        let at = |name: &str| path(dir.path(), name);
+        fs::create_dir(at("share"))?;
+        let (state, disk, share) = (at("state"), format!("{},size=1M", at("disk")), at("share"));
+        let mut words =
+            vec!["run", "--mem", "64", "--disposable", "--disk", &disk, "--data", "x", "--state-dir", &state];
+        match round % 3 {
+            0 => words.extend(["--network", "lab"]),
+            1 => words.extend(["--virtiofs", &share]),
+            _ => {}
+        }
+        words.push(&image);
+        let mut launcher = Command::new(portway()?)
+            .args(&words)
+            .env("XDG_RUNTIME_DIR", dir.path())
+            .env("XDG_STATE_HOME", dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(at("said"))?)
+            .spawn()?;
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        std::thread::sleep(Duration::from_millis(random % 400));
+        launcher.kill()?;
+        launcher.wait()?;
+        let gone = until(Duration::from_secs(30), || {
+            processes(dir.path()).is_ok_and(|p| p.is_empty())
+                && sockets(dir.path()).is_ok_and(|s| s.is_empty())
+        });
+        gone.with_context(|| {
+            let said = fs::read_to_string(at("said")).unwrap_or_default();
+            format!("round {round}: {:?} {:?}\n{said}", processes(dir.path()), sockets(dir.path()))
+        })?;
+        // And the same state can be used again at once.
+        if round % 10 == 9 {
+            let out = cli(dir.path(), &["run", "--state-dir", &state, "--device", "no-such-device", &image])?;
+            ensure!(said(&out).contains("no-such-device"), "{}", said(&out));
+        }
+    }
     Ok(())
 }

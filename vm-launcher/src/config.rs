@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::{Accel, Arch, BootImage, Data, DiskSpec, Mac, Net, Share};
+use crate::{Accel, Arch, BootImage, Data, DiskSpec, Mac, Net, Share, SharedNetwork};
 
 /// Where the VM's console is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -66,6 +66,8 @@ pub struct LaunchConfig {
     pub name: String,
     /// The control API's socket.
     pub api: PathBuf,
+    /// The network it shares with others; `None`: one of its own.
+    pub shared: Option<SharedNetwork>,
     /// The program that is the sidecar when called with `serve`; `portway` itself as a rule.
     pub sidecar: PathBuf,
     /// Further arguments of `serve`, such as `--dns-upstream`.
@@ -116,6 +118,7 @@ impl LaunchConfig {
             state_dir,
             name,
             api,
+            shared: None,
             sidecar,
             serve_args: Vec::new(),
             qemu: None,

@@ -93,6 +93,20 @@ pub enum LaunchError {
         /// The last lines of its log.
         log: String,
     },
+    /// A network that VMs share did not take this one.
+    #[error("network {network}: {reason}")]
+    NotJoined {
+        /// Its name.
+        network: String,
+        /// Its own words.
+        reason: String,
+    },
+    /// A network that VMs share ended under a running VM, which was then ended too.
+    #[error("the network ended, so the VM was ended too:\n{log}")]
+    NetworkLost {
+        /// The last lines of its log.
+        log: String,
+    },
     /// Who serves a share ended under a running VM, which was then ended too.
     #[error("virtiofsd of {tag} ended ({status}), so the VM was ended too:\n{log}")]
     ShareDied {
@@ -134,7 +148,7 @@ impl LaunchError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Setting(_) => 2,
+            Self::Setting(_) | Self::NotJoined { .. } => 2,
             Self::SidecarNotReady { status, .. } | Self::VmDied { status, .. } => {
                 status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0).unwrap_or(1)
             }

@@ -160,11 +160,11 @@ fn major(text: &[u8]) -> Option<u32> {
     text.split_once("version ")?.1.split('.').next()?.parse().ok()
 }
 
-/// The socket on which the sidecar waits for QEMU: beside the control API's, which is short enough for a socket's path
-/// and belongs to this network alone.
+/// The socket on which the sidecar waits for the hypervisor: beside the control API's, which is short enough for a socket's
+/// path and belongs to this network alone.
 pub(crate) fn socket(config: &LaunchConfig) -> PathBuf {
     let mut path = config.api.clone().into_os_string();
-    path.push("-vm");
+    path.push(format!("-{}", config.name));
     path.into()
 }
 

@@ -1,4 +1,4 @@
-//! The VM's network as a process: the sidecar, from its start to its end.
+//! The VM's network: a sidecar of its own from its start to its end, or a place on one that VMs share.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,6 +16,7 @@ use crate::guard::Guard;
 use crate::machine::Machine;
 use crate::net::{self, Card};
 use crate::process::{Process, timeout};
+use crate::shared::Joined;
 use crate::sidecar::{self, Link};
 use crate::signals::Signals;
 use crate::state::{Log, StateDir};
@@ -25,9 +26,54 @@ use crate::{LaunchConfig, LaunchError, sockets, sys};
 /// How long the sidecar has to be ready; it takes milliseconds.
 const READY_PATIENCE: Duration = Duration::from_secs(30);
 
+/// What the VM is connected to.
+#[derive(Debug)]
+pub(crate) enum Network {
+    /// A sidecar of its own.
+    Own(Sidecar),
+    /// A place on a shared one.
+    Shared(Joined),
+}
+
+impl Network {
+    /// Starts or joins it and waits until it is ready; the answer's other part is the VM's end of the link.
+    pub(crate) fn start(
+        config: &LaunchConfig,
+        machine: &Machine,
+        state: &StateDir,
+        signals: &Signals,
+        guard: &mut Guard,
+    ) -> Result<(Self, VmEnd), LaunchError> {
+        if let Some(shared) = &config.shared {
+            let (joined, socket) = Joined::new(config, shared, machine, guard)?;
+            return Ok((Self::Shared(joined), VmEnd::Path(socket)));
+        }
+        let (mut sidecar, end) = Sidecar::start(config, machine, state, guard)?;
+        sidecar.await_ready(signals)?;
+        Ok((Self::Own(sidecar), end))
+    }
+
+    /// The error to tell when the network has ended under the VM.
+    pub(crate) fn ended(&mut self) -> io::Result<Option<LaunchError>> {
+        match self {
+            Self::Own(sidecar) => sidecar.ended(),
+            Self::Shared(joined) => joined.ended(),
+        }
+    }
+}
+
+impl AsFd for Network {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Own(sidecar) => sidecar.process.as_fd(),
+            Self::Shared(joined) => joined.as_fd(),
+        }
+    }
+}
+
 /// The sidecar of one VM.
 #[derive(Debug)]
-pub(crate) struct Network {
+pub(crate) struct Sidecar {
     process: Process,
     ready: OwnedFd,
     log: Log,
@@ -35,9 +81,9 @@ pub(crate) struct Network {
     paths: Vec<std::path::PathBuf>,
 }
 
-impl Network {
-    /// Starts the sidecar; the answer's other part is the VM's end of the link.
-    pub(crate) fn start(
+impl Sidecar {
+    /// Starts it; the answer's other part is the VM's end of the link.
+    fn start(
         config: &LaunchConfig,
         machine: &Machine,
         state: &StateDir,
@@ -79,7 +125,7 @@ impl Network {
     }
 
     /// Waits for `ready`, for the end of the sidecar, or for a signal.
-    pub(crate) fn await_ready(&mut self, signals: &Signals) -> Result<(), LaunchError> {
+    fn await_ready(&mut self, signals: &Signals) -> Result<(), LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot wait for the network", error);
         let deadline = Instant::now() + READY_PATIENCE;
         let mut told = Vec::new();
@@ -120,20 +166,13 @@ impl Network {
         }
     }
 
-    /// The error to tell when the network has ended under the VM.
-    pub(crate) fn ended(&mut self) -> io::Result<Option<LaunchError>> {
+    fn ended(&mut self) -> io::Result<Option<LaunchError>> {
         let status = self.process.ended()?;
         Ok(status.map(|status| LaunchError::SidecarDied { status, log: self.log.tail() }))
     }
 }
 
-impl AsFd for Network {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.process.as_fd()
-    }
-}
-
-impl Drop for Network {
+impl Drop for Sidecar {
     /// In order, whatever ended the VM. One that had to be killed has left its sockets.
     fn drop(&mut self) {
         let _ = self.process.end(END_PATIENCE);

@@ -2,10 +2,10 @@
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::LaunchConfig;
 use crate::net::Card;
+use crate::{LaunchConfig, SharedNetwork};
 
 /// Where sidecar and VM meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +55,26 @@ pub(crate) fn arguments(config: &LaunchConfig, card: &Card, link: &Link, ready: 
     args
 }
 
+/// The arguments of a sidecar that several VMs share.
+pub(crate) fn shared_arguments(
+    config: &LaunchConfig,
+    shared: &SharedNetwork,
+    join: &Path,
+    ready: RawFd,
+) -> Vec<OsString> {
+    let unix = |path: &Path| {
+        let mut place = OsString::from("unix:");
+        place.push(path);
+        place
+    };
+    let mut args: Vec<OsString> = vec!["serve".into(), "--network".into(), shared.name.clone().into()];
+    args.extend(["--join".into(), unix(join), "--api".into(), unix(&config.api)]);
+    args.extend(["--state-dir".into(), shared.state_dir.clone().into()]);
+    args.extend(["--ready-fd".into(), ready.to_string().into()]);
+    args.extend(config.serve_args.iter().cloned());
+    args
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,6 +94,11 @@ mod tests {
         let words = arguments(&config, &Card::VhostUser, &Link::Path("/run/vm".into()), 6);
         assert_eq!(words[2], "vhost-user:unix:/run/vm,name=demo,mtu=65520");
         config.ip = Some("192.168.127.9".parse().expect("an address"));
+        let shared = SharedNetwork { name: "dev".into(), state_dir: "/n".into() };
+        let words = shared_arguments(&config, &shared, Path::new("/run/j"), 6);
+        let expected = "serve --network dev --join unix:/run/j --api unix:/run/a.sock --state-dir /n --ready-fd 6 \
+            --dns-upstream 127.0.0.1:5353";
+        assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
         let spec = link_spec(&config, &Card::Datagrams, &Link::Inherited(5));
         assert_eq!(spec, "dgram:fd:5,name=demo,mtu=65520,ip=192.168.127.9");
     }

@@ -189,7 +189,12 @@ impl Log {
 
     /// The last lines, or where the log is if it has none.
     pub(crate) fn tail(&self) -> String {
-        let text = File::open(&self.path).and_then(|mut file| {
+        Self::tail_of(&self.path)
+    }
+
+    /// The last lines of the log at `path`.
+    pub(crate) fn tail_of(path: &Path) -> String {
+        let text = File::open(path).and_then(|mut file| {
             let len = file.metadata()?.len();
             file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))?;
             let mut bytes = Vec::new();
@@ -198,16 +203,21 @@ impl Log {
         });
         match text {
             Ok(text) if text.trim().is_empty() => {
-                format!("it said nothing ({} is empty)", self.path.display())
+                format!("it said nothing ({} is empty)", path.display())
             }
             Ok(text) => last_lines(&text),
-            Err(error) => format!("{} cannot be read: {error}", self.path.display()),
+            Err(error) => format!("{} cannot be read: {error}", path.display()),
         }
     }
 
     /// The last line, without the name of the program that everything we say begins with.
     pub(crate) fn last_words(&self) -> String {
-        let tail = self.tail();
+        Self::last_words_of(&self.path)
+    }
+
+    /// The last line of the log at `path`.
+    pub(crate) fn last_words_of(path: &Path) -> String {
+        let tail = Self::tail_of(path);
         let line = tail.lines().last().unwrap_or_default();
         line.strip_prefix("portway: ").unwrap_or(line).to_owned()
     }

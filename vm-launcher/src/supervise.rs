@@ -99,8 +99,7 @@ fn run_in(
     let mut network = None;
     let mut vm_end = None;
     if machine.card.needs_sidecar() {
-        let (mut made, end) = Network::start(config, &machine, state, &mut guard)?;
-        made.await_ready(signals)?;
+        let (made, end) = Network::start(config, &machine, state, signals, &mut guard)?;
         tell(Event::NetworkReady);
         (network, vm_end) = (Some(made), Some(end));
     }
@@ -253,6 +252,10 @@ impl Vm {
             // No console to type on; and with it no reason to be in the terminal's foreground, where Ctrl-C would
             // end QEMU before the guest is down.
             command.stdin(Stdio::null()).process_group(0);
+        }
+        if config.console == Console::Socket {
+            // Whoever reads what we say until the machine runs must not have to wait for the hypervisor's end.
+            command.stdout(log.writer().map_err(failed)?);
         }
         sys::prepare(&mut command, inherited, Signal::SIGKILL);
         let process = Process::start(command)?;

@@ -177,7 +177,7 @@ fn a_qemu_that_fails_is_told_with_its_last_words_and_its_code() {
 #[test]
 fn a_network_that_dies_takes_the_vm_with_it_and_says_why() {
     let lab =
-        Lab::new(&GOOD_SIDECAR.replace("note sidecar $$", "note sidecar $$; echo panicked >&2"), GOOD_QEMU);
+        Lab::new(&GOOD_SIDECAR.replace("note sidecar $$", "echo panicked >&2; note sidecar $$"), GOOD_QEMU);
     let error = lab
         .run_and(|lab, _| kill(lab.pid("sidecar"), Signal::SIGKILL).expect("it is there"))
         .expect_err("the network died");

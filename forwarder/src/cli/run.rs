@@ -14,7 +14,7 @@ use clap::ValueEnum;
 use portway_api::control::PortInfo;
 use portway_launcher::{
     Accel, Arch, BootImage, Console, Data, DiskSpec, Event, LaunchConfig, LaunchError, Leave, Mac, Net,
-    Share, Side,
+    Share, SharedNetwork, Side,
 };
 
 use super::{Failure, listing};
@@ -138,9 +138,9 @@ struct NetworkArgs {
     /// The largest IP packet on the link
     #[arg(long, value_name = "BYTES", default_value_t = LaunchConfig::DEFAULT_MTU, value_parser = clap::value_parser!(u16).range(576..))]
     mtu: u16,
-    /// The network's name; its control socket is $XDG_RUNTIME_DIR/portway/NAME.sock
-    #[arg(long, value_name = "NAME", default_value = "default")]
-    network: String,
+    /// Start or join the network of this name, which several VMs share [default: a network of its own, called default]
+    #[arg(long, value_name = "NAME")]
+    network: Option<String>,
     /// The network's control socket, when it is to have one of its own
     #[arg(long, value_name = "unix:PATH")]
     api: Option<UnixPath>,
@@ -292,10 +292,23 @@ fn image(prefix: Option<PathBuf>, boot: &BootArgs, arch: Arch) -> Result<(PathBu
 
 fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     let RunArgs { image: prefix, boot, machine, network, life } = args;
+    if let Some(name) = &network.network
+        && (name.is_empty() || name.contains(['/', '\0']) || name.starts_with('.'))
+    {
+        return Err(Failure::usage(format!("--network {name:?} is not a name, such as --network dev")));
+    }
+    let named = network.network.clone().unwrap_or_else(|| "default".into());
     let api = match network.api {
         Some(UnixPath(path)) => path,
-        None => runtime_socket(&network.network).map_err(Failure::usage)?,
+        None => runtime_socket(&named).map_err(Failure::usage)?,
     };
+    if network.network.is_none() && std::os::unix::net::UnixStream::connect(&api).is_ok() {
+        return Err(Failure::usage(format!(
+            "{}: a network runs there already: VMs that are all started with --network NAME share one",
+            api.display()
+        )));
+    }
+    let shared = network.network.map(|name| SharedNetwork { state_dir: network_state(&name), name });
     let sidecar = std::env::current_exe().map_err(|error| {
         Failure::failed(format!("cannot find this program to start the network: {error}"))
     })?;
@@ -328,11 +341,21 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     config.console = if life.detach { Console::Socket } else { Console::Stdio };
     config.registry = Some(registry()?);
     config.stop_timeout = Duration::from_secs(life.stop_timeout);
-    config.serve_args = vec!["--network".into(), network.network.into()];
+    if shared.is_none() {
+        config.serve_args = vec!["--network".into(), named.into()];
+    }
+    config.shared = shared;
     for (option, values) in [("--dns-upstream", network.dns_upstream), ("--dns-host", network.dns_host)] {
         config.serve_args.extend(values.into_iter().flat_map(|value| [option.into(), value.into()]));
     }
     Ok(config)
+}
+
+/// Where a network that VMs share keeps its leases and its log: $XDG_STATE_HOME, else ~/.local/state.
+fn network_state(name: &str) -> PathBuf {
+    let set = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = set("XDG_STATE_HOME").or_else(|| set("HOME").map(|home| home.join(".local/state")));
+    base.unwrap_or_else(std::env::temp_dir).join("portway/networks").join(name)
 }
 
 /// A DNS label from a file's name: `images/my_os.v2` is called `my-os-v2`.

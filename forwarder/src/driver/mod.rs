@@ -14,6 +14,7 @@
 
 mod commands;
 mod flows;
+mod join;
 mod requests;
 mod udp;
 
@@ -116,6 +117,8 @@ pub struct Driver {
     slow: tokio::sync::mpsc::Sender<Slow>,
     names: Vec<(String, std::net::IpAddr)>,
     events: EventQueue,
+    /// Whether VMs may still come when there is none.
+    joinable: bool,
     ending: bool,
 }
 
@@ -177,6 +180,7 @@ impl Driver {
             slow,
             names: Vec::new(),
             events: EventQueue::default(),
+            joinable: config.join.is_some(),
             ending: false,
         })
     }
@@ -194,7 +198,7 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
+        while !self.ending && (self.joinable || !self.links.iter().all(|l| l.ended)) {
             match self
                 .poll
                 .poll(&mut events, if busy { Some(std::time::Duration::ZERO) } else { self.timeout() })
