@@ -15,6 +15,7 @@
 mod alarm;
 mod commands;
 mod flows;
+mod join;
 mod ping;
 mod requests;
 mod routes;
@@ -130,6 +131,8 @@ pub struct Driver {
     slow: tokio::sync::mpsc::Sender<Slow>,
     names: Vec<(String, std::net::IpAddr)>,
     events: EventQueue,
+    /// Whether VMs may still come when there is none.
+    joinable: bool,
     ending: bool,
 }
 
@@ -203,6 +206,7 @@ impl Driver {
             slow,
             names: Vec::new(),
             events: EventQueue::default(),
+            joinable: config.join.is_some(),
             ending: false,
         })
     }
@@ -220,7 +224,7 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
+        while !self.ending && (self.joinable || !self.links.iter().all(|l| l.ended)) {
             let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
             match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,

@@ -7,6 +7,7 @@
 //! Nothing is left half-started: every listener is bound before `ready` is said, and any failure before that ends the
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
+mod join;
 mod state;
 
 use std::io::Write;
@@ -50,6 +51,9 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     let (vsocks, _names) = vsocks(config)?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
+    let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
+    let join = join.context("--join")?;
+    let _join = config.join.as_deref().map(RemovedAtEnd);
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
     }
@@ -61,6 +65,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         network: network(config),
         state_dir: config.state_dir.clone(),
         vsocks,
+        join: join.map(|listener| (listener, config.clone())),
     };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
@@ -161,6 +166,7 @@ struct Control {
     network: NetworkInfo,
     state_dir: Option<std::path::PathBuf>,
     vsocks: Vec<GuestVsock>,
+    join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
 
 impl Control {
@@ -185,6 +191,12 @@ impl Control {
             for (vsock, ports) in self.vsocks.drain(..) {
                 if let Some(ports) = ports {
                     tokio::spawn(ports.serve(vsock));
+                }
+            }
+            if let Some((listener, config)) = self.join.take() {
+                match UnixListener::from_std(listener) {
+                    Ok(listener) => drop(tokio::spawn(join::serve(listener, config, self.requests.clone()))),
+                    Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
                 }
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
