@@ -87,6 +87,9 @@ pub struct Settings {
     /// The control socket, unix:PATH
     #[arg(long, value_name = "unix:PATH")]
     pub api: Option<UnixPath>,
+    /// Where VMs join while the network runs, unix:PATH: each with a link that lives as long as its connection; the network ends with the last one
+    #[arg(long, value_name = "unix:PATH")]
+    pub join: Option<UnixPath>,
     /// Write one line `ready` to this descriptor when every listener is bound, and close it
     #[arg(long, value_name = "FD")]
     pub ready_fd: Option<i32>,
@@ -134,12 +137,50 @@ pub struct Settings {
     pub allow_path: Vec<Directory>,
 }
 
+impl Config {
+    /// The link of a VM that joins.
+    ///
+    /// # Errors
+    /// When its address is none of this network, or it has settings that only a start takes.
+    pub fn joining(&self, link: LinkSpec) -> Result<LinkConfig, ConfigError> {
+        if let Some(ip) = link.ip {
+            usable(self.subnet, self.gateway, self.host_alias, "--ip", ip)?;
+        }
+        if link.mac.is_some() {
+            return Err(bad("--link", "mac= goes with the start of the network: --static-lease"));
+        }
+        let LinkSpec { kind, address, name, ip, isolate, offload, .. } = link;
+        Ok(LinkConfig { kind, address, name, ip, mtu: link.mtu.unwrap_or(kind.mtu()), isolate, offload })
+    }
+}
+
+/// Whether a guest may have `ip`.
+fn usable(
+    subnet: Subnet,
+    gateway: Ipv4Addr,
+    host_alias: Ipv4Addr,
+    setting: &'static str,
+    ip: Ipv4Addr,
+) -> Result<(), ConfigError> {
+    let taken = ip == gateway
+        || ip == host_alias
+        || Some(IpAddr::V4(ip)) == subnet.broadcast()
+        || IpAddr::V4(ip) == subnet.network();
+    if !subnet.contains(ip.into()) {
+        Err(bad(setting, format!("{ip} is not in the subnet {subnet}")))
+    } else if taken {
+        Err(bad(setting, format!("{ip} is the network's own (gateway {gateway}, host alias {host_alias})")))
+    } else {
+        Ok(())
+    }
+}
+
 const RUNTIME_DIR_MODE: u32 = 0o700;
 
 /// The settings, checked: what is in here works or fails at the host, not in the grammar.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The links, one at least.
+    /// The links, one at least unless VMs join.
     pub links: Vec<LinkConfig>,
     /// The guests' subnet.
     pub subnet: Subnet,
@@ -159,6 +200,8 @@ pub struct Config {
     pub network: String,
     /// The control socket.
     pub api: PathBuf,
+    /// Where VMs join.
+    pub join: Option<PathBuf>,
     /// See [`Settings`].
     pub ready_fd: Option<i32>,
     /// See [`Settings`].
@@ -743,6 +786,7 @@ impl Settings {
             static_lease: join(file.static_lease, self.static_lease),
             network: self.network.or(file.network),
             api: self.api.or(file.api),
+            join: self.join.or(file.join),
             ready_fd: self.ready_fd.or(file.ready_fd),
             pid_file: self.pid_file.or(file.pid_file),
             log_file: self.log_file.or(file.log_file),
@@ -780,20 +824,7 @@ impl TryFrom<Settings> for Config {
         };
         let gateway = host(1).ok_or_else(|| bad("--subnet", format!("{subnet} has no addresses")))?;
         let host_alias = Ipv4Addr::from(u32::from(broadcast) - 1);
-        let usable = |setting, ip: Ipv4Addr| {
-            let taken =
-                ip == gateway || ip == host_alias || ip == broadcast || IpAddr::V4(ip) == subnet.network();
-            if !subnet.contains(ip.into()) {
-                Err(bad(setting, format!("{ip} is not in the subnet {subnet}")))
-            } else if taken {
-                Err(bad(
-                    setting,
-                    format!("{ip} is the network's own (gateway {gateway}, host alias {host_alias})"),
-                ))
-            } else {
-                Ok(())
-            }
-        };
+        let usable = |setting, ip| usable(subnet, gateway, host_alias, setting, ip);
         let follows_host = s.ipv6.unwrap_or_default() == Ipv6Switch::Auto;
         let subnet6 = s.subnet6.unwrap_or_else(|| unique_local(&subnet));
         let ipv6 = Ipv6::new(subnet6, follows_host).ok_or_else(|| {
@@ -811,7 +842,7 @@ impl TryFrom<Settings> for Config {
         {
             return Err(bad("--mtu", format!("{mtu}: 576 to 65535 bytes")));
         }
-        if s.link.is_empty() {
+        if s.link.is_empty() && s.join.is_none() {
             return Err(bad(
                 "--link",
                 "one at least is needed, such as --link qemu:unix:/run/user/1000/vm.sock",
@@ -870,6 +901,7 @@ impl TryFrom<Settings> for Config {
             static_lease,
             network,
             api,
+            join: s.join.map(|UnixPath(path)| path),
             ready_fd: s.ready_fd,
             pid_file: s.pid_file,
             log_file: s.log_file,

@@ -50,6 +50,7 @@ impl HostStream {
     /// When the kernel refuses at once.
     pub fn connect(to: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect(to)?;
+        crate::fd::within_share(&stream)?;
         // The applications at both ends have decided about small segments already.
         stream.set_nodelay(true)?;
         Ok(Self::Tcp(stream))

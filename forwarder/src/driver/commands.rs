@@ -30,7 +30,7 @@ impl Driver {
                         host.stream.reset();
                     }
                 }
-                HostCommand::CloseBinding { binding } => self.udp.close(binding),
+                HostCommand::CloseBinding { binding } => self.udp.close(self.poll.registry(), binding),
             }
         }
         ran
@@ -72,6 +72,7 @@ impl Driver {
     /// The other end of the flow is a stream that the control thread serves.
     fn serve_dns(&mut self, flow: FlowId) {
         let made = std::os::unix::net::UnixStream::pair().and_then(|(ours, theirs)| {
+            crate::fd::within_share(&theirs)?;
             ours.set_nonblocking(true)?;
             theirs.set_nonblocking(true)?;
             Ok((ours, theirs))

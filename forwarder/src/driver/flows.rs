@@ -131,7 +131,15 @@ impl Driver {
             match accepted {
                 Ok((stream, client)) => {
                     moved = true;
-                    self.open_to_guest(published, stream, client);
+                    let share = match &stream {
+                        HostStream::Tcp(s) => crate::fd::within_share(s),
+                        HostStream::Unix(s) => crate::fd::within_share(s),
+                    };
+                    match share {
+                        Ok(()) => self.open_to_guest(published, stream, client),
+                        // Refused and not left in the backlog: it would wait for nothing.
+                        Err(_) => stream.reset(),
+                    }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     entrance.ready = false;

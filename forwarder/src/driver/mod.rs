@@ -15,6 +15,7 @@
 mod alarm;
 mod commands;
 mod flows;
+mod join;
 mod ping;
 mod requests;
 mod routes;
@@ -136,6 +137,8 @@ pub struct Driver {
     events: EventQueue,
     /// Where sockets may be made from now on; `None` while the process starts, when the configuration says where.
     allowed: Option<crate::sandbox::paths::Paths>,
+    /// Whether VMs may still come when there is none.
+    joinable: bool,
     ending: bool,
 }
 
@@ -210,6 +213,7 @@ impl Driver {
             names: Vec::new(),
             events: EventQueue::default(),
             allowed: None,
+            joinable: config.join.is_some(),
             ending: false,
         })
     }
@@ -232,7 +236,7 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
+        while !self.ending && (self.joinable || !self.links.iter().all(|l| l.ended)) {
             let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
             match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,

@@ -45,12 +45,19 @@ impl Driver {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::Join { link, publish, reply } => {
+                    // One who has gone meanwhile does not stay.
+                    if let Err(Ok((port, _))) = reply.send(self.join(&link, publish)) {
+                        self.leave(port);
+                    }
+                }
+                Request::Leave(port) => self.leave(port),
                 Request::Shutdown => self.ending = true,
             }
         }
     }
 
-    fn publish(&mut self, spec: &PublishSpec) -> Vec<Result<PortInfo, PublishError>> {
+    pub(super) fn publish(&mut self, spec: &PublishSpec) -> Vec<Result<PortInfo, PublishError>> {
         (0..spec.count).map(|n| self.publish_one(spec, n)).collect()
     }
 
@@ -132,7 +139,7 @@ impl Driver {
         Ok(infos)
     }
 
-    fn close_entrances(&mut self, published: usize) {
+    pub(super) fn close_entrances(&mut self, published: usize) {
         for (n, at) in (0u32..).zip(&mut self.entrances) {
             if at.take_if(|e| e.published == published).is_some() {
                 self.stack.listener_closed(n);
@@ -260,7 +267,7 @@ impl Driver {
 
     fn stats(&self) -> Stats {
         let counters = self.stack.counters();
-        let links = self.links.iter().map(|l| {
+        let links = self.links.iter().filter(|l| !l.ended).map(|l| {
             let c = l.counters();
             LinkStats {
                 name: l.label(),

@@ -47,6 +47,7 @@ impl Paths {
             LinkAddress::Listen(path) => parent(path),
             _ => None,
         }));
+        write.extend(config.join.as_deref().and_then(parent));
         write.extend(config.vsock_dir.clone());
         write.extend(config.vsock.iter().filter_map(|v| match &v.transport {
             Transport::VhostUser(path) | Transport::Firecracker(path) => parent(path),

@@ -7,6 +7,7 @@
 //! Nothing is left half-started: every listener is bound before `ready` is said, and any failure before that ends the
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
+mod join;
 mod state;
 
 use std::io::Write;
@@ -49,7 +50,7 @@ pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls!
 /// # Errors
 /// When something of the configuration cannot be had at this host.
 pub fn run(config: &Config) -> anyhow::Result<()> {
-    raise_descriptor_limit();
+    crate::fd::raise_limit();
     // What we make is ours alone from the first moment, also between a socket's `bind` and its `chmod`.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     if let Some(dir) = &config.state_dir {
@@ -70,6 +71,9 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     let (vsocks, _names) = vsocks(config)?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
+    let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
+    let join = join.context("--join")?;
+    let _join = config.join.as_deref().map(RemovedAtEnd);
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
     }
@@ -90,6 +94,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         refusals,
         state_dir: config.state_dir.clone(),
         vsocks,
+        join: join.map(|listener| (listener, config.clone())),
     };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
@@ -156,17 +161,6 @@ fn both(v4: std::net::Ipv4Addr, v6: Option<std::net::Ipv6Addr>) -> Vec<std::net:
     std::iter::once(v4.into()).chain(v6.map(Into::into)).collect()
 }
 
-/// Every flow needs a descriptor: the soft limit goes up to the hard one.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-    {
-        tracing::warn!(%error, soft, "the descriptor limit could not be raised");
-    }
-}
-
 struct RemovedAtEnd<'a>(&'a Path);
 
 impl Drop for RemovedAtEnd<'_> {
@@ -205,6 +199,7 @@ struct Control {
     refusals: Option<std::os::unix::net::UnixStream>,
     state_dir: Option<std::path::PathBuf>,
     vsocks: Vec<GuestVsock>,
+    join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
 
 impl Control {
@@ -233,6 +228,12 @@ impl Control {
             for (vsock, ports) in self.vsocks.drain(..) {
                 if let Some(ports) = ports {
                     tokio::spawn(ports.serve(vsock));
+                }
+            }
+            if let Some((listener, config)) = self.join.take() {
+                match UnixListener::from_std(listener) {
+                    Ok(listener) => drop(tokio::spawn(join::serve(listener, config, self.requests.clone()))),
+                    Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
                 }
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
