@@ -96,6 +96,11 @@ bench: setup ## portway beside its peers (as root; 40 minutes; ROWS='netns/*' RO
 	python3 tests/bench/compare.py --portway $(TARGET)/release/portway --peers $(TARGET)/bench/peers \
 	  --rows '$(ROWS)' --rounds $(ROUNDS) --secs $(SECS) --json $(TARGET)/bench/last.json
 
+.PHONY: unsafe-count
+unsafe-count: ## where unsafe blocks are, and how many
+	@grep -rcE --include='*.rs' 'unsafe (\{|fn|impl|extern)' netstack/src forwarder guest-agent vm-launcher | grep -v ':0$$' | sort
+	grep -rhE --include='*.rs' 'unsafe (\{|fn|impl|extern)' netstack/src forwarder guest-agent vm-launcher | wc -l
+
 .PHONY: bench-flows
 bench-flows: ## cost per packet and memory per flow with many flows held
 	@cargo bench --workspace --locked

@@ -19,6 +19,7 @@ use portway_netstack::dhcp::StaticLease;
 use portway_netstack::{Ipv6Config, Limits, Mac, Subnet, UdpConfig, UdpFilter};
 use serde::Deserialize;
 
+use crate::limits::LimitSettings;
 use crate::publish::spec::{HostEnd, PublishSpec};
 pub use crate::sandbox::Mode as SandboxMode;
 use crate::vsock::VsockSpec;
@@ -135,6 +136,9 @@ pub struct Settings {
     /// Let sockets be published in this directory while the network runs; repeatable
     #[arg(long, value_name = "DIR")]
     pub allow_path: Vec<Directory>,
+    /// Limits of what guests can make grow; in the file alone.
+    #[arg(skip)]
+    pub limits: LimitSettings,
 }
 
 impl Config {
@@ -802,6 +806,7 @@ impl Settings {
             sandbox: self.sandbox.or(file.sandbox),
             runas: self.runas.or(file.runas),
             allow_path: join(file.allow_path, self.allow_path),
+            limits: file.limits,
         }
     }
 }
@@ -925,7 +930,7 @@ impl TryFrom<Settings> for Config {
             sandbox: s.sandbox.unwrap_or_default(),
             runas: s.runas,
             allow_path: s.allow_path.into_iter().map(|d| d.0).collect(),
-            limits: Limits::default(),
+            limits: s.limits.limits()?,
         })
     }
 }

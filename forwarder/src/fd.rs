@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 /// Descriptors that flows and NAT bindings leave to the control socket, DNS and state files, at the most.
-const RESERVE: RawFd = 64;
+pub(crate) const RESERVE: RawFd = 64;
 
 /// From this number on descriptors are no flow's. Numbers are given from the lowest on, so a number tells how many are open.
 static RESERVED: AtomicI32 = AtomicI32::new(RawFd::MAX);

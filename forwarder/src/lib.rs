@@ -16,6 +16,7 @@ pub mod events;
 mod fd;
 pub mod host;
 mod host_errors;
+pub mod limits;
 pub mod link;
 mod log;
 pub mod publish;

@@ -259,6 +259,20 @@ impl Guest {
         Ok(self.sockets.add(socket))
     }
 
+    /// Puts one datagram on its way.
+    ///
+    /// # Errors
+    /// When smoltcp refuses.
+    pub fn send_udp(&mut self, handle: SocketHandle, to: SocketAddr, payload: &[u8]) -> Result<()> {
+        let socket = self.sockets.get_mut::<udp::Socket<'_>>(handle);
+        socket.send_slice(payload, IpEndpoint::from(to)).map_err(|e| anyhow::anyhow!("{e:?}"))
+    }
+
+    /// Closes a socket at once.
+    pub fn forget(&mut self, handle: SocketHandle) {
+        self.sockets.remove(handle);
+    }
+
     /// Echoes the next datagram of a socket to its sender, whom it answers with.
     ///
     /// # Errors

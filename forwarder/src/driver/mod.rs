@@ -30,6 +30,7 @@ use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
 use self::alarm::Alarm;
+pub(crate) use self::requests::PORTS;
 use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::config::{Config, LinkConfig};

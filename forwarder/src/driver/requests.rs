@@ -13,7 +13,7 @@ use crate::publish::{self, Published};
 use crate::request::{PublishError, Request};
 
 /// Ports that may be published at once.
-const PORTS: usize = 16_384;
+pub(crate) const PORTS: usize = 16_384;
 
 impl Driver {
     /// Publishes every port of the configuration.

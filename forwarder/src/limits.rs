@@ -1,0 +1,160 @@
+//! Every limit of what a guest, a client or an API caller can make grow: the table `[limits]` of the configuration file, and
+//! the page docs/reference/limits.md, which is made of what stands here.
+//!
+//! What may be set is in [`LimitSettings`]; it becomes [`Limits`]. What is fixed has its constant where it is used, and a line in
+//! [`fixed`], so that the page cannot say another number than the code.
+
+use portway_netstack::Limits;
+use serde::Deserialize;
+
+use crate::config::ConfigError;
+
+/// One limit.
+struct Limit {
+    name: &'static str,
+    default: usize,
+    unit: &'static str,
+    at: &'static str,
+}
+
+macro_rules! limits {
+    ($($field:ident, $key:literal, $least:literal ..= $most:literal, $unit:literal, $at:literal;)+) => {
+        /// The table `[limits]`: what is not in it has its default.
+        #[derive(Debug, Clone, Default, Deserialize)]
+        #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+        pub struct LimitSettings {
+            $(#[doc = $at] pub $field: Option<usize>,)+
+        }
+
+        impl LimitSettings {
+            /// The limits, with what is set here.
+            ///
+            /// # Errors
+            /// When one is outside of its range; the text has both.
+            pub fn limits(&self) -> Result<Limits, ConfigError> {
+                let mut limits = Limits::default();
+                $(if let Some(wanted) = self.$field {
+                    if !($least..=$most).contains(&wanted) {
+                        let text = format!("{} = {wanted}: {} to {} {}", $key, $least, $most, $unit);
+                        return Err(ConfigError::new("limits", text));
+                    }
+                    limits.$field = wanted;
+                })+
+                Ok(limits)
+            }
+        }
+
+        fn settable() -> Vec<Limit> {
+            let defaults = Limits::default();
+            vec![$(Limit { name: $key, default: defaults.$field, unit: $unit, at: $at }),+]
+        }
+    };
+}
+
+limits! {
+    flows, "flows", 1..=1_000_000, "TCP flows per link", "A SYN is answered by RST; open flows live.";
+    dialing, "dialing", 1..=65_536, "pending connects per link", "A SYN waits: the guest's own retransmission tries again.";
+    dialing_loopback, "dialing-loopback", 1..=65_536, "pending connects to the host's loopback per link",
+        "The same; counted apart, so that black holes elsewhere never starve it.";
+    udp_bindings, "udp-bindings", 1..=65_536, "NAT bindings per link", "The idlest binding goes.";
+    pings, "pings", 1..=65_536, "identifiers of echo requests per link", "The idlest goes.";
+    macs, "macs", 1..=65_536, "Ethernet addresses per link", "Frames from further ones are dropped and counted.";
+    addresses, "addresses", 1..=65_536, "IP addresses per link", "Further ones can open connections, but not be found.";
+    leases, "leases", 1..=4096, "DHCP leases per link, fixed ones not counted", "A client without a lease gets no answer.";
+    outbox_bytes, "outbox-bytes", 4096..=16_777_216, "bytes of answers that wait for one link", "Further answers are dropped and counted.";
+    resolving, "resolving", 1..=65_536, "published connections that wait for a guest's address", "Further ones are reset.";
+}
+
+/// Limits that are no settings.
+fn fixed() -> Vec<Limit> {
+    let limit = |name, default, unit, at| Limit { name, default, unit, at };
+    vec![
+        limit(
+            "control: connections",
+            crate::control::CONNECTIONS,
+            "clients of the control socket",
+            "Further ones wait to be accepted.",
+        ),
+        limit("control: body", crate::control::BODY, "bytes of a request", "The answer is 413."),
+        limit(
+            "control: patience",
+            usize::try_from(crate::control::PATIENCE.as_secs()).unwrap_or(usize::MAX),
+            "seconds for headers, and for a request and its answer",
+            "The answer is 408, or the connection is closed.",
+        ),
+        limit(
+            "control: requests",
+            crate::request::Requests::LIMIT,
+            "requests that wait for the data thread",
+            "The answer is 503.",
+        ),
+        limit(
+            "dns: in flight",
+            crate::dns::IN_FLIGHT_MAX,
+            "queries that wait for resolvers of the host",
+            "Further ones are answered SERVFAIL.",
+        ),
+        limit(
+            "dns: streams",
+            crate::dns::STREAMS_MAX,
+            "connections to the DNS service",
+            "Further ones are closed.",
+        ),
+        limit("dns: names", crate::dns::GUESTS_MAX, "guests that have a name", "Further ones have none."),
+        limit(
+            "driver: slow",
+            crate::driver::SLOW_LIMIT,
+            "queries that wait for the control thread",
+            "They are dropped, and the guest asks again.",
+        ),
+        limit("driver: ports", crate::driver::PORTS, "published ports", "Publishing fails and says so."),
+        limit("events", crate::events::EventQueue::LIMIT, "events that are remembered", "The oldest goes."),
+        limit(
+            "descriptors: reserve",
+            crate::fd::RESERVE.unsigned_abs() as usize,
+            "descriptors (at most a quarter) that flows leave to others",
+            "Flows and bindings beyond are refused.",
+        ),
+    ]
+}
+
+/// The page docs/reference/limits.md.
+#[must_use]
+pub fn reference() -> String {
+    let mut page = "# Limits\n\nMade from `forwarder/src/limits.rs`; `BLESS=1 cargo test -p portway --lib limits` writes it again.\n\n\
+         The first table is `[limits]` of the file of `--config`, with these keys.\n"
+        .to_owned();
+    for (title, limits) in [("Settings", settable()), ("Fixed", fixed())] {
+        page += &format!("\n## {title}\n\n| limit | default | of | at it |\n|---|---|---|---|\n");
+        for Limit { name, default, unit, at } in limits {
+            page += &format!("| `{name}` | {default} | {unit} | {at} |\n");
+        }
+    }
+    page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_says_what_the_code_does() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/reference/limits.md");
+        if std::env::var_os("BLESS").is_some() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, reference()).unwrap();
+        }
+        let page = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(page == reference(), "{} is old: run with BLESS=1", path.display());
+    }
+
+    #[test]
+    fn what_is_set_is_taken_within_its_range_and_the_rest_has_its_default() {
+        let settings: LimitSettings = toml::from_str("flows = 10\nudp-bindings = 20").unwrap();
+        let limits = settings.limits().unwrap();
+        assert_eq!((limits.flows, limits.udp_bindings, limits.macs), (10, 20, Limits::default().macs));
+        let bad: LimitSettings = toml::from_str("leases = 0").unwrap();
+        assert!(bad.limits().unwrap_err().to_string().contains("leases = 0: 1 to 4096"));
+        assert!(toml::from_str::<LimitSettings>("flow = 1").is_err());
+    }
+}
