@@ -101,6 +101,11 @@ unsafe-count: ## where unsafe blocks are, and how many
 	@grep -rcE --include='*.rs' 'unsafe (\{|fn|impl|extern)' netstack/src forwarder guest-agent vm-launcher | grep -v ':0$$' | sort
 	grep -rhE --include='*.rs' 'unsafe (\{|fn|impl|extern)' netstack/src forwarder guest-agent vm-launcher | wc -l
 
+.PHONY: kills
+kills: ## the sidecar killed a hundred times at random moments
+	@cargo build --locked -p portway
+	PORTWAY_KILLS=100 cargo test --locked -p portway-tests --test faults -- killed
+
 .PHONY: bench-flows
 bench-flows: ## cost per packet and memory per flow with many flows held
 	@cargo bench --workspace --locked
