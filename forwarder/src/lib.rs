@@ -5,18 +5,22 @@
 //!                                    └─ control thread (tokio): control · dns
 //! ```
 
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod control;
 mod datagrams;
 
 pub mod dns;
+#[cfg(test)]
+mod drift;
 pub mod driver;
 pub mod events;
 mod fd;
 pub mod host;
 pub mod link;
 mod log;
+mod nearest;
 pub mod publish;
 pub mod request;
 pub mod rings;

@@ -26,6 +26,7 @@ use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
 use self::udp::UdpSockets;
+use crate::capture::Capture;
 use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
 use crate::host::HostFlow;
@@ -116,6 +117,11 @@ pub struct Driver {
     slow: tokio::sync::mpsc::Sender<Slow>,
     names: Vec<(String, std::net::IpAddr)>,
     events: EventQueue,
+    /// Address and MAC of every lease that has been told, sorted.
+    known_leases: Vec<(std::net::Ipv4Addr, Mac)>,
+    captures: Vec<std::sync::Arc<Capture>>,
+    /// Frames lost by captures that have ended.
+    capture_lost: u64,
     ending: bool,
 }
 
@@ -177,8 +183,16 @@ impl Driver {
             slow,
             names: Vec::new(),
             events: EventQueue::default(),
+            known_leases: Vec::new(),
+            captures: Vec::new(),
+            capture_lost: 0,
             ending: false,
         })
+    }
+
+    /// Tells events to `events` from now on.
+    pub fn tell_events(&mut self, events: EventQueue) {
+        self.events = events;
     }
 
     /// Takes leases of an earlier run back.
@@ -402,6 +416,9 @@ impl Driver {
                     tracing::warn!(%error, "a VMM could not be attached");
                     continue;
                 }
+            }
+            if !self.captures.is_empty() {
+                self.tap_links();
             }
             self.note_link_up(index, false);
         }

@@ -17,7 +17,8 @@ use crate::config::{PortConfig, StackConfig};
 use crate::dhcp::{DhcpServer, LeaseReport, Settings};
 use crate::drop_reason::{DropCounters, DropReason};
 use crate::host::{
-    Datagram, FlowId, FlowReport, Forward, Handled, HostCommand, HostEvent, HostTarget, OpenError, Service,
+    Datagram, FlowId, FlowReport, Forward, Handled, HostCommand, HostEvent, HostTarget, OpenError, Reach,
+    Service,
 };
 use crate::icmp::{self, RateLimit, Unreachable};
 use crate::neighbours::Neighbours;
@@ -327,6 +328,18 @@ impl Netstack {
             ip => ip,
         };
         Ok(SocketAddr::new(ip, dst.port()))
+    }
+
+    /// What stands behind `to` for a guest, as the data path decides it; for those who ask before they connect.
+    #[must_use]
+    pub fn reach(&self, to: SocketAddr) -> Reach {
+        if to.ip() == IpAddr::V4(self.config.gateway) {
+            return Reach::Gateway;
+        }
+        match self.neighbours.get(to.ip()) {
+            Some(neighbour) => Reach::Guest(neighbour.port),
+            None => self.host_view(to).map_or_else(Reach::Nowhere, Reach::Host),
+        }
     }
 
     /// An address of the host as the guest knows it.

@@ -408,6 +408,7 @@ impl Flow {
             },
         };
         FlowReport {
+            port: self.key.port,
             direction: self.direction,
             guest: self.key.guest(),
             remote: self.key.remote(),

@@ -50,6 +50,8 @@ impl BindingId {
 /// What a listing says of one binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BindingReport {
+    /// The guest's port of the switch.
+    pub port: PortId,
     /// The guest's end.
     pub guest: SocketAddr,
     /// Where its last datagram went (host's view); of a published client, the client.
@@ -280,6 +282,7 @@ impl Bindings {
 
     pub(crate) fn reports(&self, now: Instant) -> impl Iterator<Item = BindingReport> + '_ {
         self.slots.iter().filter_map(|(_, e)| e.as_ref()).map(move |e| BindingReport {
+            port: e.port,
             guest: e.guest,
             remote: e.remote,
             published: matches!(e.key, Key::Client(..)),
