@@ -10,6 +10,16 @@ use mio::net::UdpSocket;
 /// The largest datagram.
 const LARGEST: usize = 65_535;
 
+/// What a socket may hold for us, in bytes, while the data thread is about something else; the kernel gives less where
+/// `net.core.rmem_max` says so.
+const RECEIVE_BUFFER: usize = 1 << 20;
+
+/// Makes a socket patient with bursts, as far as the host lets it.
+pub(crate) fn hold_bursts(socket: &UdpSocket) {
+    // With the default a burst loses datagrams earlier; it still works.
+    let _ = socket2::SockRef::from(socket).set_recv_buffer_size(RECEIVE_BUFFER);
+}
+
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{Receiver, send_segments};
 #[cfg(not(target_os = "linux"))]

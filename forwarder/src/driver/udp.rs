@@ -15,7 +15,7 @@ use portway_netstack::udp::BindingId;
 use portway_netstack::{Datagram, UdpPath};
 
 use super::{Driver, Entrance, Kind, token};
-use crate::datagrams::{Receiver, send_segments};
+use crate::datagrams::{Receiver, hold_bursts, send_segments};
 use crate::publish::Listener;
 
 /// Batches taken from one socket before the next has its turn.
@@ -158,6 +158,7 @@ impl UdpSockets {
                 SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
             };
             let mut socket = UdpSocket::bind(any)?;
+            hold_bursts(&socket);
             registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
             *at = Some(BindingSocket { id, socket, v6: remote.is_ipv6(), segments: true });
         }
