@@ -290,8 +290,10 @@ pub enum LinkAddress {
     Listen(PathBuf),
     /// We connect, and again when it is gone.
     Connect(PathBuf),
-    /// A descriptor we inherited.
+    /// A descriptor we inherited, with a VMM at its other end or listening for one.
     Fd(i32),
+    /// The same, under the name systemd gives it (`FileDescriptorName=`).
+    Activated(String),
     /// Standard input and output.
     Stdio,
     /// A tap device.
@@ -310,6 +312,7 @@ impl std::fmt::Display for LinkAddress {
             Self::Listen(path) => write!(f, "unix:{}", path.display()),
             Self::Connect(path) => write!(f, "connect:unix:{}", path.display()),
             Self::Fd(fd) => write!(f, "fd:{fd}"),
+            Self::Activated(name) => write!(f, "fd:{name}"),
             Self::Stdio => f.write_str("stdio"),
             #[cfg(target_os = "linux")]
             Self::Tap { name, .. } => f.write_str(name),
@@ -427,8 +430,13 @@ fn socket_address(text: &str) -> Result<Option<LinkAddress>, String> {
     if let Some(path) = text.strip_prefix("connect:unix:") {
         return absolute(path).map(|p| Some(LinkAddress::Connect(p)));
     }
-    let fd = text.strip_prefix("fd:").and_then(|n| n.parse().ok()).filter(|fd| *fd >= 0);
-    Ok(fd.map(LinkAddress::Fd))
+    let Some(fd) = text.strip_prefix("fd:") else { return Ok(None) };
+    if let Ok(fd) = fd.parse() {
+        return Ok(Some(fd).filter(|fd| *fd >= 0).map(LinkAddress::Fd));
+    }
+    let name =
+        !fd.is_empty() && fd.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    Ok((name && !fd.starts_with('-')).then(|| LinkAddress::Activated(fd.to_owned())))
 }
 
 /// A device name as the kernel allows it: at most 15 bytes, no slash, no space.

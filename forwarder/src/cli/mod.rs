@@ -46,7 +46,7 @@ enum Command {
         #[command(flatten)]
         settings: Box<Settings>,
         /// Read settings from this TOML file too; its keys are the flags' names
-        #[arg(long, value_name = "FILE", env = "PORTWAY_CONFIG")]
+        #[arg(long, value_name = "FILE", env = "PORTWAY_CONFIG", hide_env_values = true)]
         config: Option<PathBuf>,
         /// Check the settings and leave
         #[arg(long)]
@@ -139,10 +139,16 @@ impl FlowsArgs {
 #[derive(Debug, clap::Args)]
 struct Target {
     /// The network's name
-    #[arg(long, value_name = "NAME", default_value = "default", env = "PORTWAY_NETWORK")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "default",
+        env = "PORTWAY_NETWORK",
+        hide_env_values = true
+    )]
     network: String,
     /// Its control socket, when it has one of its own
-    #[arg(long, value_name = "unix:PATH", env = "PORTWAY_API")]
+    #[arg(long, value_name = "unix:PATH", env = "PORTWAY_API", hide_env_values = true)]
     api: Option<UnixPath>,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]

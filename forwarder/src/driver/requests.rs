@@ -252,7 +252,12 @@ impl Driver {
     }
 
     fn reach(&self, to: std::net::SocketAddr) -> (Reach, Option<String>) {
-        let reach = self.stack.reach(to);
+        let leased = self.stack.leases(self.now).into_iter().find(|l| to.ip() == l.ip).and_then(|l| l.port);
+        // A guest that has not spoken yet is found by ARP when somebody asks for it.
+        let reach = match (self.stack.reach(to), leased) {
+            (Reach::Nowhere(_), Some(port)) => Reach::Guest(port),
+            (reach, _) => reach,
+        };
         let guest = match reach {
             Reach::Guest(port) => self.links.iter().find(|l| l.port == port).map(Link::label),
             _ => None,

@@ -335,9 +335,15 @@ impl Link {
                 link.listener = Some(listener);
             }
             LinkAddress::Connect(_) => link.connect(registry),
-            LinkAddress::Fd(fd) => {
-                let fd = crate::fd::inherit(*fd)?;
-                link.attach_socket(fd, registry)?;
+            LinkAddress::Fd(fd) => link.adopt(crate::fd::inherit(*fd)?, registry)?,
+            LinkAddress::Activated(name) => {
+                let fault = || {
+                    let text = format!(
+                        "fd:{name}: nobody passed a socket of this name (systemd's FileDescriptorName=)"
+                    );
+                    io::Error::new(io::ErrorKind::NotFound, text)
+                };
+                link.adopt(crate::fd::activated(name)?.ok_or_else(fault)?, registry)?;
             }
             LinkAddress::Stdio => {
                 let stdio = |fd| crate::fd::inherit(fd);
@@ -455,6 +461,19 @@ impl Link {
     }
 
     // ---- how a VMM comes and goes ----
+
+    /// Takes a socket over: one that listens, or one with a VMM at its other end.
+    fn adopt(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
+        if !socket2::SockRef::from(&fd).is_listener().unwrap_or(false) {
+            return self.attach_socket(fd, registry);
+        }
+        let listener = socket2::Socket::from(fd);
+        listener.set_nonblocking(true)?;
+        let raw = listener.as_raw_fd();
+        registry.register(&mut SourceFd(&raw), self.tokens.get(Tokens::LISTENER), Interest::READABLE)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
 
     fn attach_socket(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
         let carrier = match self.kind {
@@ -657,7 +676,10 @@ impl Link {
         match &self.address {
             LinkAddress::Listen(_) => self.accept(registry),
             LinkAddress::Connect(_) => self.retry_at = Some(Instant::now()),
-            LinkAddress::Fd(_) | LinkAddress::Stdio => self.ended = true,
+            LinkAddress::Fd(_) | LinkAddress::Activated(_) if self.listener.is_some() => {
+                self.accept(registry)
+            }
+            LinkAddress::Fd(_) | LinkAddress::Activated(_) | LinkAddress::Stdio => self.ended = true,
             #[cfg(target_os = "linux")]
             LinkAddress::Tap { .. } => self.ended = true,
         }

@@ -20,7 +20,7 @@ use anyhow::{Context, anyhow};
 use portway_api::control::{NetworkInfo, PortInfo};
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::config::Config;
@@ -77,9 +77,12 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         kept,
         state_dir: config.state_dir.clone(),
     };
-    let doors = Doors { api, metrics, events: event_queue, slow: slow_incoming };
+    let (up, is_up) = std::sync::mpsc::channel();
+    let doors = Doors { up, api, metrics, events: event_queue, slow: slow_incoming };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(doors)).context("cannot start the control thread")?;
+    // Ready means too that signals are heard: who is told so may end us at once.
+    is_up.recv().context("the control thread has not started")?;
     say_ready(config.ready_fd)?;
     tell_supervisor(&[NotifyState::Ready, NotifyState::Status("ready")]);
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
@@ -213,6 +216,8 @@ struct Control {
 
 /// Where things come in to the control thread.
 struct Doors {
+    /// Told when everything is served and signals are heard.
+    up: std::sync::mpsc::Sender<()>,
     api: StdUnixListener,
     metrics: Option<std::net::TcpListener>,
     events: mpsc::Receiver<Numbered>,
@@ -229,7 +234,7 @@ impl Control {
                 return;
             }
         };
-        let Doors { api, metrics, events, slow } = doors;
+        let Doors { up, api, metrics, events, slow } = doors;
         runtime.block_on(async {
             let log = Arc::new(EventLog::default());
             let app = App::new(
@@ -249,7 +254,12 @@ impl Control {
                 Some(Err(error)) => tracing::error!(%error, "the metrics cannot be served"),
                 None => {}
             }
-            tokio::spawn(end_on_signal(self.requests.clone()));
+            match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+                (Ok(term), Ok(int)) => drop(tokio::spawn(end_on_signal(term, int, self.requests.clone()))),
+                _ => tracing::error!("signals cannot be watched: the process ends at once when it gets one"),
+            }
+            // One who does not wait any more has ended.
+            let _ = up.send(());
             self.slow_things(slow).await;
         });
     }
@@ -301,17 +311,13 @@ impl Control {
     }
 }
 
-async fn end_on_signal(requests: Requests) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        tracing::error!("signals cannot be watched: the process ends at once when it gets one");
-        return;
-    };
+async fn end_on_signal(mut term: Signal, mut int: Signal, requests: Requests) {
     loop {
         tokio::select! {
             _ = term.recv() => {}
             _ = int.recv() => {}
         }
+        // At an overloaded data thread the next signal tries again.
         if requests.send(Request::Shutdown).is_ok() {
             return;
         }

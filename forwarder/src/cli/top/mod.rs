@@ -153,31 +153,39 @@ fn draw(frame: &mut Frame<'_>, model: &Model) {
     let table = Table::new(model.links.iter().map(link), widths).header(Row::new(names).style(reversed));
     frame.render_widget(table, links);
 
+    // A narrow terminal shows what changes.
+    let wide = frame.area().width >= 110;
     let flow = |(f, r): &&(FlowInfo, model::Rates)| {
-        Row::new([
-            f.vm.clone(),
-            f.proto.to_string(),
-            format!("{} {} {}", f.guest, if f.direction == "published" { "<-" } else { "->" }, f.remote),
-            f.state.clone(),
-            format!("{}/s", bytes(r.to_host)),
-            format!("{}/s", bytes(r.to_guest)),
-            bytes(f.bytes_to_host),
-            bytes(f.bytes_to_guest),
-            format!("{}s", f.age_s),
-        ])
+        let arrow = if f.direction == "published" { "<-" } else { "->" };
+        let rates = [format!("{}/s", bytes(r.to_host)), format!("{}/s", bytes(r.to_guest))];
+        let mut cells = vec![f.vm.clone(), f.proto.to_string(), format!("{} {arrow} {}", f.guest, f.remote)];
+        cells.extend(rates);
+        if wide {
+            cells.extend([
+                f.state.clone(),
+                bytes(f.bytes_to_host),
+                bytes(f.bytes_to_guest),
+                format!("{}s", f.age_s),
+            ]);
+        }
+        Row::new(cells)
     };
-    let widths = [
-        Constraint::Length(16),
-        Constraint::Length(5),
-        Constraint::Fill(1),
-        Constraint::Length(8),
-        Constraint::Length(9),
-        Constraint::Length(9),
-        Constraint::Length(8),
-        Constraint::Length(8),
-        Constraint::Length(7),
+    let mut columns = vec![
+        ("VM", Constraint::Length(if wide { 14 } else { 8 })),
+        ("PROTO", Constraint::Length(5)),
+        ("FLOW", Constraint::Fill(1)),
+        ("TO HOST", Constraint::Length(8)),
+        ("TO GUEST", Constraint::Length(8)),
     ];
-    let names = ["VM", "PROTO", "FLOW", "STATE", "TO HOST", "TO GUEST", "SENT", "GOT", "AGE"];
+    if wide {
+        columns.extend([
+            ("STATE", Constraint::Length(7)),
+            ("SENT", Constraint::Length(6)),
+            ("GOT", Constraint::Length(6)),
+            ("AGE", Constraint::Length(6)),
+        ]);
+    }
+    let (names, widths): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
     let shown = rows.iter().skip(model.offset).map(flow);
     frame.render_widget(Table::new(shown, widths).header(Row::new(names).style(reversed)), flows);
 
