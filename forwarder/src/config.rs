@@ -14,6 +14,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use portway_netstack::dhcp::StaticLease;
 use portway_netstack::{Limits, Mac, Subnet};
@@ -102,6 +103,9 @@ pub struct Settings {
     /// Whether guests reach link-local addresses, where clouds serve credentials [default: block]
     #[arg(long, value_name = "block|allow")]
     pub metadata: Option<Metadata>,
+    /// Whether guests may publish their own ports on the host's loopback, by the gateway's port 80 [default: on]
+    #[arg(long, value_name = "on|off")]
+    pub guest_api: Option<Switch>,
     /// The host's resolver configuration to follow [default: /etc/resolv.conf]
     #[arg(long, value_name = "FILE")]
     pub resolv_conf: Option<PathBuf>,
@@ -111,6 +115,8 @@ pub struct Settings {
 }
 
 const RUNTIME_DIR_MODE: u32 = 0o700;
+/// Our Ethernet address: gvproxy's, which its callers know.
+const GATEWAY_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
 
 /// The settings, checked: what is in here works or fails at the host, not in the grammar.
 #[derive(Debug, Clone)]
@@ -161,6 +167,53 @@ pub struct Config {
     pub hosts_file: Option<PathBuf>,
     /// The limits of what a guest can make grow.
     pub limits: Limits,
+    /// What guests may ask of the gateway's port 80.
+    pub guest_api: GuestApi,
+    /// Our Ethernet address.
+    pub gateway_mac: Mac,
+    /// The search domains guests are told; `None`: the host's.
+    pub dns_search: Option<Vec<String>>,
+    /// Ethernet addresses of vpnkit's VMs, by UUID; others get one that is made from theirs.
+    pub vpnkit_macs: Vec<(String, Mac)>,
+    /// Whether the end of a VM's link ends the network.
+    pub ends_with_vm: bool,
+    /// Whether the network stays without a link: VMs come through the API.
+    pub stays: bool,
+    /// The largest IP packet of VMs that come through the API.
+    pub attached_mtu: u16,
+    /// Further places where the API is served.
+    pub doors: Vec<Door>,
+    /// Who is told what happens, in gvproxy's words.
+    pub notification: Option<PathBuf>,
+}
+
+/// What guests may ask of the gateway's port 80 (gvproxy's `/services/forwarder/*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestApi {
+    /// Nothing: nobody listens.
+    Off,
+    /// Ports of their own address, on the host's loopback.
+    Loopback,
+    /// And on every address of the host, when they say `:PORT`.
+    Any,
+}
+
+/// A further place where the API is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Door {
+    /// Where.
+    pub address: DoorAddress,
+    /// Whether VMs may come in by `/connect`.
+    pub connect: bool,
+}
+
+/// Where a [`Door`] is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DoorAddress {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// `HOST:PORT`.
+    Tcp(String),
 }
 
 /// How frames cross a link (DESIGN §3).
@@ -284,7 +337,7 @@ pub struct LinkConfig {
 }
 
 /// Where a VMM is met.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum LinkAddress {
     /// We listen.
     Listen(PathBuf),
@@ -294,6 +347,8 @@ pub enum LinkAddress {
     Fd(i32),
     /// The same, under the name systemd gives it (`FileDescriptorName=`).
     Activated(String),
+    /// A listening socket we hold already.
+    Held(Arc<std::os::fd::OwnedFd>),
     /// Standard input and output.
     Stdio,
     /// A tap device.
@@ -306,6 +361,23 @@ pub enum LinkAddress {
     },
 }
 
+impl PartialEq for LinkAddress {
+    /// Two addresses are the same when they are written the same; a socket that is held is only itself.
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Held(a), Self::Held(b)) => Arc::ptr_eq(a, b),
+            #[cfg(target_os = "linux")]
+            (Self::Tap { name: a, namespace: m }, Self::Tap { name: b, namespace: n }) => (a, m) == (b, n),
+            _ => {
+                std::mem::discriminant(self) == std::mem::discriminant(other)
+                    && self.to_string() == other.to_string()
+            }
+        }
+    }
+}
+
+impl Eq for LinkAddress {}
+
 impl std::fmt::Display for LinkAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -313,6 +385,7 @@ impl std::fmt::Display for LinkAddress {
             Self::Connect(path) => write!(f, "connect:unix:{}", path.display()),
             Self::Fd(fd) => write!(f, "fd:{fd}"),
             Self::Activated(name) => write!(f, "fd:{name}"),
+            Self::Held(_) => f.write_str("a listening socket"),
             Self::Stdio => f.write_str("stdio"),
             #[cfg(target_os = "linux")]
             Self::Tap { name, .. } => f.write_str(name),
@@ -722,6 +795,7 @@ impl Settings {
             state_dir: self.state_dir.or(file.state_dir),
             host_loopback: self.host_loopback.or(file.host_loopback),
             metadata: self.metadata.or(file.metadata),
+            guest_api: self.guest_api.or(file.guest_api),
             resolv_conf: self.resolv_conf.or(file.resolv_conf),
             hosts_file: self.hosts_file.or(file.hosts_file),
         }
@@ -854,6 +928,15 @@ impl TryFrom<Settings> for Config {
                 other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
             },
             limits: Limits::default(),
+            guest_api: if s.guest_api == Some(Switch::Off) { GuestApi::Off } else { GuestApi::Loopback },
+            gateway_mac: GATEWAY_MAC,
+            dns_search: None,
+            vpnkit_macs: Vec::new(),
+            ends_with_vm: false,
+            stays: false,
+            attached_mtu: s.mtu.unwrap_or(LinkKind::Stdio.mtu()),
+            doors: Vec::new(),
+            notification: None,
         })
     }
 }

@@ -17,6 +17,7 @@ mod drift;
 pub mod driver;
 pub mod events;
 mod fd;
+pub mod gvproxy;
 pub mod host;
 pub mod link;
 mod log;

@@ -9,12 +9,13 @@
 //! control messages and DNS answers only, never the bytes of flows.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc;
 
 use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, Protocol, Stats};
 use portway_netstack::udp::BindingReport;
-use portway_netstack::{Direction, FlowReport, FlowState, PortId, Reach};
+use portway_netstack::{Direction, FlowReport, FlowState, Mac, PortId, Reach};
 use tokio::sync::oneshot;
 
 use crate::capture::{CAPTURES, Capture};
@@ -71,6 +72,23 @@ pub enum Request {
         /// Where the answer goes: the names of the links it sees, or the limit that is reached.
         reply: oneshot::Sender<Result<Vec<String>, CaptureError>>,
     },
+    /// Attach a VM that came through the API: a stream of frames behind lengths of 16 bits, little-endian.
+    Attach {
+        /// The stream.
+        fd: OwnedFd,
+    },
+    /// Connect a client of the API to a guest.
+    Tunnel {
+        /// The guest's address and port.
+        to: SocketAddr,
+        /// The client.
+        stream: TunnelEnd,
+    },
+    /// The Ethernet addresses guests use, and the numbers of their ports of the switch.
+    Macs {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<(Mac, PortId)>>,
+    },
     /// Take captures off the links whose readers have gone.
     EndCaptures,
     /// The counters of the whole process.
@@ -98,6 +116,15 @@ pub struct DnsTicket {
     pub asked: SocketAddr,
     /// The link the query came from.
     pub port: portway_netstack::PortId,
+}
+
+/// A client that becomes one end of a connection to a guest.
+#[derive(Debug)]
+pub enum TunnelEnd {
+    /// Of a unix socket.
+    Unix(std::os::unix::net::UnixStream),
+    /// Of a TCP socket.
+    Tcp(std::net::TcpStream),
 }
 
 /// Every flow and binding, as the stack tells them: the data thread copies numbers and leaves the texts to others.

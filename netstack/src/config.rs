@@ -25,6 +25,8 @@ pub struct StackConfig {
     pub static_leases: Vec<StaticLease>,
     /// Whether the host alias reaches the host's loopback.
     pub host_loopback: bool,
+    /// Whether the gateway's port 80 is [`crate::Service::Api`].
+    pub guest_api: bool,
     /// Whether link-local addresses (cloud metadata, 169.254.0.0/16) may be reached.
     pub metadata: bool,
     /// The limits.

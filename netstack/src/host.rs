@@ -28,6 +28,8 @@ impl FlowId {
 pub enum Service {
     /// DNS over TCP (RFC 7766).
     Dns,
+    /// HTTP on port 80, where guests publish ports of theirs.
+    Api,
 }
 
 /// What a guest's connection goes to.

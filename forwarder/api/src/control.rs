@@ -349,6 +349,9 @@ pub struct NetworkInfo {
     pub subnet: String,
     /// Router, DHCP and DNS server.
     pub gateway: String,
+    /// The gateway's Ethernet address.
+    #[serde(default)]
+    pub gateway_mac: String,
     /// Behind it stands the host's loopback.
     pub host_alias: String,
     /// The domain of our own names.

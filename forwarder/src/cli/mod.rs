@@ -90,6 +90,12 @@ enum Command {
     Doctor(Target),
     /// Collect what somebody who helps has to know into one archive
     Support(support::SupportArgs),
+    /// Be gvproxy: its flags, its API (a link to this program called gvproxy does the same)
+    Gvproxy {
+        /// gvproxy's flags; -help lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
+        flags: Vec<OsString>,
+    },
     /// Print completions for a shell
     Completions(reference::CompletionsArgs),
     /// Print a man page, or write all of them
@@ -173,6 +179,12 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         return if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let called = args.first().and_then(|a| std::path::Path::new(a).file_name());
+    if called.is_some_and(crate::gvproxy::is_called) {
+        return as_gvproxy(args.get(1..).unwrap_or_default());
+    }
+    if args.get(1).is_some_and(|a| a == "gvproxy") {
+        return as_gvproxy(args.get(2..).unwrap_or_default());
+    }
     let args = if called.is_some_and(|n| n == watch::EXTCAP) { watch::extcap(args) } else { args };
     let cli = match Cli::try_parse_from(normalise(args)) {
         Ok(cli) => cli,
@@ -185,6 +197,11 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
             ExitCode::from(code)
         }
     }
+}
+
+fn as_gvproxy(words: &[OsString]) -> ExitCode {
+    let words: Vec<String> = words.iter().map(|w| w.to_string_lossy().into_owned()).collect();
+    crate::gvproxy::main(&words)
 }
 
 /// What ends the program with an error.
@@ -279,6 +296,7 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Explain(args) => explain::explain(&args),
         Command::Doctor(at) => doctor::doctor(&at),
         Command::Support(args) => support::support(&args),
+        Command::Gvproxy { flags } => Ok(as_gvproxy(&flags)),
         Command::Completions(args) => Ok(reference::completions(&args)),
         Command::Man(args) => reference::man(&args),
         Command::Stats(at) => {

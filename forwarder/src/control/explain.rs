@@ -14,6 +14,7 @@ use portway_api::control::{ExplainedAddress, Explanation, Problem};
 use portway_netstack::{DropReason, Reach};
 
 use super::App;
+use crate::config::GuestApi;
 use super::problem::Fault;
 use super::query::{Query, wrong};
 use crate::request::Request;
@@ -136,9 +137,12 @@ impl App {
         match reach {
             Reach::Gateway => {
                 out.target = "gateway".into();
-                out.allowed = to.port() == 53;
+                let api = to.port() == 80 && proto == "tcp" && self.guest_api != GuestApi::Off;
+                out.allowed = to.port() == 53 || api;
                 out.why.push("the address is the gateway's own".into());
-                out.why.push(if out.allowed {
+                out.why.push(if api {
+                    "port 80 is where guests publish ports of theirs (--guest-api on)".into()
+                } else if out.allowed {
                     "port 53 is the network's DNS service".into()
                 } else {
                     format!("nothing serves {proto} port {} there: a guest is refused at once", to.port())

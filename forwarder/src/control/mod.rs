@@ -12,6 +12,7 @@
 pub mod client;
 mod explain;
 mod gvproxy;
+mod hijack;
 pub mod kept;
 pub mod metrics;
 pub mod openapi;
@@ -39,6 +40,7 @@ use tokio::sync::{Mutex, Semaphore, oneshot};
 
 use self::kept::KeptPorts;
 use self::problem::Fault;
+use crate::config::GuestApi;
 use crate::dns::Dns;
 use crate::events::EventLog;
 use crate::publish::spec::PublishSpec;
@@ -50,6 +52,8 @@ pub const CONNECTIONS: usize = 64;
 pub const BODY: usize = 64 * 1024;
 /// How long a client may take over its headers, and its body and answer together.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Connections of guests to the gateway's port 80 at once; further ones are closed.
+pub const GUEST_CLIENTS: usize = 32;
 /// Clients of `--metrics` at once.
 pub const METRICS_CLIENTS: usize = 8;
 
@@ -65,6 +69,19 @@ pub struct App {
     places: Arc<Semaphore>,
     streams: Arc<Semaphore>,
     flow_listings: Arc<Mutex<()>>,
+    guest_api: GuestApi,
+    guest_turn: Arc<Mutex<()>>,
+    /// Places of guests' connections.
+    guests: Arc<Semaphore>,
+}
+
+/// A further place where the API is served.
+#[derive(Debug)]
+pub enum DoorListener {
+    /// A unix socket.
+    Unix(std::os::unix::net::UnixListener),
+    /// A TCP socket.
+    Tcp(std::net::TcpListener),
 }
 
 impl App {
@@ -76,6 +93,7 @@ impl App {
         dns: Arc<Dns>,
         events: Arc<EventLog>,
         kept: Option<Arc<KeptPorts>>,
+        guest_api: GuestApi,
     ) -> Self {
         Self {
             requests,
@@ -86,22 +104,93 @@ impl App {
             places: Arc::new(Semaphore::new(CONNECTIONS)),
             streams: Arc::new(Semaphore::new(stream::STREAMS)),
             flow_listings: Arc::default(),
+            guest_api,
+            guest_turn: Arc::default(),
+            guests: Arc::new(Semaphore::new(GUEST_CLIENTS)),
         }
     }
 }
 
 /// Serves the API until the listener fails; ends with the runtime.
 pub async fn serve(listener: UnixListener, app: App) {
-    let places = Arc::clone(&app.places);
-    let router = router(app);
+    serve_at(Listening::Unix(listener), true, app).await;
+}
+
+/// A listener on tokio.
+enum Listening {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// Serves the API at one place; `connect`: VMs may come in there.
+async fn serve_at(listener: Listening, connect: bool, app: App) {
+    let router = router(app.clone());
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, _)) => drop(tokio::spawn(serve_client(stream, router.clone(), place))),
-            Err(error) => cannot_accept(&error).await,
+        let Ok(place) = Arc::clone(&app.places).acquire_owned().await else { return };
+        let (router, app) = (router.clone(), app.clone());
+        let accepted = match &listener {
+            Listening::Unix(l) => l.accept().await.map(|(client, _)| {
+                tokio::spawn(serve_caller(client, connect, app, router, place));
+            }),
+            Listening::Tcp(l) => l.accept().await.map(|(client, _)| {
+                tokio::spawn(serve_caller(client, connect, app, router, place));
+            }),
+        };
+        if let Err(error) = accepted {
+            cannot_accept(&error).await;
         }
     }
 }
+
+/// Serves one client: `/connect` (when `connect`) and `/tunnel`, else HTTP.
+async fn serve_caller<C: hijack::Client>(
+    client: C,
+    connect: bool,
+    app: App,
+    router: Router,
+    place: tokio::sync::OwnedSemaphorePermit,
+) {
+    if let Some(client) = hijack::serve(client, connect, &app).await {
+        serve_client(client, router, place).await;
+    }
+}
+
+impl App {
+    /// Serves the API at one more place, until its listener fails.
+    pub fn serve_door(&self, listener: DoorListener, connect: bool) {
+        let listening = match listener {
+            DoorListener::Unix(l) => UnixListener::from_std(l).map(Listening::Unix),
+            DoorListener::Tcp(l) => TcpListener::from_std(l).map(Listening::Tcp),
+        };
+        match listening {
+            Ok(listening) => drop(tokio::spawn(serve_at(listening, connect, self.clone()))),
+            Err(error) => tracing::error!(%error, "the API cannot be served at one of its places"),
+        }
+    }
+
+    /// Serves a guest's connection to the gateway's port 80. Beyond [`GUEST_CLIENTS`] it is closed.
+    pub fn serve_guest(&self, stream: tokio::net::UnixStream, guest: std::net::IpAddr) {
+        let Ok(place) = Arc::clone(&self.guests).try_acquire_owned() else { return };
+        let router = Router::new()
+            .merge(gvproxy::guest_routes())
+            .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))
+            .layer(axum::Extension(gvproxy::Guest(guest)))
+            .layer(DefaultBodyLimit::max(BODY))
+            .layer(middleware::from_fn(patient))
+            .with_state(self.clone());
+        tokio::spawn(serve_client(stream, router, place));
+    }
+
+    /// The Ethernet addresses of guests, and the numbers of their ports.
+    pub(crate) async fn macs(&self) -> Result<Vec<(String, u16)>, Unanswered> {
+        let macs = self.ask(|reply| Request::Macs { reply }).await.map_err(|_| Unanswered)?;
+        Ok(macs.iter().map(|(mac, port)| (mac.to_string(), port.0)).collect())
+    }
+}
+
+/// The data thread has not answered.
+#[derive(Debug)]
+pub(crate) struct Unanswered;
 
 /// Serves `/metrics` alone, on TCP.
 pub async fn serve_metrics(listener: TcpListener, app: App) {

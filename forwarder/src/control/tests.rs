@@ -78,7 +78,11 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
                     reply.send(if known { Ok(vec!["web".into()]) } else { Err(CaptureError::NoLink(vm)) });
             }
             Request::EndCaptures => captures.retain(|c| !c.is_over()),
-            Request::DnsAnswer { .. } | Request::Shutdown => {}
+            Request::Macs { reply } => drop(reply.send(vec![(portway_netstack::Mac([2; 6]), PortId(0))])),
+            Request::Attach { .. }
+            | Request::Tunnel { .. }
+            | Request::DnsAnswer { .. }
+            | Request::Shutdown => {}
         }
     }
 }
@@ -117,6 +121,7 @@ impl Server {
                 pid: 1,
                 subnet: "192.168.127.0/24".into(),
                 gateway: "192.168.127.1".into(),
+                gateway_mac: "5a:94:ef:e4:0c:dd".into(),
                 host_alias: "192.168.127.254".into(),
                 domain: crate::DOMAIN.into(),
                 dns_upstreams: Vec::new(),
@@ -136,7 +141,8 @@ impl Server {
                 hosts: None,
             });
             let events = Arc::new(EventLog::default());
-            let app = App::new(requests, network, dns.unwrap(), Arc::clone(&events), None);
+            let app =
+                App::new(requests, network, dns.unwrap(), Arc::clone(&events), None, GuestApi::Loopback);
             runtime.block_on(async {
                 tokio::spawn(async move { events.keep(incoming_events).await });
                 serve(UnixListener::from_std(listener).unwrap(), app).await

@@ -15,8 +15,8 @@ impl Driver {
             ran = true;
             match command {
                 HostCommand::Connect { flow, target: HostTarget::Address(to) } => self.connect(flow, to),
-                HostCommand::Connect { flow, target: HostTarget::Service(Service::Dns) } => {
-                    self.serve_dns(flow)
+                HostCommand::Connect { flow, target: HostTarget::Service(service) } => {
+                    self.serve_by_control(flow, service)
                 }
                 HostCommand::ShutdownWrite { flow } => {
                     if let Some(host) = self.host_flow(flow) {
@@ -56,14 +56,18 @@ impl Driver {
     }
 
     /// The other end of the flow is a stream that the control thread serves.
-    fn serve_dns(&mut self, flow: FlowId) {
+    fn serve_by_control(&mut self, flow: FlowId, service: Service) {
+        let guest = self.stack.guest_of_flow(flow).map(|g| g.ip());
         let made = std::os::unix::net::UnixStream::pair().and_then(|(ours, theirs)| {
             ours.set_nonblocking(true)?;
             theirs.set_nonblocking(true)?;
             Ok((ours, theirs))
         });
         let failed = match made {
-            Ok((ours, theirs)) => match self.slow.try_send(Slow::DnsStream(theirs)) {
+            Ok((ours, theirs)) => match self.slow.try_send(match (service, guest) {
+                (Service::Api, Some(guest)) => Slow::ApiStream(theirs, guest),
+                _ => Slow::DnsStream(theirs),
+            }) {
                 Ok(()) => {
                     self.adopt(HostFlow::dialing(
                         flow,

@@ -27,7 +27,7 @@ use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortCon
 
 use self::udp::UdpSockets;
 use crate::capture::Capture;
-use crate::config::{Config, LinkConfig};
+use crate::config::{Config, GuestApi, LinkAddress, LinkConfig, LinkKind};
 use crate::events::{Event, EventQueue};
 use crate::host::HostFlow;
 use crate::link::{Carrier, Link, LinkState, Tokens};
@@ -42,6 +42,8 @@ pub enum Slow {
     Dns(DnsTicket, Vec<u8>),
     /// A guest's connection to the DNS service.
     DnsStream(std::os::unix::net::UnixStream),
+    /// A guest's connection to the gateway's port 80, and the guest.
+    ApiStream(std::os::unix::net::UnixStream, std::net::IpAddr),
     /// The leases as they are now: to be kept, and their names to be known.
     Leases(Vec<portway_netstack::dhcp::LeaseReport>, Vec<(String, std::net::IpAddr)>),
 }
@@ -102,6 +104,13 @@ pub struct Driver {
     links: Vec<Link>,
     /// As they were configured; links that came to the listener of another are not among them.
     link_configs: Vec<LinkConfig>,
+    /// What VMs are that come through the API.
+    attached: LinkConfig,
+    /// Whether the end of a configured VM's link is ours.
+    ends_with_vm: bool,
+    /// Whether we stay without a link.
+    stays: bool,
+    vpnkit_macs: Vec<(String, Mac)>,
     /// By flow slot.
     flows: Vec<Option<HostFlow>>,
     /// Flows with news from their sockets.
@@ -142,12 +151,13 @@ impl Driver {
             subnet: config.subnet,
             gateway: config.gateway,
             host_alias: config.host_alias,
-            gateway_mac: portway_netstack::Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
+            gateway_mac: config.gateway_mac,
             domain: crate::DOMAIN.to_owned(),
-            search,
+            search: config.dns_search.clone().unwrap_or(search),
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
+            guest_api: config.guest_api != GuestApi::Off,
             limits: config.limits.clone(),
         };
         let started = Clock::now();
@@ -172,6 +182,18 @@ impl Driver {
             now: Instant::ZERO,
             links,
             link_configs: config.links.clone(),
+            attached: LinkConfig {
+                kind: LinkKind::Stdio,
+                address: LinkAddress::Stdio,
+                name: None,
+                ip: None,
+                mtu: config.attached_mtu,
+                isolate: false,
+                offload: false,
+            },
+            ends_with_vm: config.ends_with_vm,
+            stays: config.stays,
+            vpnkit_macs: config.vpnkit_macs.clone(),
             flows: Vec::new(),
             ready: VecDeque::new(),
             udp: UdpSockets::new(),
@@ -208,7 +230,7 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
+        while !self.ending && (self.stays || !self.links.iter().all(|l| l.ended)) {
             match self
                 .poll
                 .poll(&mut events, if busy { Some(std::time::Duration::ZERO) } else { self.timeout() })
@@ -381,7 +403,9 @@ impl Driver {
 
     /// The MAC of a guest that came by a handshake, or why it may not come in.
     fn admit(&mut self, hello: crate::link::vpnkit::Hello) -> Result<Mac, String> {
-        let mac = hello.mac();
+        let uuid = hello.uuid.map(|u| String::from_utf8_lossy(&u).to_ascii_lowercase());
+        let known = self.vpnkit_macs.iter().find(|(u, _)| uuid.as_ref() == Some(u));
+        let mac = known.map_or_else(|| hello.mac(), |(_, mac)| *mac);
         if let Some(ip) = hello.address {
             self.stack.prefer_address(self.now, mac, ip).map_err(|e| e.to_string())?;
         }
@@ -391,13 +415,21 @@ impl Driver {
     /// Makes links of the VMs that came to the listener of link `n`.
     fn welcome(&mut self, n: usize) {
         while let Some(fd) = self.links[n].take_arrival() {
-            let Some(config) = self.link_configs.get(n) else { return };
+            let Some(config) = self.link_configs.get(n).cloned() else { return };
+            self.attach(&config, fd);
+        }
+    }
+
+    /// Makes a link like `config` of a VM that came by `fd`. At the limit it is sent away.
+    pub(super) fn attach(&mut self, config: &LinkConfig, fd: std::os::fd::OwnedFd) -> bool {
+        {
             // The place of one that is gone, or a new one.
             let configured = self.link_configs.len();
-            let place = (configured..self.links.len()).find(|i| self.links[*i].ended);
+            let place = (configured..self.links.len())
+                .find(|i| self.links[*i].ended && self.links[*i].mtu() == config.mtu);
             if place.is_none() && self.links.len() - configured >= ARRIVALS {
-                tracing::warn!(most = ARRIVALS, "too many VMs on one listener: one was sent away");
-                continue;
+                tracing::warn!(most = ARRIVALS, "too many VMs came by themselves: one was sent away");
+                return false;
             }
             let index = place.unwrap_or(self.links.len());
             let port = match place {
@@ -414,7 +446,7 @@ impl Driver {
                 Ok(link) => self.links.push(link),
                 Err(error) => {
                     tracing::warn!(%error, "a VMM could not be attached");
-                    continue;
+                    return false;
                 }
             }
             if !self.captures.is_empty() {
@@ -422,6 +454,7 @@ impl Driver {
             }
             self.note_link_up(index, false);
         }
+        true
     }
 
     /// Writes link `n` until the stack has nothing more or the VMM takes no more.
@@ -466,6 +499,10 @@ impl Driver {
         self.stack.port_down(link.port);
         link.detach(self.poll.registry());
         self.events.push(Event::LinkDown(label));
+        let configured = self.link_configs.get(n);
+        if self.ends_with_vm && configured.is_some_and(|c| c.kind != LinkKind::Vpnkit) {
+            self.ending = true;
+        }
         self.note_link_up(n, false);
     }
 

@@ -9,10 +9,11 @@ use portway_netstack::{Mac, Netstack, Reach};
 use super::{Driver, Entrance, Kind, Slow, token};
 use crate::capture::{CAPTURES, Capture};
 use crate::events::Event;
+use crate::host::{HostFlow, HostStream};
 use crate::link::Link;
 use crate::publish::spec::{GuestName, HostEnd, PublishSpec};
 use crate::publish::{self, Published};
-use crate::request::{CaptureError, FlowReports, PublishError, Request};
+use crate::request::{CaptureError, FlowReports, PublishError, Request, TunnelEnd};
 
 /// Ports that may be published at once.
 const PORTS: usize = 16_384;
@@ -45,6 +46,12 @@ impl Driver {
                 Request::Reach { to, reply } => drop(reply.send(self.reach(to))),
                 Request::Capture { capture, reply } => drop(reply.send(self.capture(capture))),
                 Request::EndCaptures => self.end_captures(),
+                Request::Attach { fd } => {
+                    let config = self.attached.clone();
+                    self.attach(&config, fd);
+                }
+                Request::Tunnel { to, stream } => self.tunnel(to, stream),
+                Request::Macs { reply } => drop(reply.send(self.stack.macs().collect())),
                 Request::Stats { reply } => drop(reply.send(self.stats())),
                 Request::DnsAnswer { ticket, answer } => {
                     if let Some(sink) = Self::sink(&mut self.links, ticket.port) {
@@ -263,6 +270,22 @@ impl Driver {
             _ => None,
         };
         (reach, guest)
+    }
+
+    /// Connects a client of the API to a guest, as if it had come to a published port.
+    fn tunnel(&mut self, to: std::net::SocketAddr, stream: TunnelEnd) {
+        let stream = match stream {
+            TunnelEnd::Unix(s) => HostStream::Unix(mio::net::UnixStream::from_std(s)),
+            TunnelEnd::Tcp(s) => HostStream::Tcp(mio::net::TcpStream::from_std(s)),
+        };
+        let client = std::net::SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        match self.stack.open_to_guest(self.now, to, client) {
+            Ok(id) => self.adopt(HostFlow::open(id, stream)),
+            Err(reason) => {
+                tracing::debug!(%reason, %to, "a tunnel was not opened");
+                stream.reset();
+            }
+        }
     }
 
     // ---- captures ----

@@ -336,6 +336,7 @@ impl Link {
             }
             LinkAddress::Connect(_) => link.connect(registry),
             LinkAddress::Fd(fd) => link.adopt(crate::fd::inherit(*fd)?, registry)?,
+            LinkAddress::Held(socket) => link.adopt(socket.try_clone()?, registry)?,
             LinkAddress::Activated(name) => {
                 let fault = || {
                     let text = format!(
@@ -676,10 +677,14 @@ impl Link {
         match &self.address {
             LinkAddress::Listen(_) => self.accept(registry),
             LinkAddress::Connect(_) => self.retry_at = Some(Instant::now()),
-            LinkAddress::Fd(_) | LinkAddress::Activated(_) if self.listener.is_some() => {
-                self.accept(registry)
+            LinkAddress::Fd(_) | LinkAddress::Activated(_) | LinkAddress::Held(_)
+                if self.listener.is_some() =>
+            {
+                self.accept(registry);
             }
-            LinkAddress::Fd(_) | LinkAddress::Activated(_) | LinkAddress::Stdio => self.ended = true,
+            LinkAddress::Fd(_) | LinkAddress::Activated(_) | LinkAddress::Held(_) | LinkAddress::Stdio => {
+                self.ended = true;
+            }
             #[cfg(target_os = "linux")]
             LinkAddress::Tap { .. } => self.ended = true,
         }

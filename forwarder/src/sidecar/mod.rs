@@ -23,9 +23,9 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::config::Config;
-use crate::control::App;
+use crate::config::{Config, DoorAddress, GuestApi};
 use crate::control::kept::KeptPorts;
+use crate::control::{App, DoorListener};
 use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
 use crate::events::{EventLog, EventQueue, Numbered};
@@ -75,10 +75,13 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         dns,
         network: network(config),
         kept,
+        guest_api: config.guest_api,
+        notification: config.notification.clone(),
         state_dir: config.state_dir.clone(),
     };
     let (up, is_up) = std::sync::mpsc::channel();
-    let doors = Doors { up, api, metrics, events: event_queue, slow: slow_incoming };
+    let (more, _more) = further_doors(config)?;
+    let doors = Doors { more, up, api, metrics, events: event_queue, slow: slow_incoming };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(doors)).context("cannot start the control thread")?;
     // Ready means too that signals are heard: who is told so may end us at once.
@@ -105,6 +108,7 @@ fn network(config: &Config) -> NetworkInfo {
         pid: std::process::id(),
         subnet: config.subnet.to_string(),
         gateway: config.gateway.to_string(),
+        gateway_mac: config.gateway_mac.to_string(),
         host_alias: config.host_alias.to_string(),
         domain: crate::DOMAIN.into(),
         // These change while it runs: they are filled in when somebody asks.
@@ -141,6 +145,28 @@ fn api_listener(config: &Config) -> anyhow::Result<(StdUnixListener, Option<Remo
     }
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     Ok((api, Some(RemovedAtEnd(&config.api))))
+}
+
+/// Binds the further places of the API; unix sockets go when the second part of the answer goes.
+fn further_doors(config: &Config) -> anyhow::Result<(Vec<(DoorListener, bool)>, Vec<RemovedAtEnd<'_>>)> {
+    let (mut doors, mut paths) = (Vec::new(), Vec::new());
+    for door in &config.doors {
+        let listener = match &door.address {
+            DoorAddress::Unix(path) => {
+                let listener = crate::unix_path::listen(path, 0o600).context("-listen")?;
+                paths.push(RemovedAtEnd(path));
+                DoorListener::Unix(listener)
+            }
+            DoorAddress::Tcp(address) => {
+                let bound = std::net::TcpListener::bind(address);
+                let listener = bound.with_context(|| format!("-listen: cannot listen on tcp {address}"))?;
+                listener.set_nonblocking(true).context("-listen")?;
+                DoorListener::Tcp(listener)
+            }
+        };
+        doors.push((listener, door.connect));
+    }
+    Ok((doors, paths))
 }
 
 fn metrics_listener(address: &str) -> anyhow::Result<std::net::TcpListener> {
@@ -211,11 +237,14 @@ struct Control {
     dns: Arc<Dns>,
     network: NetworkInfo,
     kept: Option<Arc<KeptPorts>>,
+    guest_api: GuestApi,
+    notification: Option<std::path::PathBuf>,
     state_dir: Option<std::path::PathBuf>,
 }
 
 /// Where things come in to the control thread.
 struct Doors {
+    more: Vec<(DoorListener, bool)>,
     /// Told when everything is served and signals are heard.
     up: std::sync::mpsc::Sender<()>,
     api: StdUnixListener,
@@ -234,7 +263,7 @@ impl Control {
                 return;
             }
         };
-        let Doors { up, api, metrics, events, slow } = doors;
+        let Doors { more, up, api, metrics, events, slow } = doors;
         runtime.block_on(async {
             let log = Arc::new(EventLog::default());
             let app = App::new(
@@ -243,14 +272,24 @@ impl Control {
                 Arc::clone(&self.dns),
                 Arc::clone(&log),
                 self.kept.clone(),
+                self.guest_api,
             );
+            if let Some(path) = self.notification.clone() {
+                let followed = log.follow(0);
+                tokio::spawn(crate::gvproxy::notify::run(path, followed.1, app.clone()));
+            }
+            for (listener, connect) in more {
+                app.serve_door(listener, connect);
+            }
             tokio::spawn(async move { log.keep(events).await });
             match UnixListener::from_std(api) {
                 Ok(api) => drop(tokio::spawn(crate::control::serve(api, app.clone()))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
             }
             match metrics.map(tokio::net::TcpListener::from_std) {
-                Some(Ok(listener)) => drop(tokio::spawn(crate::control::serve_metrics(listener, app))),
+                Some(Ok(listener)) => {
+                    drop(tokio::spawn(crate::control::serve_metrics(listener, app.clone())))
+                }
                 Some(Err(error)) => tracing::error!(%error, "the metrics cannot be served"),
                 None => {}
             }
@@ -260,11 +299,11 @@ impl Control {
             }
             // One who does not wait any more has ended.
             let _ = up.send(());
-            self.slow_things(slow).await;
+            self.slow_things(slow, app).await;
         });
     }
 
-    async fn slow_things(self, mut slow: mpsc::Receiver<Slow>) {
+    async fn slow_things(self, mut slow: mpsc::Receiver<Slow>, app: App) {
         let mut known = Vec::new();
         while let Some(thing) = slow.recv().await {
             match thing {
@@ -280,6 +319,10 @@ impl Control {
                 Slow::DnsStream(stream) => match tokio::net::UnixStream::from_std(stream) {
                     Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(stream))),
                     Err(error) => tracing::warn!(%error, "a DNS connection cannot be served"),
+                },
+                Slow::ApiStream(stream, guest) => match tokio::net::UnixStream::from_std(stream) {
+                    Ok(stream) => app.serve_guest(stream, guest),
+                    Err(error) => tracing::warn!(%error, "a guest's connection to port 80 cannot be served"),
                 },
                 Slow::Leases(leases, names) => {
                     self.name_guests(&names, &mut known);

@@ -38,6 +38,7 @@ const LEASE: Duration = Duration::from_secs(3600);
 const NEIGHBOURS: usize = 4096;
 /// The port of the DNS service.
 const DNS: u16 = 53;
+const HTTP: u16 = 80;
 
 /// Numbers of the whole stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -330,6 +331,17 @@ impl Netstack {
         Ok(SocketAddr::new(ip, dst.port()))
     }
 
+    /// The Ethernet addresses guests use now, and the ports they are behind.
+    pub fn macs(&self) -> impl Iterator<Item = (Mac, PortId)> + '_ {
+        self.switch.macs()
+    }
+
+    /// The guest's end of a flow.
+    #[must_use]
+    pub fn guest_of_flow(&self, flow: FlowId) -> Option<SocketAddr> {
+        self.tcp.guest_of(flow)
+    }
+
     /// What stands behind `to` for a guest, as the data path decides it; for those who ask before they connect.
     #[must_use]
     pub fn reach(&self, to: SocketAddr) -> Reach {
@@ -375,6 +387,10 @@ impl Netstack {
             Verdict::Syn => {
                 let target = if key.remote() == SocketAddr::new(self.config.gateway.into(), DNS) {
                     Ok(HostTarget::Service(Service::Dns))
+                } else if self.config.guest_api
+                    && key.remote() == SocketAddr::new(self.config.gateway.into(), HTTP)
+                {
+                    Ok(HostTarget::Service(Service::Api))
                 } else {
                     self.host_view(key.remote()).map(HostTarget::Address)
                 };

@@ -880,6 +880,10 @@ impl Tcp {
     }
 
     /// The port a flow belongs to.
+    pub(crate) fn guest_of(&self, id: FlowId) -> Option<SocketAddr> {
+        self.table.get(id).map(|f| f.key.guest())
+    }
+
     pub(crate) fn port_of(&self, id: FlowId) -> Option<PortId> {
         self.table.get(id).map(|f| f.key.port)
     }

@@ -94,6 +94,7 @@ pub fn config(limits: Limits) -> StackConfig {
         search: vec![],
         static_leases: vec![],
         host_loopback: true,
+        guest_api: true,
         metadata: false,
         limits,
     }
