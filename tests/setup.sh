@@ -10,6 +10,7 @@ export PATH=$PATH:/usr/sbin:/sbin
 wanted=(
   qemu-system-x86_64:qemu-system-x86 dropbear:dropbear-bin ssh:openssh-client curl:curl ip:iproute2 ss:iproute2
   ping:iputils-ping dig:bind9-dnsutils gcc:gcc setpriv:util-linux python3:python3
+  traceroute:traceroute rdisc6:ndisc6 dhclient:isc-dhcp-client iperf3:iperf3
 )
 packages=()
 for pair in "${wanted[@]}"; do

@@ -184,7 +184,8 @@ mod plain {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use std::time::{Duration, Instant};
 

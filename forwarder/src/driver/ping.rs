@@ -82,7 +82,7 @@ impl Ping {
     }
 
     /// The echo reply in what the socket received, when it is one of ours.
-    pub(super) fn reply<'m>(self, bytes: &'m [u8], v6: bool) -> Option<&'m [u8]> {
+    pub(super) fn reply(self, bytes: &[u8], v6: bool) -> Option<&[u8]> {
         // A raw socket of IPv4 gives the IP header too.
         let message = match self {
             Self::Raw(_) if !v6 => bytes.get(usize::from(bytes.first()? & 0x0f) * 4..)?,
