@@ -284,21 +284,21 @@ fn chain() -> Result<Option<Chain>> {
         return Ok(None);
     };
     host.cable(
-        "a",
+        "east",
         ["10.61.1.1/24", "2001:db8:1::1/64"],
         &first,
         ["10.61.1.2/24", "2001:db8:1::2/64"],
         1500,
     )?;
     first.cable(
-        "b",
+        "mid",
         ["10.61.2.1/24", "2001:db8:2::1/64"],
         &second,
         ["10.61.2.2/24", "2001:db8:2::2/64"],
         NARROW,
     )?;
     second.cable(
-        "c",
+        "west",
         ["10.61.3.1/24", "2001:db8:3::1/64"],
         &far,
         ["10.61.3.2/24", "2001:db8:3::2/64"],
@@ -384,7 +384,7 @@ fn a_guest_on_a_host_without_ipv6_has_no_default_route_and_follows_when_the_host
     ensure!(text.contains("unreachable"), "{text}");
 
     host.cable(
-        "a",
+        "east",
         ["10.61.1.1/24", "2001:db8:1::1/64"],
         &other,
         ["10.61.1.2/24", "2001:db8:1::2/64"],
