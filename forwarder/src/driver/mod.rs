@@ -12,6 +12,7 @@
 //! There is no lock, no channel of buffers and no allocation per packet. Slow things happen in the control thread; they
 //! come in as [`Request`]s and go out as [`Slow`]s.
 
+mod alarm;
 mod commands;
 mod flows;
 mod ping;
@@ -27,6 +28,7 @@ use std::time::Instant as Clock;
 use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
+use self::alarm::Alarm;
 use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::config::{Config, LinkConfig};
@@ -61,6 +63,9 @@ const TURNS: usize = 8;
 /// VMs beyond the first that the listeners of `vpnkit` links may have together.
 const ARRIVALS: usize = 64;
 
+/// How long those who wait to be accepted wait for a descriptor to come free.
+const STARVED: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// What a token stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -87,6 +92,8 @@ fn kind_of(token: Token) -> Option<(Kind, usize)> {
 
 /// The token of the waker of `Requests`.
 pub const WAKER: Token = token(Kind::Waker, 0);
+/// The token of the [`Alarm`].
+const ALARM: Token = token(Kind::Waker, 1);
 
 /// One socket of a published port.
 struct Entrance {
@@ -99,6 +106,7 @@ struct Entrance {
 /// The data thread's state.
 pub struct Driver {
     poll: Poll,
+    alarm: Alarm,
     stack: Netstack,
     started: Clock,
     now: Instant,
@@ -176,6 +184,7 @@ impl Driver {
             links.push(made);
         }
         Ok(Self {
+            alarm: Alarm::new(poll.registry(), ALARM)?,
             poll,
             stack,
             started,
@@ -212,10 +221,8 @@ impl Driver {
         self.tick();
         let mut busy = self.pump();
         while !self.ending && !(self.links.iter().all(|l| l.ended)) {
-            match self
-                .poll
-                .poll(&mut events, if busy { Some(std::time::Duration::ZERO) } else { self.timeout() })
-            {
+            let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
+            match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
@@ -234,22 +241,28 @@ impl Driver {
     }
 
     fn tick(&mut self) {
-        self.now =
-            Instant::from_micros(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX));
+        self.now = self.instant(Clock::now());
     }
 
-    fn timeout(&self) -> Option<std::time::Duration> {
-        let stack = self.stack.poll_timeout().map(|at| at.since(self.now));
-        let now = Clock::now();
-        let links =
-            self.links.iter().filter_map(Link::wants_tick).map(|at| at.saturating_duration_since(now));
-        let starved = self.starved.then_some(std::time::Duration::from_millis(100));
-        stack.into_iter().chain(links).chain(starved).min()
+    /// A point of the host's clock as the stack counts.
+    fn instant(&self, at: Clock) -> Instant {
+        let since = at.saturating_duration_since(self.started);
+        Instant::from_micros(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// How long the poll may sleep.
+    fn patience(&mut self) -> Option<std::time::Duration> {
+        let ticks = self.links.iter().filter_map(Link::wants_tick);
+        let starved = self.starved.then_some(Clock::now() + STARVED);
+        let host = ticks.chain(starved).min().map(|at| self.instant(at));
+        let at = self.stack.poll_timeout().into_iter().chain(host).min();
+        self.alarm.sleep_until(self.now, at)
     }
 
     fn note(&mut self, event: &mio::event::Event) {
         let Some((kind, n)) = kind_of(event.token()) else { return };
         match kind {
+            Kind::Waker if event.token() == ALARM => self.alarm.rang(),
             Kind::Waker => self.answer_requests(),
             Kind::Link => {
                 let n = n / Tokens::COUNT;
