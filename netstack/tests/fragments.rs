@@ -25,7 +25,7 @@ fn cut(frame: &[u8], mtu: usize) -> Vec<Vec<u8>> {
         } else {
             out[16..18].copy_from_slice(&u16::try_from(20 + chunk.len()).unwrap().to_be_bytes());
             out[18..20].copy_from_slice(&[0, 9]);
-            out[20..22].copy_from_slice(&(offset / 8 | more << 13).to_be_bytes());
+            out[20..22].copy_from_slice(&((offset / 8) | (more << 13)).to_be_bytes());
             out[24..26].fill(0);
             let sum = portway_netstack::wire::checksum(&[&out[14..34]]).to_be_bytes();
             out[24..26].copy_from_slice(&sum);
