@@ -222,6 +222,20 @@ fn datagrams_of_64_kib_cross_both_ways_and_a_refused_one_is_an_error_of_the_gues
         let error = socket.recv(&mut buffer).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{error}");
     }
+    // What listens on 127.0.0.1 alone is the host's loopback to a guest that comes over IPv6, too.
+    let host = UdpSocket::bind("127.0.0.1:0")?;
+    host.set_read_timeout(Some(PATIENCE))?;
+    let socket = guest.inside(|| Ok(UdpSocket::bind((made, 0))?))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect((HOST[1], host.local_addr()?.port()))?;
+    for bytes in [&b"first"[..], b"second", b""] {
+        socket.send(bytes)?;
+        let mut buffer = [0; 16];
+        let (n, from) = host.recv_from(&mut buffer)?;
+        assert_eq!(&buffer[..n], bytes);
+        host.send_to(&buffer[..n], from)?;
+        assert_eq!(socket.recv(&mut buffer)?, bytes.len());
+    }
     let stats = sidecar.json(&["stats"])?;
     assert!(stats["drops"]["fragment_overlap"].is_null(), "{stats}");
     Ok(())
@@ -245,10 +259,10 @@ fn iperf3_sends_datagrams_both_ways() -> Result<()> {
             let client = format!("iperf3 -u -b 50M -t 1 --json {direction} -c {alias} -p {port}");
             let mut report = String::new();
             let done = until(PATIENCE, || {
-                // The server may not listen yet.
+                // The server may not listen yet; with --json a client that failed is content all the same.
                 guest.run(&client).is_ok_and(|(good, text)| {
                     report = text;
-                    good
+                    good && report.contains("lost_packets")
                 })
             });
             let _ = server.kill();
@@ -258,7 +272,7 @@ fn iperf3_sends_datagrams_both_ways() -> Result<()> {
             let sum = &report["end"]["sum"];
             let (sent, lost) =
                 (sum["packets"].as_f64().unwrap_or(0.0), sum["lost_packets"].as_f64().unwrap_or(0.0));
-            ensure!(sent > 1000.0 && lost < sent / 5.0, "{sum}");
+            ensure!(sent > 1000.0 && lost < sent / 5.0, "{bind} {direction}: {report}");
         }
     }
     Ok(())
