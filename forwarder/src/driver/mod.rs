@@ -15,7 +15,10 @@
 mod alarm;
 mod commands;
 mod flows;
+mod join;
+mod ping;
 mod requests;
+mod routes;
 mod udp;
 
 use std::collections::VecDeque;
@@ -27,6 +30,7 @@ use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
 use self::alarm::Alarm;
+use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
@@ -71,9 +75,10 @@ enum Kind {
     Flow,
     Binding,
     Listener,
+    Routes,
 }
 
-const KINDS: [Kind; 5] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener];
+const KINDS: [Kind; 6] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener, Kind::Routes];
 
 /// Bits of a token that say the kind.
 const TOKEN_SHIFT: u32 = 3;
@@ -114,6 +119,8 @@ pub struct Driver {
     /// Flows with news from their sockets.
     ready: VecDeque<FlowId>,
     udp: UdpSockets,
+    /// News of the host's routes, where guests' depend on them.
+    routes: Option<Routes>,
     published: Vec<Option<Published>>,
     entrances: Vec<Option<Entrance>>,
     /// Entrances that may have somebody waiting.
@@ -124,6 +131,8 @@ pub struct Driver {
     slow: tokio::sync::mpsc::Sender<Slow>,
     names: Vec<(String, std::net::IpAddr)>,
     events: EventQueue,
+    /// Whether VMs may still come when there is none.
+    joinable: bool,
     ending: bool,
 }
 
@@ -150,8 +159,18 @@ impl Driver {
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
+            ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || routes::has_ipv6())),
+            udp: config.udp.clone(),
             limits: config.limits.clone(),
         };
+        let watched = config.ipv6.as_ref().filter(|v6| v6.follows_host);
+        let routes = watched.and_then(|_| match Routes::watch(poll.registry(), token(Kind::Routes, 0)) {
+            Ok(routes) => Some(routes),
+            Err(error) => {
+                tracing::warn!(%error, "changes of the host's routes are not seen: IPv6 stays as it is now");
+                None
+            }
+        });
         let started = Clock::now();
         let mut stack = Netstack::new(stack, Box::new(MappedRings::new()), seed);
         let mut links = Vec::new();
@@ -178,6 +197,7 @@ impl Driver {
             flows: Vec::new(),
             ready: VecDeque::new(),
             udp: UdpSockets::new(),
+            routes,
             published: Vec::new(),
             entrances: Vec::new(),
             ready_entrances: Vec::new(),
@@ -186,6 +206,7 @@ impl Driver {
             slow,
             names: Vec::new(),
             events: EventQueue::default(),
+            joinable: config.join.is_some(),
             ending: false,
         })
     }
@@ -203,7 +224,7 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
+        while !self.ending && (self.joinable || !self.links.iter().all(|l| l.ended)) {
             let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
             match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -269,7 +290,13 @@ impl Driver {
                     self.ready.push_back(id);
                 }
             }
-            Kind::Binding => self.udp.note(n),
+            Kind::Binding => self.udp.note(n, event.is_error()),
+            Kind::Routes => {
+                if let Some(routes) = &self.routes {
+                    routes.drain();
+                    self.stack.set_ipv6_uplink(routes::has_ipv6());
+                }
+            }
             Kind::Listener => {
                 if let Some(Some(entrance)) = self.entrances.get_mut(n)
                     && !std::mem::replace(&mut entrance.ready, true)
@@ -348,25 +375,35 @@ impl Driver {
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
         let entrances = &self.entrances;
-        let state = link.receive(|frame, offload| match stack.handle_frame(now, port, frame) {
-            Handled::Done => {}
-            Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
-            Handled::Dns { guest, asked, query } => {
-                // At the limit the query is dropped: the guest asks again.
-                let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+        let state = link.receive(|frame, offload| {
+            let (whole, mut handled);
+            handled = stack.handle_frame(now, port, frame);
+            if let Handled::Whole(packet) = handled {
+                whole = packet;
+                handled = stack.handle_frame(now, port, &whole);
             }
-            Handled::Forward(to) => {
-                for other in before.iter_mut().chain(after.iter_mut()) {
-                    if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
-                        let target = other.port;
-                        if let Some(sink) = other.sink() {
-                            stack.forward(now, (port, target), frame, offload, sink);
+            match handled {
+                Handled::Done | Handled::Whole(_) => {}
+                Handled::Echo(echo) => udp.ping(registry, &echo),
+                Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
+                Handled::Dns { guest, asked, query } => {
+                    // At the limit the query is dropped: the guest asks again.
+                    let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+                }
+                Handled::Forward(to) => {
+                    for other in before.iter_mut().chain(after.iter_mut()) {
+                        if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
+                            let target = other.port;
+                            if let Some(sink) = other.sink() {
+                                stack.forward(now, (port, target), frame, offload, sink);
+                            }
                         }
                     }
                 }
             }
         });
         udp.flush();
+        self.tell_faults();
         if state == LinkState::Gone {
             self.take_down(n);
         } else if let Some(hello) = self.links[n].take_hello() {

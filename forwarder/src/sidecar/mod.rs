@@ -7,6 +7,7 @@
 //! Nothing is left half-started: every listener is bound before `ready` is said, and any failure before that ends the
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
+mod join;
 mod state;
 
 use std::io::Write;
@@ -50,6 +51,9 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     let (vsocks, _names) = vsocks(config)?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
+    let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
+    let join = join.context("--join")?;
+    let _join = config.join.as_deref().map(RemovedAtEnd);
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
     }
@@ -61,6 +65,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         network: network(config),
         state_dir: config.state_dir.clone(),
         vsocks,
+        join: join.map(|listener| (listener, config.clone())),
     };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
@@ -104,14 +109,18 @@ fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
-        gateway: vec![config.gateway.into()],
-        host: vec![config.host_alias.into()],
+        gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
+        host: both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias)),
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
         upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
         resolv_conf: config.resolv_conf.clone(),
         hosts: config.hosts_file.clone(),
     }
+}
+
+fn both(v4: std::net::Ipv4Addr, v6: Option<std::net::Ipv6Addr>) -> Vec<std::net::IpAddr> {
+    std::iter::once(v4.into()).chain(v6.map(Into::into)).collect()
 }
 
 /// Every flow needs a descriptor: the soft limit goes up to the hard one.
@@ -157,6 +166,7 @@ struct Control {
     network: NetworkInfo,
     state_dir: Option<std::path::PathBuf>,
     vsocks: Vec<GuestVsock>,
+    join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
 
 impl Control {
@@ -181,6 +191,12 @@ impl Control {
             for (vsock, ports) in self.vsocks.drain(..) {
                 if let Some(ports) = ports {
                     tokio::spawn(ports.serve(vsock));
+                }
+            }
+            if let Some((listener, config)) = self.join.take() {
+                match UnixListener::from_std(listener) {
+                    Ok(listener) => drop(tokio::spawn(join::serve(listener, config, self.requests.clone()))),
+                    Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
                 }
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
@@ -225,8 +241,12 @@ impl Control {
             self.dns.remove_guest(gone);
         }
         known.clear();
-        for (name, ip) in names {
-            match self.dns.set_guest(name, &[*ip]) {
+        for (name, _) in names {
+            if known.contains(name) {
+                continue;
+            }
+            let addresses: Vec<_> = names.iter().filter(|(n, _)| n == name).map(|(_, ip)| *ip).collect();
+            match self.dns.set_guest(name, &addresses) {
                 Ok(()) => known.push(name.clone()),
                 // A guest may call itself anything; it just has no name then.
                 Err(error) => tracing::debug!(%error, "a guest's name is not given"),
