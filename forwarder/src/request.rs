@@ -19,6 +19,7 @@ use portway_netstack::{Direction, FlowReport, FlowState, Mac, PortId, Reach};
 use tokio::sync::oneshot;
 
 use crate::capture::{CAPTURES, Capture};
+use crate::config::LinkConfig;
 use crate::publish::spec::PublishSpec;
 
 /// One thing asked of the data thread.
@@ -103,6 +104,17 @@ pub enum Request {
         /// The message.
         answer: Vec<u8>,
     },
+    /// One more VM, while the network runs. The answer is its link and what was published for it.
+    Join {
+        /// Its link.
+        link: LinkConfig,
+        /// Its ports.
+        publish: Vec<PublishSpec>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(PortId, Vec<PortInfo>), JoinError>>,
+    },
+    /// A VM that came by [`Request::Join`] goes, and with it its link and its ports.
+    Leave(PortId),
     /// Close listeners, reset flows, end the loop.
     Shutdown,
 }
@@ -116,6 +128,26 @@ pub struct DnsTicket {
     pub asked: SocketAddr,
     /// The link the query came from.
     pub port: portway_netstack::PortId,
+}
+
+/// Why a VM cannot join; `to_string()` is the line a user reads.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JoinError {
+    /// Its name is taken.
+    #[error("a VM called {0:?} is on this network already: give this one another --name")]
+    Name(String),
+    /// A link needs a name, by which its ports are known.
+    #[error("a link that joins needs name=")]
+    NoName,
+    /// Its link could not be made.
+    #[error("--link: {0}")]
+    Link(String),
+    /// A port could not be published.
+    #[error("--publish: {0}")]
+    Publish(#[from] PublishError),
+    /// There are as many as may be.
+    #[error("the network has {0} VMs, and no more may join")]
+    Limit(usize),
 }
 
 /// A client that becomes one end of a connection to a guest.

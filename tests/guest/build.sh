@@ -137,7 +137,11 @@ add_module() { # NAME
   for needed in $(tr '\0' '\n' < "$to" | sed -n 's/^depends=//p' | tr ',' ' '); do add_module "$needed"; done
   echo "/lib/modules/$1.ko" >> "$r/etc/portway/modules"
 }
-for module in virtio_pci virtio_net af_packet evdev button; do add_module $module; done
+# Disks, CDs with metadata, shares, Ignition's configuration: what `portway run` can give a guest.
+for module in virtio_pci virtio_net vmw_vsock_virtio_transport af_packet evdev button \
+  virtio_blk virtio_scsi sr_mod isofs virtiofs qemu_fw_cfg; do
+  add_module $module
+done
 
 # --- the three files --------------------------------------------------------------------------------------------
 (cd "$r" && find . | "$busybox" cpio -o -H newc -R 0:0 2> /dev/null | gzip -1) > "$prefix-initrd.img.new"

@@ -44,7 +44,9 @@ fn ask(api: &Path, method: &str, route: &str, body: &str) -> Result<(u16, String
     let mut stream = UnixStream::connect(api)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     let len = body.len();
-    let head = format!("{method} {route} HTTP/1.1\r\nHost: unix\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n");
+    let head = format!(
+        "{method} {route} HTTP/1.1\r\nHost: unix\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n"
+    );
     stream.write_all(format!("{head}{body}").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
@@ -61,7 +63,9 @@ fn free_port() -> Result<u16> {
 fn ask_gateway(guest: &mut Guest, route: &str, body: &str) -> Result<String> {
     let socket = guest.connect(([192, 168, 127, 1], 80).into())?.context("refused")?;
     let len = body.len();
-    let request = format!("POST {route} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}");
+    let request = format!(
+        "POST {route} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}"
+    );
     let mut sent = 0;
     let mut got = Vec::new();
     guest.until("an answer of port 80", |g| {
@@ -91,8 +95,21 @@ fn podmans_line_serves_a_guest_until_the_guest_ends() -> Result<()> {
     let text = |p: PathBuf| p.display().to_string();
     let ssh = free_port()?.to_string();
     let (listen, qemu, pid, log) = (url("api"), url("vm"), text(path("pid")), text(path("log")));
-    let line =
-        ["-debug", "-mtu", "1500", "-ssh-port", &ssh, "-listen-qemu", &qemu, "-listen", &listen, "-pid-file", &pid, "-log-file", &log];
+    let line = [
+        "-debug",
+        "-mtu",
+        "1500",
+        "-ssh-port",
+        &ssh,
+        "-listen-qemu",
+        &qemu,
+        "-listen",
+        &listen,
+        "-pid-file",
+        &pid,
+        "-log-file",
+        &log,
+    ];
     let mut gvproxy = Gvproxy::start(dir.path(), &line)?;
     wait_for(&path("pid"))?;
     wait_for(&path("api"))?;
@@ -122,14 +139,28 @@ fn podmans_line_serves_a_guest_until_the_guest_ends() -> Result<()> {
     let mut client = TcpStream::connect(("127.0.0.1", port))?;
     client.write_all(b"hello")?;
     ensure!(guest.exchange(listening, b"world", 5)? == b"hello");
+    guest.step();
+    client.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut got = [0; 5];
     client.read_exact(&mut got)?;
     ensure!(&got == b"world");
     for (route, body, text) in [
         ("/services/forwarder/expose", r#"{"local":"192.0.2.1:1","remote":":1"}"#, "loopback only"),
-        ("/services/forwarder/expose", r#"{"local":":0","remote":"192.168.127.2:22"}"#, "its own address only"),
-        ("/services/forwarder/expose", r#"{"local":"/tmp/x","remote":"tcp://192.168.127.3:22","protocol":"unix"}"#, "loopback only"),
-        ("/services/forwarder/unexpose", &format!(r#"{{"local":"127.0.0.1:{ssh}","protocol":"tcp"}}"#), "proxy not found"),
+        (
+            "/services/forwarder/expose",
+            r#"{"local":":0","remote":"192.168.127.2:22"}"#,
+            "its own address only",
+        ),
+        (
+            "/services/forwarder/expose",
+            r#"{"local":"/tmp/x","remote":"tcp://192.168.127.3:22","protocol":"unix"}"#,
+            "loopback only",
+        ),
+        (
+            "/services/forwarder/unexpose",
+            &format!(r#"{{"local":"127.0.0.1:{ssh}","protocol":"tcp"}}"#),
+            "proxy not found",
+        ),
         ("/leases", "", "404 page not found"),
     ] {
         let answer = ask_gateway(&mut guest, route, body)?;
@@ -146,6 +177,7 @@ fn podmans_line_serves_a_guest_until_the_guest_ends() -> Result<()> {
     ensure!(&ok == b"OK");
     tunnel.write_all(b"through")?;
     ensure!(guest.exchange(listening, b"back", 7)? == b"through");
+    guest.step();
     let mut back = [0; 4];
     tunnel.read_exact(&mut back)?;
     ensure!(&back == b"back");
@@ -174,8 +206,7 @@ fn a_vm_comes_in_by_connect_and_others_are_told() -> Result<()> {
         Ok(line)
     };
     let (listen, services, notification) = (url("api"), url("services"), url("told"));
-    let line =
-        ["-listen", &listen, "-services", &services, "-ssh-port=-1", "-notification", &notification];
+    let line = ["-listen", &listen, "-services", &services, "-ssh-port=-1", "-notification", &notification];
     let mut gvproxy = Gvproxy::start(dir.path(), &line)?;
     ensure!(next()? == "{\"notification_type\":\"ready\"}\n");
     wait_for(&path("api"))?;
@@ -184,7 +215,9 @@ fn a_vm_comes_in_by_connect_and_others_are_told() -> Result<()> {
     vm.set_read_timeout(Some(Duration::from_secs(10)))?;
     // ARP for the gateway, in the same segment as the request: nothing is lost.
     let mut arp = vec![0xff; 6];
-    arp.extend([0x52, 0x54, 0, 0, 0, 9, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1, 0x52, 0x54, 0, 0, 0, 9, 192, 168, 127, 9]);
+    arp.extend([
+        0x52, 0x54, 0, 0, 0, 9, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1, 0x52, 0x54, 0, 0, 0, 9, 192, 168, 127, 9,
+    ]);
     arp.extend([0, 0, 0, 0, 0, 0, 192, 168, 127, 1]);
     let mut bytes = b"POST /connect HTTP/1.1\r\nHost: gvproxy\r\nContent-Length: 0\r\n\r\n".to_vec();
     bytes.extend(u16::try_from(arp.len())?.to_le_bytes());
@@ -192,10 +225,18 @@ fn a_vm_comes_in_by_connect_and_others_are_told() -> Result<()> {
     vm.write_all(&bytes)?;
     let mut reply = [0; 44];
     vm.read_exact(&mut reply)?;
-    ensure!(reply[..2] == [42, 0] && reply[22..24] == [0, 2], "an ARP reply of 42 bytes, and no HTTP: {reply:?}");
-    ensure!(next()? == "{\"notification_type\":\"connection_established\",\"mac_address\":\"52:54:00:00:00:09\"}\n");
+    ensure!(
+        reply[..2] == [42, 0] && reply[22..24] == [0, 2],
+        "an ARP reply of 42 bytes, and no HTTP: {reply:?}"
+    );
+    ensure!(
+        next()?
+            == "{\"notification_type\":\"connection_established\",\"mac_address\":\"52:54:00:00:00:09\"}\n"
+    );
     drop(vm);
-    ensure!(next()? == "{\"notification_type\":\"connection_closed\",\"mac_address\":\"52:54:00:00:00:09\"}\n");
+    ensure!(
+        next()? == "{\"notification_type\":\"connection_closed\",\"mac_address\":\"52:54:00:00:00:09\"}\n"
+    );
     ensure!(gvproxy.0.try_wait()?.is_none(), "VMs of /connect come and go");
     let pid = nix::unistd::Pid::from_raw(i32::try_from(gvproxy.0.id())?);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
@@ -212,7 +253,11 @@ fn exit_codes_are_gvproxys() -> Result<()> {
     let (code, said) = run(&["-version"])?;
     ensure!(code == Some(0) && said.starts_with("gvproxy version "), "{said}");
     let (code, said) = run(&["-nonsense"])?;
-    ensure!(code == Some(2) && said.contains("flag provided but not defined: -nonsense") && said.contains("Usage of gvproxy"));
+    ensure!(
+        code == Some(2)
+            && said.contains("flag provided but not defined: -nonsense")
+            && said.contains("Usage of gvproxy")
+    );
     let (code, said) = run(&["-mtu", "1500"])?;
     ensure!(code == Some(1) && said.contains("no VM can come"), "{said}");
     let taken = tempfile::NamedTempFile::new()?;

@@ -15,6 +15,7 @@ mod reference;
 mod run;
 mod support;
 mod top;
+mod vms;
 mod watch;
 
 use std::ffi::OsString;
@@ -41,6 +42,20 @@ struct Cli {
 enum Command {
     /// Start a VM with its network
     Run(Box<run::RunArgs>),
+    /// List the VMs that run
+    Vms {
+        /// How to print
+        #[arg(long, value_enum, default_value_t = Format::Table)]
+        format: Format,
+    },
+    /// Press a VM's power button and wait for its end
+    Stop(vms::Which),
+    /// End a VM at once
+    Kill(vms::Which),
+    /// The console of a VM that runs in the background; Ctrl-] leaves it
+    Console(vms::Which),
+    /// Wait for a VM's end; the exit code is the VM's
+    Wait(vms::Which),
     /// The network alone, for any hypervisor
     Serve {
         #[command(flatten)]
@@ -178,6 +193,9 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         let done = crate::link::tap::child(args.get(2..).unwrap_or_default());
         return if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
+    if args.get(1).is_some_and(|a| a == portway_launcher::GUARD) {
+        return portway_launcher::guard();
+    }
     let called = args.first().and_then(|a| std::path::Path::new(a).file_name());
     if called.is_some_and(crate::gvproxy::is_called) {
         return as_gvproxy(args.get(1..).unwrap_or_default());
@@ -267,6 +285,11 @@ fn normalise(args: Vec<OsString>) -> Vec<OsString> {
 fn execute(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Run(args) => run::run(*args),
+        Command::Vms { format } => vms::list(format),
+        Command::Stop(which) => vms::stop(&which),
+        Command::Kill(which) => vms::kill(&which),
+        Command::Console(which) => vms::console(&which),
+        Command::Wait(which) => vms::wait(&which),
         Command::Serve { settings, config, check_config } => {
             let mut settings =
                 settings.over(Settings::from_env(std::env::vars_os()).map_err(Failure::usage)?);

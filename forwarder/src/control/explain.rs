@@ -14,9 +14,9 @@ use portway_api::control::{ExplainedAddress, Explanation, Problem};
 use portway_netstack::{DropReason, Reach};
 
 use super::App;
-use crate::config::GuestApi;
 use super::problem::Fault;
 use super::query::{Query, wrong};
+use crate::config::GuestApi;
 use crate::request::Request;
 
 /// How long a probe waits for an answer.

@@ -81,6 +81,8 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
             Request::Macs { reply } => drop(reply.send(vec![(portway_netstack::Mac([2; 6]), PortId(0))])),
             Request::Attach { .. }
             | Request::Tunnel { .. }
+            | Request::Join { .. }
+            | Request::Leave(_)
             | Request::DnsAnswer { .. }
             | Request::Shutdown => {}
         }

@@ -7,6 +7,7 @@
 //! Nothing is left half-started: every listener is bound before `ready` is said, and any failure before that ends the
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
+mod join;
 mod pcap;
 mod state;
 
@@ -30,6 +31,8 @@ use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
 use crate::events::{EventLog, EventQueue, Numbered};
 use crate::request::{PublishError, Request, Requests};
+use crate::unix_path::Removed;
+use crate::vsock::{PortSockets, Vsock};
 
 /// Runs the network until it is told to end.
 ///
@@ -51,6 +54,9 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     if let Some(dir) = &config.state_dir {
         driver.restore_leases(state::leases(dir));
     }
+    let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
+    let join = join.context("--join")?;
+    let _join = config.join.as_deref().map(RemovedAtEnd);
     let (queue, event_queue) = EventQueue::new();
     driver.tell_events(queue);
     let mut ports = driver.publish_at_start(&config.publish).context("--publish")?;
@@ -63,6 +69,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         .as_deref()
         .map(|path| pcap::start(&mut driver, path).with_context(|| format!("--pcap: {}", path.display())));
     let pcap = pcap.transpose()?;
+    let (vsocks, _names) = vsocks(config)?;
     let (api, _api) = api_listener(config)?;
     let metrics = config.metrics.as_deref().map(metrics_listener).transpose()?;
     for p in &ports {
@@ -78,6 +85,8 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         guest_api: config.guest_api,
         notification: config.notification.clone(),
         state_dir: config.state_dir.clone(),
+        vsocks,
+        join: join.map(|listener| (listener, config.clone())),
     };
     let (up, is_up) = std::sync::mpsc::channel();
     let (more, _more) = further_doors(config)?;
@@ -99,6 +108,23 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     }
     tracing::info!("ended");
     Ok(())
+}
+
+/// The guests' vsocks with the sockets of their ports, and the sockets' names, which go at the end.
+fn vsocks(config: &Config) -> anyhow::Result<(Vec<GuestVsock>, Vec<Removed>)> {
+    let (mut vsocks, mut all_names) = (Vec::new(), Vec::new());
+    for (n, spec) in config.vsock.iter().enumerate() {
+        let vsock = Vsock::open(spec, config.vsock_dir.as_deref()).context("--vsock")?;
+        let mut ports = None;
+        if let Some(dir) = config.vsock_dir.as_ref().filter(|_| !config.vsock_ports.is_empty()) {
+            let bound = PortSockets::bind(dir, vsock.cid(), &config.vsock_ports, n == 0);
+            let (sockets, names) = bound.context("--vsock-ports")?;
+            all_names.extend(names);
+            ports = Some(sockets);
+        }
+        vsocks.push((vsock, ports));
+    }
+    Ok((vsocks, all_names))
 }
 
 fn network(config: &Config) -> NetworkInfo {
@@ -188,14 +214,18 @@ fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
-        gateway: vec![config.gateway.into()],
-        host: vec![config.host_alias.into()],
+        gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
+        host: both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias)),
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
         upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
         resolv_conf: config.resolv_conf.clone(),
         hosts: config.hosts_file.clone(),
     }
+}
+
+fn both(v4: std::net::Ipv4Addr, v6: Option<std::net::Ipv6Addr>) -> Vec<std::net::IpAddr> {
+    std::iter::once(v4.into()).chain(v6.map(Into::into)).collect()
 }
 
 /// Every flow needs a descriptor: the soft limit goes up to the hard one.
@@ -231,6 +261,9 @@ fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A guest's vsock, and the sockets of its ports where it has some.
+type GuestVsock = (Vsock, Option<PortSockets>);
+
 /// The control thread.
 struct Control {
     requests: Requests,
@@ -240,6 +273,8 @@ struct Control {
     guest_api: GuestApi,
     notification: Option<std::path::PathBuf>,
     state_dir: Option<std::path::PathBuf>,
+    vsocks: Vec<GuestVsock>,
+    join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
 
 /// Where things come in to the control thread.
@@ -254,7 +289,7 @@ struct Doors {
 }
 
 impl Control {
-    fn run(self, doors: Doors) {
+    fn run(mut self, doors: Doors) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -285,6 +320,17 @@ impl Control {
             match UnixListener::from_std(api) {
                 Ok(api) => drop(tokio::spawn(crate::control::serve(api, app.clone()))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            }
+            for (vsock, ports) in self.vsocks.drain(..) {
+                if let Some(ports) = ports {
+                    tokio::spawn(ports.serve(vsock));
+                }
+            }
+            if let Some((listener, config)) = self.join.take() {
+                match UnixListener::from_std(listener) {
+                    Ok(listener) => drop(tokio::spawn(join::serve(listener, config, self.requests.clone()))),
+                    Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
+                }
             }
             match metrics.map(tokio::net::TcpListener::from_std) {
                 Some(Ok(listener)) => {
@@ -344,8 +390,12 @@ impl Control {
             self.dns.remove_guest(gone);
         }
         known.clear();
-        for (name, ip) in names {
-            match self.dns.set_guest(name, &[*ip]) {
+        for (name, _) in names {
+            if known.contains(name) {
+                continue;
+            }
+            let addresses: Vec<_> = names.iter().filter(|(n, _)| n == name).map(|(_, ip)| *ip).collect();
+            match self.dns.set_guest(name, &addresses) {
                 Ok(()) => known.push(name.clone()),
                 // A guest may call itself anything; it just has no name then.
                 Err(error) => tracing::debug!(%error, "a guest's name is not given"),
