@@ -173,8 +173,11 @@ fn api_listener(config: &Config) -> anyhow::Result<(StdUnixListener, Option<Remo
     Ok((api, Some(RemovedAtEnd(&config.api))))
 }
 
+/// Listeners of the API, and whether VMs may come in there.
+type FurtherDoors = Vec<(DoorListener, bool)>;
+
 /// Binds the further places of the API; unix sockets go when the second part of the answer goes.
-fn further_doors(config: &Config) -> anyhow::Result<(Vec<(DoorListener, bool)>, Vec<RemovedAtEnd<'_>>)> {
+fn further_doors(config: &Config) -> anyhow::Result<(FurtherDoors, Vec<RemovedAtEnd<'_>>)> {
     let (mut doors, mut paths) = (Vec::new(), Vec::new());
     for door in &config.doors {
         let listener = match &door.address {
@@ -279,7 +282,7 @@ struct Control {
 
 /// Where things come in to the control thread.
 struct Doors {
-    more: Vec<(DoorListener, bool)>,
+    more: FurtherDoors,
     /// Told when everything is served and signals are heard.
     up: std::sync::mpsc::Sender<()>,
     api: StdUnixListener,
