@@ -19,7 +19,9 @@ use portway_netstack::dhcp::StaticLease;
 use portway_netstack::{Limits, Mac, Subnet};
 use serde::Deserialize;
 
-use crate::publish::spec::{HostEnd, PublishSpec};
+use crate::agent::rules::Rule;
+use crate::agent::{AgentConfig, AgentSpec, GuestBinds, SocketPair};
+use crate::publish::spec::{HostEnd, PublishArg, PublishSpec};
 
 /// A setting that cannot be used: its name, the value, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,9 +56,21 @@ pub struct Settings {
     /// The largest IP packet on links that do not say mtu= themselves [default: 65520 on qemu links, 1500 on others]
     #[arg(long, value_name = "BYTES")]
     pub mtu: Option<u16>,
-    /// Publish a guest's port on the host: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
+    /// Publish a guest's port on the host: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp], or `auto[,next-free]` for every port the guest listens on; repeatable
     #[arg(long, short, value_name = "SPEC")]
-    pub publish: Vec<PublishSpec>,
+    pub publish: Vec<PublishArg>,
+    /// Rules for ports that publish themselves: tables of the file of --config
+    #[arg(skip)]
+    pub auto_publish: Vec<Rule>,
+    /// Guest agents come to this unix socket, unix:PATH[,name=VM]; those behind --vsock need no option; repeatable
+    #[arg(long, value_name = "unix:PATH")]
+    pub agent: Vec<AgentSpec>,
+    /// A unix socket in the guest that leads to one of the host, GUEST_PATH:HOST_PATH; repeatable
+    #[arg(long, value_name = "GUEST:HOST")]
+    pub guest_socket: Vec<SocketPair>,
+    /// On which host addresses a guest may ask to be published [default: loopback]
+    #[arg(long, value_name = "loopback|any")]
+    pub guest_binds: Option<GuestBinds>,
     /// Ask this resolver, IP[:PORT], and not those of the host's resolv.conf; repeatable
     #[arg(long, value_name = "IP[:PORT]")]
     pub dns_upstream: Vec<Upstream>,
@@ -116,6 +130,8 @@ pub struct Config {
     pub host_alias: Ipv4Addr,
     /// What to publish at the start.
     pub publish: Vec<PublishSpec>,
+    /// Guest agents and what they may.
+    pub agent: AgentConfig,
     /// Resolvers; empty: those of `resolv_conf`.
     pub dns_upstream: Vec<SocketAddr>,
     /// Names of our own.
@@ -598,6 +614,10 @@ impl Settings {
             subnet: self.subnet.or(file.subnet),
             mtu: self.mtu.or(file.mtu),
             publish: join(file.publish, self.publish),
+            auto_publish: join(file.auto_publish, self.auto_publish),
+            agent: join(file.agent, self.agent),
+            guest_socket: join(file.guest_socket, self.guest_socket),
+            guest_binds: self.guest_binds.or(file.guest_binds),
             dns_upstream: join(file.dns_upstream, self.dns_upstream),
             dns_host: join(file.dns_host, self.dns_host),
             static_lease: join(file.static_lease, self.static_lease),
@@ -685,12 +705,26 @@ impl TryFrom<Settings> for Config {
                 return Err(bad("--static-lease", format!("{} and {} are given twice", lease.mac, lease.ip)));
             }
         }
-        for (n, spec) in s.publish.iter().enumerate() {
+        let (mut publish, mut rules) = (Vec::new(), s.auto_publish);
+        for arg in s.publish {
+            match arg {
+                PublishArg::Port(spec) => publish.push(spec),
+                PublishArg::Auto { next_free } => rules.push(Rule::everything(next_free)),
+            }
+        }
+        for (n, spec) in publish.iter().enumerate() {
             let free = matches!(spec.host, HostEnd::Ports { first: 0, .. });
-            if !free && s.publish[..n].iter().any(|o| o.host == spec.host && o.proto == spec.proto) {
+            if !free && publish[..n].iter().any(|o| o.host == spec.host && o.proto == spec.proto) {
                 return Err(bad("--publish", format!("{spec}: its host port is given twice")));
             }
         }
+        let agent = AgentConfig {
+            agents: s.agent,
+            rules,
+            sockets: s.guest_socket,
+            binds: s.guest_binds.unwrap_or_default(),
+        };
+        agent.check(&publish, false)?;
         let network = s.network.unwrap_or_else(|| "default".into());
         if network.is_empty() || network.contains(['/', '\0']) || network.starts_with('.') {
             return Err(bad("--network", format!("{network:?} is not a name")));
@@ -704,7 +738,8 @@ impl TryFrom<Settings> for Config {
             subnet,
             gateway,
             host_alias,
-            publish: s.publish,
+            publish,
+            agent,
             dns_upstream: s.dns_upstream.into_iter().map(|u| u.0).collect(),
             dns_host: s.dns_host.into_iter().map(|h| (h.0, h.1)).collect(),
             static_lease,

@@ -17,6 +17,14 @@ pub enum Event {
     Published(PortInfo),
     /// A port is not published any more.
     Unpublished(PortInfo),
+    /// The agent of the guest of this name has a session.
+    AgentUp(String),
+    /// It has none any more.
+    AgentDown(String),
+    /// The guest of this name says that it is ready.
+    GuestReady(String),
+    /// A guest's listener, which a rule wants published, is not: the guest, the listener, and why.
+    NotPublished(String, String, String),
 }
 
 /// The last events, each with its number since the start.

@@ -5,6 +5,7 @@
 //!                                    └─ control thread (tokio): control · dns
 //! ```
 
+pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -8,14 +8,16 @@
 //! The data thread never waits for anybody: a reply is a `oneshot` that is sent and forgotten. The queue holds
 //! control messages and DNS answers only, never the bytes of flows.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 
+use portway_api::agent::AgentInfo;
 use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
 use tokio::sync::oneshot;
 
-use crate::publish::spec::PublishSpec;
+use crate::events::Event;
+use crate::publish::spec::{GuestName, PublishSpec};
 
 /// One thing asked of the data thread.
 #[derive(Debug)]
@@ -61,6 +63,28 @@ pub enum Request {
         /// The message.
         answer: Vec<u8>,
     },
+    /// The address a guest has now.
+    GuestAddress {
+        /// Whose.
+        guest: GuestName,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Option<IpAddr>>,
+    },
+    /// Something the control thread saw, for those who watch events.
+    Note(Event),
+    /// Every guest agent. Answered by the agent service.
+    Agents {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<AgentInfo>>,
+    },
+    /// Answer when a guest is ready, or when a published port has its listener in the guest. Answered by the agent
+    /// service; whoever does not want to wait any more drops the receiver.
+    Await {
+        /// A host port; `None`: the first guest's readiness.
+        port: Option<u16>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), PublishError>>,
+    },
     /// Close listeners, reset flows, end the loop.
     Shutdown,
 }
@@ -99,6 +123,12 @@ pub enum PublishError {
     /// A named limit is reached.
     #[error("limit reached: {0}")]
     Limit(String),
+    /// It takes a guest agent, and there is none to be expected.
+    #[error("{0} needs the guest agent: give the network a way to it, --vsock or --agent")]
+    NoAgent(String),
+    /// The policy for what guests ask does not allow it.
+    #[error("not allowed for a guest: {0}")]
+    Policy(String),
 }
 
 /// The sending end of the queue: cheap to clone, used by the control and DNS threads.
@@ -106,6 +136,8 @@ pub enum PublishError {
 pub struct Requests {
     queue: mpsc::SyncSender<Request>,
     waker: Arc<mio::Waker>,
+    /// The agent service, where there is one: what is asked about ports is asked of it first.
+    agents: Arc<OnceLock<tokio::sync::mpsc::Sender<Request>>>,
 }
 
 /// The data thread has ended, or its queue is full.
@@ -121,7 +153,13 @@ impl Requests {
     #[must_use]
     pub fn new(waker: Arc<mio::Waker>) -> (Self, mpsc::Receiver<Request>) {
         let (queue, requests) = mpsc::sync_channel(Self::LIMIT);
-        (Self { queue, waker }, requests)
+        (Self { queue, waker, agents: Arc::default() }, requests)
+    }
+
+    /// From now on the agent service gets what is asked about ports and agents.
+    pub(crate) fn by_way_of(&self, agents: tokio::sync::mpsc::Sender<Request>) {
+        // There is one service, made once.
+        let _ = self.agents.set(agents);
     }
 
     /// Puts one request into the queue and wakes the data thread.
@@ -129,6 +167,25 @@ impl Requests {
     /// # Errors
     /// `Unavailable` when the queue is full or the data thread is gone.
     pub fn send(&self, request: Request) -> Result<(), Unavailable> {
+        use Request::{Agents, Await, Ports, Publish, Unpublish};
+        match self.agents.get() {
+            Some(agents)
+                if matches!(
+                    request,
+                    Publish { .. } | Unpublish { .. } | Ports { .. } | Agents { .. } | Await { .. }
+                ) =>
+            {
+                agents.try_send(request).map_err(|_| Unavailable)
+            }
+            _ => self.send_to_data_thread(request),
+        }
+    }
+
+    /// As [`Self::send`], past the agent service.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub(crate) fn send_to_data_thread(&self, request: Request) -> Result<(), Unavailable> {
         self.queue.try_send(request).map_err(|_| Unavailable)?;
         self.waker.wake().map_err(|_| Unavailable)
     }

@@ -11,6 +11,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::poll::PollFlags;
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::{read, write};
 use portway_api::agent::DATAGRAM_MAX;
@@ -32,6 +33,20 @@ pub(crate) struct End {
 impl End {
     pub(crate) const fn new(fd: OwnedFd) -> Self {
         Self { fd, readable: true, writable: true }
+    }
+
+    /// What a poll should wait for: what is not known to be possible.
+    pub(crate) fn wants(&self) -> PollFlags {
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::POLLIN, !self.readable);
+        flags.set(PollFlags::POLLOUT, !self.writable);
+        flags
+    }
+
+    /// What a poll has found.
+    pub(crate) fn note_poll(&mut self, found: PollFlags) {
+        let ended = found.intersects(PollFlags::POLLHUP | PollFlags::POLLERR);
+        self.note(ended || found.contains(PollFlags::POLLIN), ended || found.contains(PollFlags::POLLOUT));
     }
 
     pub(crate) const fn note(&mut self, readable: bool, writable: bool) {
@@ -230,13 +245,14 @@ fn frame(from: &mut End, to: &mut End, way: &mut Way, buffer: &mut [u8]) -> Resu
 fn unframe(from: &mut End, to: &mut End, way: &mut Way, buffer: &mut [u8]) -> Result<bool, Side> {
     let mut moved = 0;
     while moved < TURN {
-        while let Some((prefix, rest)) = way.waiting.get(way.at..).unwrap_or_default().split_first_chunk::<2>() {
+        while let Some((prefix, rest)) =
+            way.waiting.get(way.at..).unwrap_or_default().split_first_chunk::<2>()
+        {
             let len = usize::from(u16::from_be_bytes(*prefix));
             let Some(datagram) = rest.get(..len) else { break };
             // What the socket does not take is lost. An error of an earlier datagram says nothing about this one.
-            match write(&to.fd, datagram) {
-                Err(Errno::ECONNREFUSED | Errno::EINTR) => drop(write(&to.fd, datagram)),
-                Ok(_) | Err(_) => {}
+            if let Err(Errno::ECONNREFUSED | Errno::EINTR) = write(&to.fd, datagram) {
+                let _ = write(&to.fd, datagram);
             }
             way.at += 2 + len;
         }

@@ -83,9 +83,9 @@ fn options(mut args: Args) -> Result<Options, String> {
 /// vsudd's `PORT:unix:PATH`.
 fn inport(text: &str) -> Result<(u32, PathBuf), String> {
     let parsed = text.split_once(":unix:").and_then(|(port, path)| Some((port.parse().ok()?, path)));
-    let (port, path) = parsed
-        .filter(|(_, path)| path.starts_with('/'))
-        .ok_or_else(|| format!("{text:?} is not PORT:unix:PATH; an example: 2374:unix:/var/run/docker.sock"))?;
+    let (port, path) = parsed.filter(|(_, path)| path.starts_with('/')).ok_or_else(|| {
+        format!("{text:?} is not PORT:unix:PATH; an example: 2374:unix:/var/run/docker.sock")
+    })?;
     Ok((port, path.into()))
 }
 
@@ -167,11 +167,13 @@ mod tests {
 
     #[test]
     fn the_options_of_run_are_read() {
-        let options = parsed("-host vsock://1 --inport 2374:unix:/var/run/docker.sock -no-clock --socket=/run/x")
-            .expect("good options");
+        let options =
+            parsed("-host vsock://1 --inport 2374:unix:/var/run/docker.sock -no-clock --socket=/run/x")
+                .expect("good options");
         assert_eq!(options.host, Host::Vsock { cid: 1, port: 7927 });
         assert_eq!(options.inports, [(2374, PathBuf::from("/var/run/docker.sock"))]);
-        assert!(!options.clock && options.socket == PathBuf::from("/run/x"));
+        assert!(!options.clock);
+        assert_eq!(options.socket, std::path::Path::new("/run/x"));
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage,
-    UnixAddr, VsockAddr, connect, getpeername, getsockopt, setsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, UnixAddr,
+    VsockAddr, connect, getpeername, getsockopt, setsockopt, socket, sockopt,
 };
 use portway_api::agent::{DialError, PORT, Target};
 
@@ -129,7 +129,9 @@ pub(crate) fn error(errno: Errno) -> DialError {
         Errno::ETIMEDOUT => DialError::TimedOut,
         Errno::EACCES | Errno::EPERM => DialError::Denied,
         // EAGAIN: the backlog of a unix socket is full.
-        Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EAGAIN => DialError::Exhausted,
+        Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EAGAIN => {
+            DialError::Exhausted
+        }
         _ => DialError::Failed,
     }
 }

@@ -67,7 +67,10 @@ impl Agent {
             other => other,
         };
         let stream = stream.map_err(|e| {
-            io::Error::new(e.kind(), format!("no agent answers at {}: {e}: is `portway-agent run` there?", own.display()))
+            io::Error::new(
+                e.kind(),
+                format!("no agent answers at {}: {e}: is `portway-agent run` there?", own.display()),
+            )
         })?;
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(Self { stream, decoder: Decoder::default() })
@@ -103,9 +106,12 @@ impl Agent {
         }
     }
 
-    /// The stream, to wait for its end.
-    pub(crate) const fn stream(&self) -> &UnixStream {
-        &self.stream
+    /// Waits until the agent ends, or says what was not asked for.
+    pub(crate) fn wait_for_end(&mut self) {
+        // Without the patience of an answer; a stream that cannot be told so has ended.
+        if self.stream.set_read_timeout(None).is_ok() {
+            let _ = self.stream.read(&mut [0]);
+        }
     }
 }
 

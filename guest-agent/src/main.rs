@@ -4,6 +4,7 @@
 //! |---|---|
 //! | pid 1, `/init` | brings a small guest up, looks after it ([`init`]) and serves |
 //! | `portway-agent run` | serves the host: listeners, published ports, carried connections ([`run`]) |
+//! | `docker-proxy`, or with its flags | stands in for docker's proxy ([`expose`]) |
 //! | `portway-agent publish`, `unpublish`, `ports` | asks the serving one ([`commands`], [`local`]) |
 
 mod args;
@@ -13,6 +14,7 @@ mod commands;
 mod console;
 mod dial;
 mod events;
+mod expose;
 mod init;
 mod kernel;
 mod listeners;
@@ -39,6 +41,9 @@ fn main() -> ExitCode {
         console::say("called `init`, but this is not pid 1 of a guest: nothing done");
         return ExitCode::from(2);
     }
+    if expose::is_called(called, words.first().map(String::as_str)) {
+        return expose::run(Args::new(words));
+    }
     if words.is_empty() {
         return commands::usage("a command is missing");
     }
@@ -54,6 +59,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         "run" => commands::serve(args),
+        "expose-port" => expose::run(args),
         "publish" | "unpublish" | "ports" => commands::ask(&command, args),
         "init" => commands::usage("init is what the agent does as pid 1 of a guest: name it /init there"),
         other => commands::usage(&format!("{other:?} is not a command")),

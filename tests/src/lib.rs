@@ -1,5 +1,6 @@
 //! What the system tests stand on: the lab around the real binary.
 
+pub mod agent;
 pub mod guest;
 pub mod namespace;
 pub mod sidecar;

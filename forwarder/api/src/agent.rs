@@ -276,6 +276,29 @@ impl Listener {
     }
 }
 
+/// One guest agent, as `GET /v1/agents` lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct AgentInfo {
+    /// The VM's name; null where the only one has none.
+    pub name: Option<String>,
+    /// Whether there is a session.
+    pub connected: bool,
+    /// Whether the guest has said that it is ready, in this session.
+    pub ready: bool,
+    /// The agent's version, in this session or the last.
+    pub version: Option<String>,
+    /// Listeners of the guest.
+    pub listeners: usize,
+    /// Ports that are published by rule or at the guest's wish.
+    pub ports: usize,
+    /// Ports that a rule wants and that could not be published.
+    pub refused: usize,
+    /// Connections carried now.
+    pub streams: usize,
+    /// Sessions since the start.
+    pub sessions: u64,
+}
+
 /// Where a carried connection goes in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "proto", rename_all = "snake_case")]

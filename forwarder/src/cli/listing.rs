@@ -1,6 +1,7 @@
 //! What the commands print: tables for people, one JSON document for programs.
 #![allow(clippy::print_stderr, reason = "this is where the program speaks")]
 
+use portway_api::agent::AgentInfo;
 use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
 use serde::Serialize;
 
@@ -50,23 +51,26 @@ fn host_end(p: &PortInfo) -> String {
     p.bind.iter().map(end).collect::<Vec<_>>().join(" ")
 }
 
+fn guest_end(p: &PortInfo) -> String {
+    match (p.guest_port, p.guest.contains(':')) {
+        // A unix socket in the guest.
+        (0, _) => p.guest.clone(),
+        (port, true) => format!("[{}]:{port}", p.guest),
+        (port, false) => format!("{}:{port}", p.guest),
+    }
+}
+
 pub(super) fn published(p: &PortInfo) -> String {
-    format!("published {} {} -> {}:{}", p.proto, host_end(p), p.guest, p.guest_port)
+    format!("published {} {} -> {}", p.proto, host_end(p), guest_end(p))
 }
 
 pub(super) fn unpublished(p: &PortInfo) -> String {
-    format!("unpublished {} {} -> {}:{}", p.proto, host_end(p), p.guest, p.guest_port)
+    format!("unpublished {} {} -> {}", p.proto, host_end(p), guest_end(p))
 }
 
 pub(super) fn ports(ports: &[PortInfo]) {
     let row = |p: &PortInfo| {
-        vec![
-            p.proto.to_string(),
-            host_end(p),
-            format!("{}:{}", p.guest, p.guest_port),
-            p.state.clone(),
-            p.accepted.to_string(),
-        ]
+        vec![p.proto.to_string(), host_end(p), guest_end(p), p.state.clone(), p.accepted.to_string()]
     };
     table(&["PROTO", "HOST", "GUEST", "STATE", "ACCEPTED"], &ports.iter().map(row).collect::<Vec<_>>());
 }
@@ -95,6 +99,27 @@ pub(super) fn flows(flows: &[FlowInfo]) {
     };
     let head = ["PROTO", "DIRECTION", "GUEST", "REMOTE", "STATE", "TO HOST", "TO GUEST", "IDLE"];
     table(&head, &flows.iter().map(row).collect::<Vec<_>>());
+}
+
+pub(super) fn agents(agents: &[AgentInfo]) {
+    let row = |a: &AgentInfo| {
+        let state = match (a.connected, a.ready) {
+            (true, true) => "ready",
+            (true, false) => "connected",
+            (false, _) => "away",
+        };
+        vec![
+            a.name.clone().unwrap_or_else(|| "-".into()),
+            state.into(),
+            a.version.clone().unwrap_or_else(|| "-".into()),
+            a.listeners.to_string(),
+            a.ports.to_string(),
+            a.refused.to_string(),
+            a.streams.to_string(),
+        ]
+    };
+    let head = ["VM", "STATE", "VERSION", "LISTENERS", "PORTS", "NOT PUBLISHED", "STREAMS"];
+    table(&head, &agents.iter().map(row).collect::<Vec<_>>());
 }
 
 pub(super) fn stats(s: &Stats) {

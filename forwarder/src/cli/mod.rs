@@ -10,6 +10,7 @@
 mod listing;
 mod owner;
 mod run;
+mod wait;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hyper::Method;
+use portway_api::agent::AgentInfo;
 use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, PortsRequest, PortsResponse, Stats};
 
 use crate::config::{Config, Settings, UnixPath, runtime_socket};
@@ -70,6 +72,10 @@ enum Command {
     Flows(Target),
     /// Show counters
     Stats(Target),
+    /// List guest agents
+    Agents(Target),
+    /// Wait until the guest is ready, or a published port has somebody behind it; needs the guest agent
+    Wait(wait::WaitArgs),
 }
 
 /// The running network a command is about.
@@ -199,6 +205,8 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Ports(at) => list::<PortInfo>(&at, "/v1/ports", listing::ports),
         Command::Leases(at) => list::<LeaseInfo>(&at, "/v1/leases", listing::leases),
         Command::Flows(at) => list::<FlowInfo>(&at, "/v1/flows", listing::flows),
+        Command::Agents(at) => list::<AgentInfo>(&at, "/v1/agents", listing::agents),
+        Command::Wait(args) => wait::run(&args),
         Command::Stats(at) => {
             let stats: Stats = client(&at)?.get("/v1/stats").map_err(Failure::failed)?;
             match at.format {

@@ -16,7 +16,7 @@ use portway_launcher::{Accel, BootImage, LaunchConfig, Net};
 use super::{Failure, listing};
 use crate::config::{UnixPath, runtime_socket};
 use crate::control::client::Client;
-use crate::publish::spec::PublishSpec;
+use crate::publish::spec::PublishArg;
 
 /// The options of `run`.
 #[derive(Debug, clap::Args)]
@@ -42,9 +42,9 @@ pub(super) struct RunArgs {
     /// What runs the guest's instructions
     #[arg(long, value_enum, default_value_t = AccelArg::Auto)]
     accel: AccelArg,
-    /// Publish a port of the VM: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
+    /// Publish a port of the VM: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp], or `auto[,next-free]` for every port it listens on; repeatable
     #[arg(long, short, value_name = "SPEC")]
-    publish: Vec<PublishSpec>,
+    publish: Vec<PublishArg>,
     /// How the VM's network card reaches the network
     #[arg(long, value_enum, default_value_t = NetArg::Auto)]
     net: NetArg,

@@ -8,6 +8,7 @@
 //! A client cannot stall the data thread: it only ever takes a message from a queue and drops an answer into a
 //! channel. Limits: [`CONNECTIONS`], [`BODY`], [`PATIENCE`].
 
+mod agents;
 pub mod client;
 mod gvproxy;
 
@@ -82,6 +83,7 @@ fn router(app: App) -> Router {
         .route("/v1/leases", get(leases))
         .route("/v1/flows", get(flows))
         .route("/v1/stats", get(stats))
+        .merge(agents::routes())
         .merge(gvproxy::routes())
         .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))
         .layer(DefaultBodyLimit::max(BODY))

@@ -45,6 +45,13 @@ impl Driver {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::GuestAddress { guest, reply } => drop(reply.send(self.guest_address(&guest))),
+                Request::Note(event) => self.events.push(event),
+                // Without an agent service there are no agents.
+                Request::Agents { reply } => drop(reply.send(Vec::new())),
+                Request::Await { reply, .. } => {
+                    drop(reply.send(Err(PublishError::NoAgent("waiting".into()))))
+                }
                 Request::Shutdown => self.ending = true,
             }
         }
@@ -55,6 +62,9 @@ impl Driver {
     }
 
     fn publish_one(&mut self, spec: &PublishSpec, n: u16) -> Result<PortInfo, PublishError> {
+        if spec.needs_agent() {
+            return Err(PublishError::NoAgent(spec.to_string()));
+        }
         if let GuestName::Name(name) = &spec.guest
             && !self.links.iter().any(|l| l.name.as_ref() == Some(name))
         {
@@ -151,6 +161,7 @@ impl Driver {
             GuestName::Name(name) => {
                 links.iter().find(|l| l.name.as_ref() == Some(name)).and_then(|l| stack.guest_of(l.port))
             }
+            GuestName::Socket(_) => None,
         }
     }
 

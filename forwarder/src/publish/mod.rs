@@ -187,6 +187,19 @@ fn bind_one(address: SocketAddr, proto: Protocol) -> io::Result<(Listener, u16)>
 }
 
 impl Listener {
+    /// The socket once more, for another loop than the data thread's.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn fd(&self) -> io::Result<std::os::fd::OwnedFd> {
+        use std::os::fd::AsFd;
+        match self {
+            Self::Tcp(s) => s.as_fd().try_clone_to_owned(),
+            Self::Unix(s, _) => s.as_fd().try_clone_to_owned(),
+            Self::Udp(s, _) => s.as_fd().try_clone_to_owned(),
+        }
+    }
+
     /// Watches the socket.
     ///
     /// # Errors

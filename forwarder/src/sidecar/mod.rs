@@ -19,9 +19,11 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use crate::agent::Agents;
 use crate::config::Config;
 use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
+use crate::publish::spec::PublishSpec;
 use crate::request::{Request, Requests};
 
 /// Runs the network until it is told to end.
@@ -44,7 +46,10 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     if let Some(dir) = &config.state_dir {
         driver.restore_leases(state::leases(dir));
     }
-    let ports = driver.publish_at_start(&config.publish).context("--publish")?;
+    let (carried, direct): (Vec<_>, Vec<_>) =
+        config.publish.iter().cloned().partition(PublishSpec::needs_agent);
+    let ports = driver.publish_at_start(&direct).context("--publish")?;
+    let (agents, _agent_files) = Agents::open(&config.agent, carried.into_iter())?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
     for p in &ports {
@@ -57,12 +62,17 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         dns,
         network: network(config),
         state_dir: config.state_dir.clone(),
+        agents: Some(agents),
     };
     let thread = std::thread::Builder::new().name("control".into());
-    thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
+    let thread =
+        thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
     say_ready(config.ready_fd)?;
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
     driver.run().context("the data thread")?;
+    // With the data thread the control thread has nothing to serve: it ends, and its listeners' files go with them.
+    drop(driver);
+    let _ = thread.join();
     tracing::info!("ended");
     Ok(())
 }
@@ -132,10 +142,11 @@ struct Control {
     dns: Arc<Dns>,
     network: NetworkInfo,
     state_dir: Option<std::path::PathBuf>,
+    agents: Option<Agents>,
 }
 
 impl Control {
-    fn run(self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
+    fn run(mut self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -152,6 +163,9 @@ impl Control {
                     self.network.clone(),
                 ))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            }
+            if let Some(agents) = self.agents.take() {
+                agents.serve(&self.requests, Vec::new());
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
             self.slow_things(slow).await;

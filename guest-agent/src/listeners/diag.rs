@@ -88,7 +88,9 @@ impl Diag {
                 Taken::More => {}
                 Taken::Done => return Ok(()),
                 // A kernel without IPv6, or without the module of a protocol, has no such sockets.
-                Taken::Failed(nix::libc::ENOENT | nix::libc::EINVAL | nix::libc::EAFNOSUPPORT) => return Ok(()),
+                Taken::Failed(nix::libc::ENOENT | nix::libc::EINVAL | nix::libc::EAFNOSUPPORT) => {
+                    return Ok(());
+                }
                 Taken::Failed(errno) => return Err(io::Error::from_raw_os_error(errno)),
             }
         }
@@ -156,14 +158,16 @@ fn listener(message: &[u8], protocol: u8) -> Option<Listener> {
     let address = address.first_chunk::<16>()?;
     let address: IpAddr = match *family {
         AF_INET => Ipv4Addr::from(*address.first_chunk::<4>()?).into(),
-        AF_INET6 => match Ipv6Addr::from(*address) {
+        AF_INET6 => {
+            let v6 = Ipv6Addr::from(*address);
             // An IPv6 socket bound to ::ffff:127.0.0.1 is reached over IPv4 alone.
-            v6 => v6.to_ipv4_mapped().map_or(v6.into(), IpAddr::from),
-        },
+            v6.to_ipv4_mapped().map_or(v6.into(), IpAddr::from)
+        }
         _ => return None,
     };
     let proto = if protocol == IPPROTO_TCP { Protocol::Tcp } else { Protocol::Udp };
-    let v6_only = *family == AF_INET6 && attribute(attributes, INET_DIAG_SKV6ONLY).is_some_and(|v| v.first() == Some(&1));
+    let v6_only = *family == AF_INET6
+        && attribute(attributes, INET_DIAG_SKV6ONLY).is_some_and(|v| v.first() == Some(&1));
     Some(Listener { proto, address, port: u16::from_be_bytes([*p0, *p1]), v6_only, redirected: false })
 }
 

@@ -31,7 +31,7 @@ pub(crate) use self::nat::Redirections;
 /// Between two looks for a while after something has changed.
 const BUSY: Duration = Duration::from_millis(200);
 /// Between two looks otherwise.
-const CALM: Duration = Duration::from_millis(500);
+const CALM: Duration = Duration::from_millis(400);
 /// How long after a change the looks are close together.
 const BUSY_FOR: Duration = Duration::from_secs(3);
 
@@ -165,7 +165,8 @@ mod tests {
     #[test]
     fn a_redirected_port_with_a_socket_of_its_own_is_told_once() {
         let sockets = vec![listener(Protocol::Tcp, "[::]:8080", false)];
-        let rules = [listener(Protocol::Tcp, "0.0.0.0:8080", true), listener(Protocol::Tcp, "0.0.0.0:9090", true)];
+        let rules =
+            [listener(Protocol::Tcp, "0.0.0.0:8080", true), listener(Protocol::Tcp, "0.0.0.0:9090", true)];
         let told = wanted(sockets, &rules, &(1..=1));
         assert_eq!(told.iter().filter(|l| l.port == 8080).count(), 1);
         assert!(told.iter().any(|l| l.port == 9090 && l.redirected));
@@ -184,6 +185,8 @@ mod tests {
         assert_eq!(watch.next(), later + BUSY);
         drop(socket);
         let closed = watch.look(later).expect("a look");
-        assert!(closed.removed.iter().any(|l| l.port == port) && !watch.known().iter().any(|l| l.port == port));
+        assert!(
+            closed.removed.iter().any(|l| l.port == port) && !watch.known().iter().any(|l| l.port == port)
+        );
     }
 }

@@ -91,7 +91,11 @@ fn follow(changes: &OwnedFd, bell: &OwnedFd, tell: &Sender<Vec<Listener>>, node_
             }
         }
         let legacy = std::fs::read_to_string(LEGACY_TABLES).is_ok_and(|t| t.lines().any(|l| l == "nat"));
-        let wait = if legacy { PollTimeout::try_from(LEGACY).unwrap_or(PollTimeout::NONE) } else { PollTimeout::NONE };
+        let wait = if legacy {
+            PollTimeout::try_from(LEGACY).unwrap_or(PollTimeout::NONE)
+        } else {
+            PollTimeout::NONE
+        };
         match poll(&mut [PollFd::new(changes.as_fd(), PollFlags::POLLIN)], wait) {
             Ok(0) => continue,
             Ok(_) => {}
@@ -288,9 +292,14 @@ mod tests {
 
     #[test]
     fn nonsense_is_no_port() {
-        assert!(iptables("-A\n-A X\n-A X -j DNAT -p tcp --dport\n-A X -p tcp --dport 0 -j DNAT\n-j\n", true).is_empty());
+        assert!(
+            iptables("-A\n-A X\n-A X -j DNAT -p tcp --dport\n-A X -p tcp --dport 0 -j DNAT\n-j\n", true)
+                .is_empty()
+        );
         let mut ports = BTreeSet::new();
-        for text in ["", "[]", "{\"nftables\": 7}", "{\"nftables\": [{\"rule\": {\"expr\": [{\"dnat\": 1}]}}]}"] {
+        for text in
+            ["", "[]", "{\"nftables\": 7}", "{\"nftables\": [{\"rule\": {\"expr\": [{\"dnat\": 1}]}}]}"]
+        {
             from_nft(text, &mut ports);
         }
         assert!(ports.is_empty());

@@ -48,12 +48,21 @@ struct Flow {
 #[derive(Debug)]
 enum Stage {
     /// Connecting in the guest.
-    Near { near: OwnedFd, far: Far },
+    Near {
+        near: OwnedFd,
+        far: Far,
+    },
     /// Connecting to the host.
-    Joining { near: OwnedFd, far: OwnedFd, first: Vec<u8> },
+    Joining {
+        near: OwnedFd,
+        far: OwnedFd,
+        first: Vec<u8>,
+    },
     Open(Box<Carried>),
     /// The near end was reset; the stream goes when the host closes it.
-    Told { far: OwnedFd },
+    Told {
+        far: OwnedFd,
+    },
     /// Between two stages, inside one function.
     Moving,
 }
@@ -110,7 +119,9 @@ impl Agent {
     /// Somebody on the host has come to a vsock port of ours.
     pub(super) fn welcome_inport(&mut self, n: u32) {
         let place = n as usize;
-        while let (Some(listener), Some((port, path))) = (self.inports.get(place), self.options.inports.get(place)) {
+        while let (Some(listener), Some((port, path))) =
+            (self.inports.get(place), self.options.inports.get(place))
+        {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let Ok(far) = accept4(listener.as_raw_fd(), flags) else { return };
             // SAFETY: accept4 has just made the descriptor, and nobody else has it.
@@ -123,7 +134,13 @@ impl Agent {
         }
     }
 
-    fn begin_near(&mut self, stream: Option<u64>, datagrams: bool, near: OwnedFd, far: Far) -> nix::Result<()> {
+    fn begin_near(
+        &mut self,
+        stream: Option<u64>,
+        datagrams: bool,
+        near: OwnedFd,
+        far: Far,
+    ) -> nix::Result<()> {
         self.add(Flow { stream, datagrams, stage: Stage::Near { near, far }, deadline: None })
     }
 
@@ -203,8 +220,9 @@ impl Agent {
                 self.carry(key);
             }
             Far::Host(first) => {
-                let dialed = dial::host(&self.options.host)
-                    .and_then(|far| watch(&self.epoll, &far, Token::Far(key), true).map(|()| far).map_err(|_| Errno::ENOMEM));
+                let dialed = dial::host(&self.options.host).and_then(|far| {
+                    watch(&self.epoll, &far, Token::Far(key), true).map(|()| far).map_err(|_| Errno::ENOMEM)
+                });
                 match dialed {
                     Ok(far) => flow.stage = Stage::Joining { near, far, first },
                     Err(errno) => self.fail(key, dial::error(errno)),

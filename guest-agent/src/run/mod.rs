@@ -278,9 +278,7 @@ impl Agent {
 /// Watches a descriptor; `edge`: both directions, told once for each change.
 fn watch(epoll: &Epoll, fd: &impl AsFd, token: Token, edge: bool) -> io::Result<()> {
     let flags = match edge {
-        true => {
-            EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET
-        }
+        true => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET,
         false => EpollFlags::EPOLLIN,
     };
     Ok(epoll.add(fd, EpollEvent::new(flags, token.encode()))?)
@@ -301,7 +299,12 @@ fn listen_at(path: &Path, mode: u32) -> io::Result<UnixListener> {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
                 std::fs::remove_file(path).map_err(fault)?;
             }
-            _ => return Err(fault(io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there already"))),
+            _ => {
+                return Err(fault(io::Error::new(
+                    io::ErrorKind::AddrInUse,
+                    "somebody listens there already",
+                )));
+            }
         },
         Err(_) => {}
     }

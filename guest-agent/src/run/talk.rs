@@ -114,7 +114,8 @@ impl Agent {
         let watched = began.and_then(|fd| watch(&self.epoll, &fd, Token::Host, true).map(|()| fd));
         match watched {
             Ok(fd) => {
-                let stream = Stream { fd, decoder: Decoder::default(), outgoing: Vec::new(), connected: false };
+                let stream =
+                    Stream { fd, decoder: Decoder::default(), outgoing: Vec::new(), connected: false };
                 self.talk = Talk::Greeting { stream, deadline: now + PATIENCE };
                 self.tell(&ToHost::Hello(hello()));
             }
@@ -229,7 +230,10 @@ impl Agent {
     fn begin(&mut self, welcome: Welcome) {
         let Talk::Greeting { .. } = self.talk else { return };
         if welcome.protocol != PROTOCOL {
-            return self.part(&format!("it speaks version {} of the protocol, this agent {PROTOCOL}", welcome.protocol));
+            return self.part(&format!(
+                "it speaks version {} of the protocol, this agent {PROTOCOL}",
+                welcome.protocol
+            ));
         }
         let away = Talk::Away { retry: Instant::now(), pause: FIRST_RETRY };
         if let Talk::Greeting { stream, .. } = std::mem::replace(&mut self.talk, away) {
@@ -247,8 +251,9 @@ impl Agent {
     fn make_sockets(&mut self) {
         let paths = self.talk.welcome().map(|w| w.sockets.clone()).unwrap_or_default();
         for (n, path) in (0u32..).zip(paths) {
-            let made = listen_at(path.as_ref(), 0o600)
-                .and_then(|listener| watch(&self.epoll, &listener, Token::Socket(n), false).map(|()| listener));
+            let made = listen_at(path.as_ref(), 0o600).and_then(|listener| {
+                watch(&self.epoll, &listener, Token::Socket(n), false).map(|()| listener)
+            });
             match made {
                 Ok(listener) => self.sockets.push(GuestSocket { listener, path: path.into(), place: n }),
                 Err(error) => say(&format!("a socket the host wants here: {error}")),
