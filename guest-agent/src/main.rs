@@ -5,6 +5,7 @@
 //! | pid 1, `/init` | brings a small guest up, looks after it ([`init`]) and serves |
 //! | `portway-agent run` | serves the host: listeners, published ports, carried connections ([`run`]) |
 //! | `docker-proxy`, or with its flags | stands in for docker's proxy ([`expose`]) |
+//! | `portway-agent tap` | carries Ethernet frames to the host ([`tap`]) |
 //! | `portway-agent publish`, `unpublish`, `ports` | asks the serving one ([`commands`], [`local`]) |
 
 mod args;
@@ -24,6 +25,7 @@ mod power;
 mod run;
 mod services;
 mod slab;
+mod tap;
 
 use std::process::ExitCode;
 
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         }
         "run" => commands::serve(args),
         "expose-port" => expose::run(args),
+        "tap" => tap::run(args),
         "publish" | "unpublish" | "ports" => commands::ask(&command, args),
         "init" => commands::usage("init is what the agent does as pid 1 of a guest: name it /init there"),
         other => commands::usage(&format!("{other:?} is not a command")),

@@ -464,7 +464,7 @@ fn unix_sockets_cross_both_ways() -> Result<()> {
 #[test]
 fn wait_returns_when_the_guest_is_ready_and_when_its_port_is() -> Result<()> {
     let Some(lab) = Lab::start(&["--publish", "auto"])? else { return Ok(()) };
-    let out = lab.sidecar.cli(&["wait", "--timeout", "10"])?;
+    let out = lab.sidecar.cli(&["wait", "--ready", "--timeout", "10"])?;
     ensure!(out.status.success(), "{out:?}\n{}", lab.context());
     let port = free_port()?;
     let api = format!("unix:{}", lab.dir.path().join("api").display());
@@ -499,5 +499,36 @@ fn rules_of_a_file_are_followed() -> Result<()> {
     until(SECOND, || answers(([127, 0, 0, 1], elsewhere), &server)).with_context(|| lab.context())?;
     let ports = lab.ports()?;
     ensure!(ports.len() == 1 && !connects(([127, 0, 0, 1], hidden).into()), "{ports:?}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_without_a_card_has_a_network_over_a_stream() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar = Sidecar::start(dir.path(), &[])?;
+    let url = format!("unix:{}", dir.path().join("vm").display());
+    let mut tap = Command::new("nsenter");
+    tap.arg(format!("--net={}", guest.path().display())).arg(binary()?);
+    tap.args([
+        "tap",
+        "-framing",
+        "qemu",
+        "-iface",
+        "tap9",
+        "-stop-if-exist",
+        "ignore",
+        "-no-dhcp",
+        "-url",
+        &url,
+    ]);
+    let mut tap = tap.spawn()?;
+    let up = || guest.configure("tap9", "192.168.127.9".parse()?, "192.168.127.1".parse()?, 1500);
+    until(PATIENCE, || up().is_ok()).with_context(|| sidecar.log())?;
+    let server = TcpListener::bind("127.0.0.1:0")?;
+    let port = server.local_addr()?.port();
+    let there = guest.inside(|| Ok(answers(([192, 168, 127, 254], port), &server)))?;
+    let ended = (tap.kill(), tap.wait());
+    ensure!(there && ended.1.is_ok(), "{}", sidecar.log());
     Ok(())
 }

@@ -39,7 +39,7 @@ use crate::request::{PublishError, Request, Requests};
 pub(super) const LISTENERS: usize = 4096;
 /// Ports published for one guest by rule or at its wish.
 pub(super) const PORTS: usize = 256;
-/// Refused listeners that are listed.
+/// Refused listeners that are known beside as many published ones.
 const REFUSED: usize = 256;
 /// Bytes of a spec that a guest asks for.
 const SPEC: usize = 1024;
@@ -47,6 +47,8 @@ const SPEC: usize = 1024;
 const SETTLE: Duration = Duration::from_secs(3);
 /// How often a refused port is tried again, and a port that is carried for want of an address looked at.
 const RETRY: Duration = Duration::from_secs(5);
+/// Between two comparisons of what is published with what is wanted, however fast listeners come and go.
+const PACE: Duration = Duration::from_millis(50);
 /// Those who wait for a port or for readiness.
 const WAITERS: usize = 64;
 /// What may wait for the actor.
@@ -171,6 +173,9 @@ pub(super) struct Guest {
     /// A session has begun: when what it has not claimed goes.
     settle_at: Option<Instant>,
     retry_at: Option<Instant>,
+    /// When the last comparison was, and when the next is, if one is due.
+    reconciled: Option<Instant>,
+    reconcile_at: Option<Instant>,
 
     listeners: BTreeSet<Listener>,
     /// The parts of a snapshot that is not complete.
@@ -210,6 +215,8 @@ impl Guest {
             void_at: None,
             settle_at: None,
             retry_at: None,
+            reconciled: None,
+            reconcile_at: None,
             listeners: BTreeSet::new(),
             staged: None,
             auto: BTreeMap::new(),
@@ -232,7 +239,8 @@ impl Guest {
             }
         }
         loop {
-            let next = [self.void_at, self.settle_at, self.retry_at].into_iter().flatten().min();
+            let deadlines = [self.void_at, self.settle_at, self.retry_at, self.reconcile_at];
+            let next = deadlines.into_iter().flatten().min();
             let input = match next {
                 None => self.inputs.recv().await,
                 Some(at) => match tokio::time::timeout_at(at, self.inputs.recv()).await {
@@ -383,8 +391,10 @@ impl Guest {
                 }
             }
         }
-        if self.retry_at.take_if(|at| *at <= now).is_some() && self.session.is_some() {
-            self.reconcile().await;
+        let retry = self.retry_at.take_if(|at| *at <= now).is_some();
+        let due = self.reconcile_at.take_if(|at| *at <= now).is_some();
+        if (retry || due) && self.session.is_some() {
+            self.reconcile(retry).await;
         }
     }
 
@@ -487,11 +497,18 @@ impl Guest {
         }
         let listeners = &self.listeners;
         self.unwanted.retain(|l| listeners.contains(l));
-        self.reconcile().await;
+        let now = Instant::now();
+        match self.reconciled.map(|at| at + PACE).filter(|at| *at > now) {
+            None => self.reconcile(false).await,
+            // A listener that flaps is bound and closed so many times a second, and no more.
+            Some(at) => self.reconcile_at = Some(at),
+        }
     }
 
-    /// Makes what is published what is wanted.
-    async fn reconcile(&mut self) {
+    /// Makes what is published what is wanted. `retry`: also what was refused before.
+    async fn reconcile(&mut self, retry: bool) {
+        self.reconciled = Some(Instant::now());
+        self.reconcile_at = None;
         let own = self.own_address().await;
         let mut wanted = wanted(&self.listeners, |listener| {
             (!self.unwanted.contains(listener)).then(|| place(&self.config.rules, listener)).flatten()
@@ -516,7 +533,7 @@ impl Guest {
             }
         }
         for (place, listener) in wanted {
-            self.publish_auto(place, listener, own).await;
+            self.publish_auto(place, listener, own, retry).await;
         }
         let refused = self.auto.values().any(|a| matches!(a, Auto::Refused(..)));
         let carried_for_now = own.is_none()
@@ -525,10 +542,14 @@ impl Guest {
         self.ring().await;
     }
 
-    async fn publish_auto(&mut self, wanted: Wanted, listener: Listener, own: Option<IpAddr>) {
+    async fn publish_auto(&mut self, wanted: Wanted, listener: Listener, own: Option<IpAddr>, retry: bool) {
+        let full = self.auto.len() >= PORTS + REFUSED;
         let known = match self.auto.get_mut(&wanted) {
             Some(Auto::Published(known, _)) => return *known = listener,
+            Some(Auto::Refused(known, _)) if !retry && *known == listener => return,
             Some(Auto::Refused(_, reason)) => Some(reason.clone()),
+            // Beyond both limits nothing is tried: it would be tried again with every change.
+            None if full => return,
             None => None,
         };
         let done = if self.count() >= PORTS {
@@ -554,10 +575,7 @@ impl Guest {
                     note(&self.requests, event);
                     self.tell(&ToGuest::Refused { listener, reason: reason.clone() });
                 }
-                let refused = self.auto.values().filter(|a| matches!(a, Auto::Refused(..))).count();
-                if refused < REFUSED || known.is_some() {
-                    self.auto.insert(wanted, Auto::Refused(listener, reason));
-                }
+                self.auto.insert(wanted, Auto::Refused(listener, reason));
             }
         }
     }
@@ -670,6 +688,10 @@ impl Guest {
             Ok(spec) => spec,
             Err(error) => return (Vec::new(), vec![error.to_string()]),
         };
+        if usize::from(spec.count) > PORTS {
+            let line = PublishError::Limit(format!("{} ports at once: {PORTS} at most", spec.count));
+            return (Vec::new(), vec![line.to_string()]);
+        }
         let own = self.own_address().await;
         let (mut ports, mut infos, mut errors) = (Vec::new(), Vec::new(), Vec::new());
         for n in 0..spec.count {

@@ -333,6 +333,8 @@ fn a_guest_has_so_many_ports_and_no_more() {
     }
     let (ports, errors) = agent.publish("0:127.0.0.1:60000");
     assert!(ports.is_empty() && errors[0].contains("limit reached"), "{errors:?}");
+    let (ports, errors) = agent.publish("1-65535:127.0.0.1:1-65535");
+    assert!(ports.is_empty() && errors.len() == 1, "one line for a range: {errors:?}");
 }
 
 #[test]

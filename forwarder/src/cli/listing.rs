@@ -3,6 +3,7 @@
 
 use portway_api::agent::AgentInfo;
 use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
+use portway_launcher::VmInfo;
 use serde::Serialize;
 
 /// One line to standard output.
@@ -62,6 +63,26 @@ fn guest_end(p: &PortInfo) -> String {
 
 pub(super) fn published(p: &PortInfo) -> String {
     format!("published {} {} -> {}", p.proto, host_end(p), guest_end(p))
+}
+
+pub(super) fn vms(vms: &[VmInfo], now_s: u64) {
+    let rows: Vec<Vec<String>> = vms
+        .iter()
+        .map(|vm| {
+            let console = if vm.detached { "portway console" } else { "its terminal" };
+            vec![
+                vm.name.clone(),
+                vm.pid.to_string(),
+                format!("{} {}", vm.arch, vm.accel),
+                vm.cpus.to_string(),
+                format!("{} MiB", vm.mem_mib),
+                format!("{} s", now_s.saturating_sub(vm.started_s)),
+                console.into(),
+                vm.state_dir.display().to_string(),
+            ]
+        })
+        .collect();
+    table(&["NAME", "PID", "MACHINE", "CPUS", "MEMORY", "UP", "CONSOLE", "STATE"], &rows);
 }
 
 pub(super) fn unpublished(p: &PortInfo) -> String {

@@ -36,6 +36,9 @@ use crate::dial::Host;
 use crate::listeners::{Redirections, Watch};
 use crate::slab::{Key, Slab};
 
+/// The exit status when the host has said that it is of no use to come again: another agent has the session, or the versions
+/// do not go together. Who supervises the agent does not start it again then.
+pub(crate) const UNWANTED: u8 = 3;
 /// Until the host is tried again, at first.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// And at most.
@@ -158,7 +161,7 @@ pub(crate) fn run(options: Options) -> ExitCode {
         Ok(mut agent) => {
             say(&format!("version {}, host {host}", env!("CARGO_PKG_VERSION")));
             match agent.serve() {
-                Ok(()) => ExitCode::FAILURE,
+                Ok(()) => ExitCode::from(UNWANTED),
                 Err(error) => {
                     say(&format!("cannot go on: {error}"));
                     ExitCode::FAILURE
