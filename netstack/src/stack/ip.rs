@@ -14,6 +14,7 @@ use crate::fragments::Piece;
 use crate::host::{Datagram, Echo, Handled, HostTarget, Service};
 use crate::icmp::{self, Fault, Unreachable};
 use crate::ndp;
+use crate::switch::Destination;
 use crate::tcp::{Arrival, FlowKey, Path, Verdict};
 use crate::time::Instant;
 use crate::types::{Mac, PortId};
@@ -99,6 +100,18 @@ impl Netstack {
         };
         if !self.is_guests(ip) || elsewhere {
             return Err(DropReason::SourceSpoofed);
+        }
+        if let IpAddr::V6(v6) = ip
+            && let Some(maker) = ndp::ethernet_of(v6)
+        {
+            // Such an address is its maker's, whoever was first: everybody can guess it.
+            let other = matches!(self.switch.destination(maker), Destination::Port(p) if p != port);
+            if maker != mac && other {
+                return Err(DropReason::SourceSpoofed);
+            }
+            if maker == mac {
+                self.neighbours.take_from_others(ip, port);
+            }
         }
         if self.neighbours.learn(ip, port, mac)? && self.tcp.is_resolving() {
             self.tcp.resolved(now, port, ip, mac, &mut self.commands);
