@@ -186,8 +186,8 @@ mod plain {
     }
 }
 
-#[cfg(test)]
 #[cfg(target_os = "linux")]
+#[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};
 
