@@ -165,3 +165,15 @@ fn a_network_that_nobody_joins_ends() -> Result<()> {
     ensure!(start.elapsed() > PATIENCE / 2, "it ended before anybody could have come");
     Ok(())
 }
+
+#[test]
+fn a_network_whose_only_vm_is_refused_ends_at_once() -> Result<()> {
+    let network = Network::start()?;
+    let (refused, answer) = network.joins("one", &["nonsense"])?;
+    ensure!(answer["error"].is_string(), "{answer}");
+    drop(refused);
+    let start = Instant::now();
+    network.ends()?;
+    ensure!(start.elapsed() < PATIENCE / 2, "it waited {:?}", start.elapsed());
+    Ok(())
+}
