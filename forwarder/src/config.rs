@@ -19,6 +19,7 @@ use portway_netstack::dhcp::StaticLease;
 use portway_netstack::{Limits, Mac, Subnet};
 use serde::Deserialize;
 
+use crate::personality::Particulars;
 use crate::publish::spec::{HostEnd, PublishSpec};
 
 /// A setting that cannot be used: its name, the value, and what to do.
@@ -146,6 +147,8 @@ pub struct Config {
     pub hosts_file: Option<PathBuf>,
     /// The limits of what a guest can make grow.
     pub limits: Limits,
+    /// What only a personality sets.
+    pub particulars: Particulars,
 }
 
 /// How frames cross a link (DESIGN §3).
@@ -247,6 +250,13 @@ pub enum Namespace {
     Path(PathBuf),
     /// That of a process.
     Process(u32),
+    /// A network namespace and the user namespace it belongs to, both by path.
+    Within {
+        /// The user namespace, entered first.
+        user: PathBuf,
+        /// The network namespace.
+        net: PathBuf,
+    },
 }
 
 /// One link, checked.
@@ -286,6 +296,8 @@ pub enum LinkAddress {
         name: String,
         /// Where it is; ours when nothing is said.
         namespace: Option<Namespace>,
+        /// How it is set up there; `None`: the guest side does that.
+        setup: Option<crate::link::tap::Setup>,
     },
 }
 
@@ -423,7 +435,7 @@ fn tap_address(name: &str) -> Option<LinkAddress> {
         && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%')
         && name != "."
         && name != "..";
-    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None })
+    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None, setup: None })
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -723,6 +735,7 @@ impl TryFrom<Settings> for Config {
                 other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
             },
             limits: Limits::default(),
+            particulars: Particulars::default(),
         })
     }
 }

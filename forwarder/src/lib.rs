@@ -17,6 +17,7 @@ mod fd;
 pub mod host;
 pub mod link;
 mod log;
+pub mod personality;
 pub mod publish;
 pub mod request;
 pub mod rings;

@@ -34,7 +34,7 @@ mod types;
 pub mod udp;
 pub mod wire;
 
-pub use config::{Limits, PortConfig, StackConfig};
+pub use config::{DnsAt, GatewayForward, Limits, PortConfig, Services, StackConfig, Transport};
 pub use drop_reason::{DropCounters, DropReason};
 pub use host::{
     ConnectError, Datagram, Direction, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,

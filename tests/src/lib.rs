@@ -2,5 +2,6 @@
 
 pub mod guest;
 pub mod namespace;
+pub mod program;
 pub mod sidecar;
 pub mod vm;

@@ -26,6 +26,9 @@ use crate::publish::spec::PublishSpec;
 /// The network of a virtual machine, as one unprivileged process.
 #[derive(Debug, Parser)]
 #[command(name = "portway", version, about, max_term_width = 100, subcommand_required = true)]
+#[command(
+    after_help = "Called as slirp4netns or vpnkit (or `portway vpnkit ...`), it takes that program's options."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -102,6 +105,9 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         // A child of a tap link, which opens a device elsewhere: see there.
         let done = crate::link::tap::child(args.get(2..).unwrap_or_default());
         return if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    if let Some(code) = crate::personality::main(&args) {
+        return code;
     }
     let cli = match Cli::try_parse_from(normalise(args)) {
         Ok(cli) => cli,

@@ -44,7 +44,7 @@ impl Driver {
     }
 
     fn connect(&mut self, flow: FlowId, to: SocketAddr) {
-        match HostStream::connect(to) {
+        match HostStream::connect(to, self.outbound) {
             Ok(stream) => {
                 // Loopback answers inside `connect`: the flow is served at once, without waiting for the event.
                 self.adopt(HostFlow::dialing(flow, stream));

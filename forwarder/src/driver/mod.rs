@@ -106,6 +106,8 @@ pub struct Driver {
     /// Flows with news from their sockets.
     ready: VecDeque<FlowId>,
     udp: UdpSockets,
+    /// The address outgoing connections leave from.
+    outbound: Option<std::net::Ipv4Addr>,
     published: Vec<Option<Published>>,
     entrances: Vec<Option<Entrance>>,
     /// Entrances that may have somebody waiting.
@@ -136,9 +138,10 @@ impl Driver {
             subnet: config.subnet,
             gateway: config.gateway,
             host_alias: config.host_alias,
-            gateway_mac: portway_netstack::Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
-            domain: crate::DOMAIN.to_owned(),
-            search,
+            gateway_mac: config.particulars.gateway_mac,
+            services: config.particulars.services.clone(),
+            domain: config.particulars.domain.clone(),
+            search: [config.particulars.search.clone(), search].concat(),
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
@@ -168,7 +171,8 @@ impl Driver {
             link_configs: config.links.clone(),
             flows: Vec::new(),
             ready: VecDeque::new(),
-            udp: UdpSockets::new(),
+            udp: UdpSockets::new(config.particulars.outbound),
+            outbound: config.particulars.outbound,
             published: Vec::new(),
             entrances: Vec::new(),
             ready_entrances: Vec::new(),

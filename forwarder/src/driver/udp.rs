@@ -64,12 +64,15 @@ pub(super) struct UdpSockets {
     /// Slots with datagrams to read.
     ready: Vec<usize>,
     receiver: Receiver,
+    /// The address datagrams leave from.
+    outbound: Option<Ipv4Addr>,
     waiting: Option<Segments>,
 }
 
 impl UdpSockets {
-    pub(super) fn new() -> Self {
-        Self { sockets: Vec::new(), ready: Vec::new(), receiver: Receiver::new(), waiting: None }
+    pub(super) fn new(outbound: Option<Ipv4Addr>) -> Self {
+        let (sockets, ready) = (Vec::new(), Vec::new());
+        Self { sockets, ready, receiver: Receiver::new(), outbound, waiting: None }
     }
 
     pub(super) fn note(&mut self, slot: usize) {
@@ -154,7 +157,7 @@ impl UdpSockets {
         let at = &mut self.sockets[slot];
         if at.as_ref().is_none_or(|s| s.id != id) {
             let any = match remote {
-                SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+                SocketAddr::V4(_) => SocketAddr::from((self.outbound.unwrap_or(Ipv4Addr::UNSPECIFIED), 0)),
                 SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
             };
             let mut socket = UdpSocket::bind(any)?;

@@ -309,8 +309,8 @@ impl Link {
                 link.attach(Carrier::Stream(Box::new(stream)), registry)?;
             }
             #[cfg(target_os = "linux")]
-            LinkAddress::Tap { name, namespace } => {
-                let tap = Tap::open(name, namespace.as_ref())?;
+            LinkAddress::Tap { name, namespace, setup } => {
+                let tap = Tap::open(name, namespace.as_ref(), setup.as_ref())?;
                 link.attach(Carrier::Tap(Box::new(tap)), registry)?;
             }
         }

@@ -29,6 +29,27 @@ use crate::request::{Request, Requests};
 /// # Errors
 /// When something of the configuration cannot be had at this host.
 pub fn run(config: &Config) -> anyhow::Result<()> {
+    run_with(config, Vec::new())
+}
+
+/// What a personality serves beside the network. It is called on the control thread, inside its runtime, when everything
+/// is bound: what cannot be had must have been found out before.
+pub type Door = Box<dyn FnOnce(&DoorContext) + Send>;
+
+/// What a [`Door`] is given.
+#[derive(Debug, Clone)]
+pub struct DoorContext {
+    /// The way to the data thread.
+    pub requests: Requests,
+    /// The names guests are answered.
+    pub dns: Arc<Dns>,
+}
+
+/// As [`run`], with more doors.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     raise_descriptor_limit();
     if let Some(dir) = &config.state_dir {
         std::fs::create_dir_all(dir).with_context(|| format!("--state-dir: {}", dir.display()))?;
@@ -45,8 +66,9 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         driver.restore_leases(state::leases(dir));
     }
     let ports = driver.publish_at_start(&config.publish).context("--publish")?;
-    let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
-    let _api = RemovedAtEnd(&config.api);
+    let api = config.particulars.control.then(|| crate::unix_path::listen(&config.api, 0o600)).transpose();
+    let api = api.context("--api")?;
+    let _api = api.is_some().then_some(RemovedAtEnd(&config.api));
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
     }
@@ -59,8 +81,10 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         state_dir: config.state_dir.clone(),
     };
     let thread = std::thread::Builder::new().name("control".into());
-    thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
-    say_ready(config.ready_fd)?;
+    thread
+        .spawn(move || control.run(api, slow_incoming, doors))
+        .context("cannot start the control thread")?;
+    say_ready(config.ready_fd, config.particulars.ready)?;
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
     driver.run().context("the data thread")?;
     tracing::info!("ended");
@@ -84,7 +108,12 @@ fn dns_config(config: &Config) -> DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
         gateway: vec![config.gateway.into()],
-        host: vec![config.host_alias.into()],
+        // Where nothing of the host is behind the gateway's own address, the host has none.
+        host: if config.host_loopback || config.host_alias != config.gateway {
+            vec![config.host_alias.into()]
+        } else {
+            Vec::new()
+        },
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
         upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
@@ -118,11 +147,11 @@ fn write_pid(path: &Path) -> anyhow::Result<RemovedAtEnd<'_>> {
     Ok(RemovedAtEnd(path))
 }
 
-fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
+fn say_ready(fd: Option<i32>, word: &str) -> anyhow::Result<()> {
     let Some(fd) = fd else { return Ok(()) };
     let mut file = std::fs::File::from(crate::fd::inherit(fd).context("--ready-fd")?);
     // One who has stopped waiting does not keep us from serving.
-    let _ = file.write_all(b"ready\n");
+    let _ = file.write_all(word.as_bytes());
     Ok(())
 }
 
@@ -135,7 +164,12 @@ struct Control {
 }
 
 impl Control {
-    fn run(self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
+    fn run(
+        self,
+        api: Option<std::os::unix::net::UnixListener>,
+        slow: mpsc::Receiver<Slow>,
+        doors: Vec<Door>,
+    ) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -145,14 +179,17 @@ impl Control {
             }
         };
         runtime.block_on(async {
-            match UnixListener::from_std(api) {
-                Ok(api) => drop(tokio::spawn(crate::control::serve(
+            match api.map(UnixListener::from_std) {
+                Some(Ok(api)) => drop(tokio::spawn(crate::control::serve(
                     api,
                     self.requests.clone(),
                     self.network.clone(),
                 ))),
-                Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+                Some(Err(error)) => tracing::error!(%error, "the control socket cannot be served"),
+                None => {}
             }
+            let context = DoorContext { requests: self.requests.clone(), dns: Arc::clone(&self.dns) };
+            doors.into_iter().for_each(|door| door(&context));
             tokio::spawn(end_on_signal(self.requests.clone()));
             self.slow_things(slow).await;
         });

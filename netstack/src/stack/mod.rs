@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 pub(crate) use self::outbox::Outbox;
-use crate::config::{PortConfig, StackConfig};
+use crate::config::{GatewayForward, PortConfig, StackConfig, Transport};
 use crate::dhcp::{DhcpServer, LeaseReport, Settings};
 use crate::drop_reason::{DropCounters, DropReason};
 use crate::host::{
@@ -91,6 +91,8 @@ impl Netstack {
         let settings = Settings {
             gateway: config.gateway,
             host_alias: config.host_alias,
+            dns: config.dns(),
+            pool: config.services.pool,
             mask,
             broadcast,
             domain: config.domain.clone(),
@@ -302,19 +304,28 @@ impl Netstack {
         }
     }
 
+    fn is_dns(&self, to: SocketAddr) -> bool {
+        to.port() == DNS && self.config.dns().is_some_and(|dns| to.ip() == IpAddr::V4(dns))
+    }
+
     fn forbid_groups(&self, dst: Ipv4Addr) -> Result<(), DropReason> {
         let directed = Some(IpAddr::V4(dst)) == self.config.subnet.broadcast();
         if dst.is_multicast() || dst.is_broadcast() || directed { Err(DropReason::Multicast) } else { Ok(()) }
     }
 
     /// A destination of a guest as the host knows it. `Err` when policy forbids it.
-    fn host_view(&self, dst: SocketAddr) -> Result<SocketAddr, DropReason> {
+    fn host_view(&self, dst: SocketAddr, transport: Transport) -> Result<SocketAddr, DropReason> {
+        if dst.ip() == IpAddr::V4(self.config.gateway)
+            && let Some(to) = self.config.forward(transport, dst.port())
+        {
+            return Ok(to);
+        }
         let ip = match dst.ip() {
             IpAddr::V4(ip) if ip == self.config.host_alias && self.config.host_loopback => {
                 IpAddr::V4(Ipv4Addr::LOCALHOST)
             }
             // The gateway serves what it serves; nothing of the host stands behind it.
-            IpAddr::V4(ip) if ip == self.config.host_alias || ip == self.config.gateway => {
+            ip if self.config.is_ours(ip) => {
                 return Err(DropReason::Forbidden);
             }
             IpAddr::V4(ip) if ip.is_link_local() && !self.config.metadata => {
@@ -360,10 +371,10 @@ impl Netstack {
         match self.tcp.from_guest(now, arrival, outbox, &mut self.commands) {
             Verdict::Done(result) => result,
             Verdict::Syn => {
-                let target = if key.remote() == SocketAddr::new(self.config.gateway.into(), DNS) {
+                let target = if self.is_dns(key.remote()) {
                     Ok(HostTarget::Service(Service::Dns))
                 } else {
-                    self.host_view(key.remote()).map(HostTarget::Address)
+                    self.host_view(key.remote(), Transport::Tcp).map(HostTarget::Address)
                 };
                 match target {
                     Ok(target) => {
@@ -409,22 +420,21 @@ impl Netstack {
     ) -> Result<Handled<'f>, DropReason> {
         let guest = SocketAddr::new(packet.header.src.into(), ports.src);
         let seen = SocketAddr::new(packet.header.dst.into(), ports.dst);
-        if seen.ip() == IpAddr::V4(self.config.gateway) {
-            if ports.dst == DNS {
-                self.dns_queries += 1;
-                return Ok(Handled::Dns { guest, asked: seen, query: payload });
-            }
-            self.unreachable(now, port, mac, self.config.gateway, Unreachable::Port, packet.bytes)?;
-            return Err(DropReason::NotForUs);
+        if self.is_dns(seen) {
+            self.dns_queries += 1;
+            return Ok(Handled::Dns { guest, asked: seen, query: payload });
         }
-        match self.host_view(seen) {
+        match self.host_view(seen, Transport::Udp) {
             Ok(remote) => {
                 let path = self.udp.to_host(now, Target { port, mac, guest }, seen, remote, payload.len());
                 Ok(Handled::Datagram(Datagram { path, remote, payload }))
             }
             Err(reason) => {
-                let code =
-                    if reason == DropReason::NotForUs { Unreachable::Host } else { Unreachable::Prohibited };
+                let code = match reason {
+                    _ if seen.ip() == IpAddr::V4(self.config.gateway) => Unreachable::Port,
+                    DropReason::NotForUs => Unreachable::Host,
+                    _ => Unreachable::Prohibited,
+                };
                 self.unreachable(now, port, mac, self.config.gateway, code, packet.bytes)?;
                 Err(reason)
             }
@@ -686,10 +696,26 @@ impl Netstack {
         sink: &mut impl FrameSink,
     ) {
         let result = self.udp.from_host(binding, remote, payload.len());
-        let result = result.and_then(|target| self.datagram(target, self.guest_view(remote), payload, sink));
+        let result = result.and_then(|target| self.datagram(target, self.answered_as(remote), payload, sink));
         if let Err(reason) = result {
             self.drops.count(reason);
         }
+    }
+
+    /// The address from which a guest sees the answer of `remote` to its datagram: the gateway's, when that is how it
+    /// got there.
+    fn answered_as(&self, remote: SocketAddr) -> SocketAddr {
+        let forwards = self.config.services.forwards.iter();
+        let forward = forwards.clone().find(|f| f.transport == Transport::Udp && f.to == remote);
+        match forward {
+            Some(f) => SocketAddr::new(self.config.gateway.into(), f.port),
+            None => self.guest_view(remote),
+        }
+    }
+
+    /// Replaces the ports of the gateway that lead elsewhere. Open flows stay as they are.
+    pub fn set_gateway_forwards(&mut self, forwards: Vec<GatewayForward>) {
+        self.config.services.forwards = forwards;
     }
 
     /// The port whose guest owns `binding`.
