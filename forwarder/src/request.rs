@@ -61,6 +61,8 @@ pub enum Request {
         /// The message.
         answer: Vec<u8>,
     },
+    /// Replace the ports of the gateway that lead elsewhere.
+    GatewayForwards(Vec<portway_netstack::GatewayForward>),
     /// Close listeners, reset flows, end the loop.
     Shutdown,
 }

@@ -253,3 +253,93 @@ fn rootlesskit_has_its_network_from_us_as_slirp4netns() -> Result<()> {
     page.context("no page")?;
     Ok(())
 }
+
+#[test]
+fn rootlesskit_has_its_network_from_us_as_vpnkit() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let program = named(dir.path(), "vpnkit")?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let outside = listener.local_addr()?.port();
+    greeter(listener, "outside");
+    let port = free_port()?;
+    let binary = format!("--vpnkit-binary={}", program.display());
+    let publish = format!("127.0.0.1:{port}:80/tcp");
+    let options = ["--net=vpnkit", &binary, "--copy-up=/etc", "--port-driver=builtin", "-p", publish.as_str()];
+    let script = format!(
+        "cat /etc/resolv.conf; curl -sS --max-time 10 http://192.168.65.2:{outside}/; echo; curl -sS --max-time 10 http://host.internal:{outside}/; cd /proc/self/net; exec python3 -m http.server 80"
+    );
+    let log = dir.path().join("log");
+    let Some(mut kit) = rootlesskit(dir.path(), &options, &script, &log)? else { return Ok(()) };
+    let at = SocketAddr::from(([127, 0, 0, 1], port));
+    let mut page = None;
+    kit.until("the published web server", || {
+        page = greeting(at).filter(|p| p.contains("Directory listing"));
+        page.is_some()
+    })?;
+    let said = kit.log();
+    assert!(said.contains("nameserver 192.168.65.1"), "{said}");
+    assert_eq!(said.matches("outside 127.0.0.1").count(), 2, "{said}");
+    Ok(())
+}
+
+/// An HTTP request to the socket at `path`: the status and the body.
+fn http(path: &Path, method: &str, route: &str, body: &str) -> Result<(u16, String)> {
+    let head = format!("{method} {route} HTTP/1.1\r\nHost: vpnkit\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+    let answer = String::from_utf8(ask(path, (head + body).as_bytes())?)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+    Ok((head.split(' ').nth(1).context("no status")?.parse()?, body.to_owned()))
+}
+
+#[test]
+fn vpnkit_forwards_ports_by_http_within_what_is_allowed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (ethernet, port) = (dir.path().join("eth"), dir.path().join("port"));
+    let mut command = Command::new(named(dir.path(), "vpnkit")?);
+    command.arg("--ethernet").arg(&ethernet).arg("--port").arg(&port);
+    command.args(["--allowed-bind-addresses", "127.0.0.1"]);
+    let mut vpnkit = Program::start(&mut command, &dir.path().join("log"))?;
+    vpnkit.until("its sockets", || port.exists() && ethernet.exists())?;
+    let mut guest = VpnkitGuest::attach(&ethernet)?;
+    let (address, gateway, resolvers) = guest.dhcp()?;
+    assert_eq!(address.octets()[..3], [192, 168, 65]);
+    assert_eq!((gateway, resolvers), (Ipv4Addr::new(192, 168, 65, 1), vec![Ipv4Addr::new(192, 168, 65, 1)]));
+
+    assert_eq!(http(&port, "GET", "/forwards/list", "")?, (200, "null".into()));
+    let body = format!(r#"{{"proto":"tcp","out_ip":"127.0.0.1","in_ip":"{address}","in_port":80}}"#);
+    // Twice is once.
+    for method in ["PUT", "POST"] {
+        assert_eq!(http(&port, method, "/forwards/expose/port", &body)?, (200, String::new()));
+    }
+    let (_, listed) = http(&port, "GET", "/forwards/list", "")?;
+    let list: serde_json::Value = serde_json::from_str(&listed)?;
+    assert_eq!(list.as_array().map(Vec::len), Some(1), "{listed}");
+    let real = u16::try_from(list[0]["out_port"].as_u64().context("no port")?)?;
+    let at = SocketAddr::from(([127, 0, 0, 1], real));
+    let client = std::thread::spawn(move || greeting(at));
+    guest.answers(80, b"HTTP/1.0 200 OK\r\n\r\nguest")?;
+    assert_eq!(client.join().unwrap().as_deref(), Some("guest"));
+
+    let taken = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let _holder = TcpListener::bind(("127.0.0.1", taken))?;
+    for (body, fault) in [
+        (body.replace("127.0.0.1", "127.0.0.2"), "is not one of --allowed-bind-addresses"),
+        (body.replace(r#""in_ip""#, &format!(r#""out_port":{taken},"in_ip""#)), "port is already allocated"),
+        (body.replace(&address.to_string(), "172.17.0.2"), "is not an address of the guests' network"),
+        (body.replace("\"tcp\"", "\"unix\""), "unexpected protocol"),
+        ("{".into(), "EOF"),
+        (body.replace("80", "\"80\""), "invalid type"),
+    ] {
+        let (status, said) = http(&port, "PUT", "/forwards/expose/port", &body)?;
+        assert!(status == 400 && said.contains(fault), "{body}: {status} {said}");
+    }
+    assert_eq!(http(&port, "GET", "/forwards/list", "")?.1, listed);
+    assert_eq!(http(&port, "PUT", "/forwards/expose/port", &"x".repeat(100_000))?.0, 413);
+    assert_eq!(http(&port, "GET", "/forwards", "")?.0, 404);
+    for _ in 0..2 {
+        assert_eq!(http(&port, "DELETE", "/forwards/unexpose/port", &body)?, (200, String::new()));
+    }
+    assert_eq!(greeting(at), None);
+    assert_eq!(vpnkit.stop()?.code(), Some(0));
+    assert!(!port.exists() && !ethernet.exists());
+    Ok(())
+}

@@ -45,6 +45,7 @@ impl Driver {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::GatewayForwards(forwards) => self.stack.set_gateway_forwards(forwards),
                 Request::Shutdown => self.ending = true,
             }
         }

@@ -293,15 +293,17 @@ impl Link {
                 link.attach(Carrier::Packets(Box::new(Packets::bound(path)?)), registry)?;
             }
             LinkAddress::Listen(path) => {
-                let listener = unix_path::listen_as(path, 0o600, socket_type(config.kind))?;
-                let fd = listener.as_raw_fd();
-                registry.register(&mut SourceFd(&fd), tokens.get(Tokens::LISTENER), Interest::READABLE)?;
-                link.listener = Some(listener);
+                link.listen_on(unix_path::listen_as(path, 0o600, socket_type(config.kind))?, registry)?;
             }
             LinkAddress::Connect(_) => link.connect(registry),
             LinkAddress::Fd(fd) => {
                 let fd = crate::fd::inherit(*fd)?;
-                link.attach_socket(fd, registry)?;
+                if listens(&fd) {
+                    crate::fd::set_nonblocking(&fd)?;
+                    link.listen_on(fd.into(), registry)?;
+                } else {
+                    link.attach_socket(fd, registry)?;
+                }
             }
             LinkAddress::Stdio => {
                 let stdio = |fd| crate::fd::inherit(fd);
@@ -394,6 +396,13 @@ impl Link {
     }
 
     // ---- how a VMM comes and goes ----
+
+    fn listen_on(&mut self, listener: socket2::Socket, registry: &Registry) -> io::Result<()> {
+        let fd = listener.as_raw_fd();
+        registry.register(&mut SourceFd(&fd), self.tokens.get(Tokens::LISTENER), Interest::READABLE)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
 
     fn attach_socket(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
         let carrier = match self.kind {
@@ -588,6 +597,7 @@ impl Link {
         }
         match &self.address {
             LinkAddress::Listen(_) => self.accept(registry),
+            LinkAddress::Fd(_) if self.listener.is_some() => self.accept(registry),
             LinkAddress::Connect(_) => self.retry_at = Some(Instant::now()),
             LinkAddress::Fd(_) | LinkAddress::Stdio => self.ended = true,
             #[cfg(target_os = "linux")]
@@ -655,6 +665,11 @@ impl Link {
     pub fn is_blocked(&self) -> bool {
         self.carrier.as_ref().is_some_and(Carrier::is_blocked)
     }
+}
+
+/// Whether `fd` is a socket that others connect to, and not one that is connected.
+fn listens(fd: &OwnedFd) -> bool {
+    nix::sys::socket::getsockopt(fd, nix::sys::socket::sockopt::AcceptConn).unwrap_or(false)
 }
 
 /// The type of socket on which frames of `kind` travel.

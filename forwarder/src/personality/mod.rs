@@ -9,6 +9,7 @@
 
 #[cfg(target_os = "linux")]
 pub mod slirp4netns;
+pub mod vpnkit;
 
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
@@ -60,6 +61,7 @@ pub fn main(args: &[OsString]) -> Option<ExitCode> {
     match name {
         #[cfg(target_os = "linux")]
         "slirp4netns" => Some(slirp4netns::main(args)),
+        "vpnkit" => Some(vpnkit::main(args)),
         _ => None,
     }
 }
