@@ -15,6 +15,7 @@ pub mod driver;
 pub mod events;
 mod fd;
 pub mod host;
+mod host_errors;
 pub mod link;
 mod log;
 pub mod personality;

@@ -138,6 +138,16 @@ pub fn rootlesskit(dir: &Path, options: &[&str], script: &str, log: &Path) -> Re
     Program::start(&mut command, log).map(Some)
 }
 
+/// Whether rootlesskit cannot do what it was told because of how it was built; said on standard error.
+#[must_use]
+pub fn left_out(kit: &Program) -> bool {
+    let out = kit.log().contains("not supported in this Debian package");
+    if out {
+        eprintln!("skipped: Debian's rootlesskit is built without this network driver");
+    }
+    out
+}
+
 /// Runs a program to its end.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use portway_netstack::{FlowId, HostEvent};
 
 use super::{Driver, Entrance, Kind, token};
-use crate::host::{HostFlow, HostStream, connect_error};
+use crate::host::{HostFlow, HostStream};
 use crate::publish::Listener;
 
 /// Bytes one flow may send to its host before the next has its turn.
@@ -39,9 +39,9 @@ impl Driver {
                     self.stack.handle_host(self.now, HostEvent::Connected { flow: id });
                 }
                 Some(Err(error)) => {
+                    let fallback = flow.fallback;
                     self.flows[id.slot()] = None;
-                    self.stack
-                        .handle_host(self.now, HostEvent::Failed { flow: id, error: connect_error(&error) });
+                    self.not_connected(id, fallback, &error);
                     return true;
                 }
             }

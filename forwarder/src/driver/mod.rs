@@ -12,9 +12,12 @@
 //! There is no lock, no channel of buffers and no allocation per packet. Slow things happen in the control thread; they
 //! come in as [`Request`]s and go out as [`Slow`]s.
 
+mod alarm;
 mod commands;
 mod flows;
+mod ping;
 mod requests;
+mod routes;
 mod udp;
 
 use std::collections::VecDeque;
@@ -25,6 +28,8 @@ use std::time::Instant as Clock;
 use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
+use self::alarm::Alarm;
+use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
@@ -41,6 +46,16 @@ pub enum Slow {
     Dns(DnsTicket, Vec<u8>),
     /// A guest's connection to the DNS service.
     DnsStream(std::os::unix::net::UnixStream),
+    /// A guest's connection that a program behind a unix socket is to take; the answer comes back as
+    /// [`Request::HandedOver`].
+    HandOver {
+        /// The flow.
+        flow: FlowId,
+        /// Its destination.
+        to: std::net::SocketAddr,
+        /// The program's socket.
+        path: std::path::PathBuf,
+    },
     /// The leases as they are now: to be kept, and their names to be known.
     Leases(Vec<portway_netstack::dhcp::LeaseReport>, Vec<(String, std::net::IpAddr)>),
 }
@@ -58,6 +73,9 @@ const TURNS: usize = 8;
 /// VMs beyond the first that the listeners of `vpnkit` links may have together.
 const ARRIVALS: usize = 64;
 
+/// How long those who wait to be accepted wait for a descriptor to come free.
+const STARVED: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// What a token stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -66,9 +84,10 @@ enum Kind {
     Flow,
     Binding,
     Listener,
+    Routes,
 }
 
-const KINDS: [Kind; 5] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener];
+const KINDS: [Kind; 6] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener, Kind::Routes];
 
 /// Bits of a token that say the kind.
 const TOKEN_SHIFT: u32 = 3;
@@ -83,6 +102,8 @@ fn kind_of(token: Token) -> Option<(Kind, usize)> {
 
 /// The token of the waker of `Requests`.
 pub const WAKER: Token = token(Kind::Waker, 0);
+/// The token of the [`Alarm`].
+const ALARM: Token = token(Kind::Waker, 1);
 
 /// One socket of a published port.
 struct Entrance {
@@ -95,6 +116,7 @@ struct Entrance {
 /// The data thread's state.
 pub struct Driver {
     poll: Poll,
+    alarm: Alarm,
     stack: Netstack,
     started: Clock,
     now: Instant,
@@ -106,8 +128,13 @@ pub struct Driver {
     /// Flows with news from their sockets.
     ready: VecDeque<FlowId>,
     udp: UdpSockets,
+    /// Destinations that are handed over, and flows whose takers have not answered yet.
+    outgoing: Vec<crate::personality::vpnkit::Outgoing>,
+    handing: Vec<FlowId>,
     /// The address outgoing connections leave from.
     outbound: Option<std::net::Ipv4Addr>,
+    /// News of the host's routes, where guests' depend on them.
+    routes: Option<Routes>,
     published: Vec<Option<Published>>,
     entrances: Vec<Option<Entrance>>,
     /// Entrances that may have somebody waiting.
@@ -145,8 +172,18 @@ impl Driver {
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
+            ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || routes::has_ipv6())),
+            udp: config.udp.clone(),
             limits: config.limits.clone(),
         };
+        let watched = config.ipv6.as_ref().filter(|v6| v6.follows_host);
+        let routes = watched.and_then(|_| match Routes::watch(poll.registry(), token(Kind::Routes, 0)) {
+            Ok(routes) => Some(routes),
+            Err(error) => {
+                tracing::warn!(%error, "changes of the host's routes are not seen: IPv6 stays as it is now");
+                None
+            }
+        });
         let started = Clock::now();
         let mut stack = Netstack::new(stack, Box::new(MappedRings::new()), seed);
         let mut links = Vec::new();
@@ -163,6 +200,7 @@ impl Driver {
             links.push(made);
         }
         Ok(Self {
+            alarm: Alarm::new(poll.registry(), ALARM)?,
             poll,
             stack,
             started,
@@ -172,7 +210,10 @@ impl Driver {
             flows: Vec::new(),
             ready: VecDeque::new(),
             udp: UdpSockets::new(config.particulars.outbound),
+            outgoing: config.particulars.outgoing.clone(),
+            handing: Vec::new(),
             outbound: config.particulars.outbound,
+            routes,
             published: Vec::new(),
             entrances: Vec::new(),
             ready_entrances: Vec::new(),
@@ -199,10 +240,8 @@ impl Driver {
         self.tick();
         let mut busy = self.pump();
         while !self.ending && !(self.links.iter().all(|l| l.ended)) {
-            match self
-                .poll
-                .poll(&mut events, if busy { Some(std::time::Duration::ZERO) } else { self.timeout() })
-            {
+            let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
+            match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
@@ -221,22 +260,28 @@ impl Driver {
     }
 
     fn tick(&mut self) {
-        self.now =
-            Instant::from_micros(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX));
+        self.now = self.instant(Clock::now());
     }
 
-    fn timeout(&self) -> Option<std::time::Duration> {
-        let stack = self.stack.poll_timeout().map(|at| at.since(self.now));
-        let now = Clock::now();
-        let links =
-            self.links.iter().filter_map(Link::wants_tick).map(|at| at.saturating_duration_since(now));
-        let starved = self.starved.then_some(std::time::Duration::from_millis(100));
-        stack.into_iter().chain(links).chain(starved).min()
+    /// A point of the host's clock as the stack counts.
+    fn instant(&self, at: Clock) -> Instant {
+        let since = at.saturating_duration_since(self.started);
+        Instant::from_micros(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// How long the poll may sleep.
+    fn patience(&mut self) -> Option<std::time::Duration> {
+        let ticks = self.links.iter().filter_map(Link::wants_tick);
+        let starved = self.starved.then_some(Clock::now() + STARVED);
+        let host = ticks.chain(starved).min().map(|at| self.instant(at));
+        let at = self.stack.poll_timeout().into_iter().chain(host).min();
+        self.alarm.sleep_until(self.now, at)
     }
 
     fn note(&mut self, event: &mio::event::Event) {
         let Some((kind, n)) = kind_of(event.token()) else { return };
         match kind {
+            Kind::Waker if event.token() == ALARM => self.alarm.rang(),
             Kind::Waker => self.answer_requests(),
             Kind::Link => {
                 let n = n / Tokens::COUNT;
@@ -260,7 +305,13 @@ impl Driver {
                     self.ready.push_back(id);
                 }
             }
-            Kind::Binding => self.udp.note(n),
+            Kind::Binding => self.udp.note(n, event.is_error()),
+            Kind::Routes => {
+                if let Some(routes) = &self.routes {
+                    routes.drain();
+                    self.stack.set_ipv6_uplink(routes::has_ipv6());
+                }
+            }
             Kind::Listener => {
                 if let Some(Some(entrance)) = self.entrances.get_mut(n)
                     && !std::mem::replace(&mut entrance.ready, true)
@@ -339,29 +390,47 @@ impl Driver {
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
         let entrances = &self.entrances;
-        let state = link.receive(|frame, offload| match stack.handle_frame(now, port, frame) {
-            Handled::Done => {}
-            Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
-            Handled::Dns { guest, asked, query } => {
-                // At the limit the query is dropped: the guest asks again.
-                let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+        let state = link.receive(|frame, offload| {
+            let (whole, mut handled);
+            handled = stack.handle_frame(now, port, frame);
+            if let Handled::Whole(packet) = handled {
+                whole = packet;
+                handled = stack.handle_frame(now, port, &whole);
             }
-            Handled::Forward(to) => {
-                for other in before.iter_mut().chain(after.iter_mut()) {
-                    if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
-                        let target = other.port;
-                        if let Some(sink) = other.sink() {
-                            stack.forward(now, (port, target), frame, offload, sink);
+            match handled {
+                Handled::Done | Handled::Whole(_) => {}
+                Handled::Echo(echo) => udp.ping(registry, &echo),
+                Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
+                Handled::Dns { guest, asked, query } => {
+                    // At the limit the query is dropped: the guest asks again.
+                    let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+                }
+                Handled::Forward(to) => {
+                    for other in before.iter_mut().chain(after.iter_mut()) {
+                        if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
+                            let target = other.port;
+                            if let Some(sink) = other.sink() {
+                                stack.forward(now, (port, target), frame, offload, sink);
+                            }
                         }
                     }
                 }
             }
         });
         udp.flush();
+        self.tell_faults();
         if state == LinkState::Gone {
             self.take_down(n);
         } else if let Some(hello) = self.links[n].take_hello() {
             let answer = self.admit(hello);
+            if let Ok(mac) = answer
+                && let Some(old) =
+                    (0..self.links.len()).find(|i| *i != n && self.links[*i].given() == Some(mac))
+            {
+                // A VM that comes again before its first connection ended is one VM: rootlesskit asks for its address on
+                // a connection of its own.
+                self.take_down(old);
+            }
             if self.links[n].answer(answer) == LinkState::Gone {
                 self.take_down(n);
             }

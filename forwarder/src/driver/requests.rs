@@ -45,6 +45,7 @@ impl Driver {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::HandedOver { flow, stream } => self.handed_over(flow, stream),
                 Request::GatewayForwards(forwards) => self.stack.set_gateway_forwards(forwards),
                 Request::Shutdown => self.ending = true,
             }
@@ -178,7 +179,21 @@ impl Driver {
             expires_in_s: l.remaining.map(|d| d.as_secs()),
             fixed: l.fixed,
         };
-        all.map(info).collect()
+        let v6 = self.stack.leases6(self.now).into_iter().map(|l| LeaseInfo {
+            ip: l.ip.to_string(),
+            mac: l.mac.to_string(),
+            name: self.lease6_name(&l),
+            expires_in_s: Some(l.remaining.as_secs()),
+            fixed: false,
+        });
+        all.map(info).chain(v6).collect()
+    }
+
+    /// The name of a guest by its IPv6 lease: its link's, the one its IPv4 lease has, or what it sent.
+    fn lease6_name(&self, lease: &portway_netstack::dhcp6::Lease6Report) -> Option<String> {
+        let v4 = self.stack.leases(self.now).into_iter().find(|l| l.mac == lease.mac);
+        let link = self.links.iter().find(|l| Some(l.port) == lease.port).and_then(|l| l.name.clone());
+        link.or_else(|| v4.and_then(|l| self.lease_name(&l))).or_else(|| lease.name.clone())
     }
 
     /// Tells the control thread which leases there are, and which names they give.
@@ -192,6 +207,16 @@ impl Driver {
                 names.push((name, lease.ip.into()));
             }
             self.events.push(Event::Lease(lease.ip.to_string(), lease.mac.to_string()));
+        }
+        let of_v4 = names.len();
+        for lease in self.stack.leases6(self.now) {
+            let Some(name) = self.lease6_name(&lease) else { continue };
+            // One address of each version, of the same machine.
+            let owner = names.iter().find(|(known, _)| *known == name).map(|(_, ip)| *ip);
+            let same = owner.is_none_or(|ip| leases.iter().any(|l| l.mac == lease.mac && ip == l.ip));
+            if same && !names[of_v4..].iter().any(|(known, _)| *known == name) {
+                names.push((name, lease.ip.into()));
+            }
         }
         self.names.clone_from(&names);
         if self.slow.try_send(Slow::Leases(leases, names)).is_err() {

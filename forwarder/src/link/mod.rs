@@ -234,6 +234,8 @@ pub struct Link {
     mtu: u16,
     /// Sums and segments are left to us, and no header says so.
     implied: bool,
+    /// The MAC given in a handshake.
+    given: Option<Mac>,
     /// Who came to a listener for several VMs while this link had one.
     arrivals: Vec<OwnedFd>,
     /// What is watched of a vhost-user front end beside its socket.
@@ -349,6 +351,7 @@ impl Link {
             counters: LinkCounters::default(),
             mtu: config.mtu,
             implied: config.offload,
+            given: None,
             arrivals: Vec::new(),
             #[cfg(target_os = "linux")]
             kicks: Vec::new(),
@@ -572,6 +575,7 @@ impl Link {
         let Some(Carrier::Stream(stream)) = &mut self.carrier else { return LinkState::Same };
         match answer {
             Ok(mac) => {
+                self.given = Some(mac);
                 stream.answer(&vpnkit::accept(mac, mtu));
                 LinkState::Same
             }
@@ -584,9 +588,16 @@ impl Link {
         }
     }
 
+    /// The MAC that the VMM was given in a handshake.
+    #[must_use]
+    pub const fn given(&self) -> Option<Mac> {
+        self.given
+    }
+
     /// Forgets the VMM and makes ready for the next one.
     pub fn detach(&mut self, registry: &Registry) {
         self.counters = self.counters();
+        self.given = None;
         #[cfg(target_os = "linux")]
         self.forget_kicks(registry);
         if let Some(carrier) = self.carrier.take() {

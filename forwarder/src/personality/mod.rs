@@ -36,6 +36,8 @@ pub struct Particulars {
     pub search: Vec<String>,
     /// What the gateway does for guests.
     pub services: Services,
+    /// Destinations whose connections are handed to a program.
+    pub outgoing: Vec<vpnkit::Outgoing>,
     /// The host's address outgoing connections and datagrams leave from.
     pub outbound: Option<Ipv4Addr>,
 }
@@ -49,6 +51,7 @@ impl Default for Particulars {
             domain: crate::DOMAIN.to_owned(),
             search: Vec::new(),
             services: Services::default(),
+            outgoing: Vec::new(),
             outbound: None,
         }
     }

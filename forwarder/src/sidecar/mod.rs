@@ -107,10 +107,10 @@ fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
-        gateway: vec![config.gateway.into()],
+        gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
         // Where nothing of the host is behind the gateway's own address, the host has none.
         host: if config.host_loopback || config.host_alias != config.gateway {
-            vec![config.host_alias.into()]
+            both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias))
         } else {
             Vec::new()
         },
@@ -120,6 +120,10 @@ fn dns_config(config: &Config) -> DnsConfig {
         resolv_conf: config.resolv_conf.clone(),
         hosts: config.hosts_file.clone(),
     }
+}
+
+fn both(v4: std::net::Ipv4Addr, v6: Option<std::net::Ipv6Addr>) -> Vec<std::net::IpAddr> {
+    std::iter::once(v4.into()).chain(v6.map(Into::into)).collect()
 }
 
 /// Every flow needs a descriptor: the soft limit goes up to the hard one.
@@ -208,6 +212,21 @@ impl Control {
                         }
                     });
                 }
+                Slow::HandOver { flow, to, path } => {
+                    let requests = self.requests.clone();
+                    tokio::spawn(async move {
+                        let stream = crate::personality::vpnkit::dial(&path, to).await;
+                        let stream = stream.inspect_err(
+                            |error| tracing::debug!(%error, path = %path.display(), "not taken"),
+                        );
+                        let mut answer = Request::HandedOver { flow, stream: stream.ok() };
+                        // A full queue is about to be read; without an answer the guest would wait for ever.
+                        while let Err(unsent) = requests.offer(answer) {
+                            answer = unsent;
+                            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                        }
+                    });
+                }
                 Slow::DnsStream(stream) => match tokio::net::UnixStream::from_std(stream) {
                     Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(stream))),
                     Err(error) => tracing::warn!(%error, "a DNS connection cannot be served"),
@@ -232,8 +251,12 @@ impl Control {
             self.dns.remove_guest(gone);
         }
         known.clear();
-        for (name, ip) in names {
-            match self.dns.set_guest(name, &[*ip]) {
+        for (name, _) in names {
+            if known.contains(name) {
+                continue;
+            }
+            let addresses: Vec<_> = names.iter().filter(|(n, _)| n == name).map(|(_, ip)| *ip).collect();
+            match self.dns.set_guest(name, &addresses) {
                 Ok(()) => known.push(name.clone()),
                 // A guest may call itself anything; it just has no name then.
                 Err(error) => tracing::debug!(%error, "a guest's name is not given"),

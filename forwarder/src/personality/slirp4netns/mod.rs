@@ -11,7 +11,7 @@
 mod api;
 
 use std::ffi::OsString;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -20,7 +20,9 @@ use clap::Parser;
 use portway_netstack::{DnsAt, Mac, Services, Subnet};
 
 use super::Particulars;
-use crate::config::{Config, LinkAddress, LinkConfig, LinkKind, LogLevel, Namespace, Settings, UnixPath};
+use crate::config::{
+    Config, Ipv6, LinkAddress, LinkConfig, LinkKind, LogLevel, Namespace, Settings, UnixPath,
+};
 use crate::link::tap::Setup;
 use crate::request::{Request, Requests};
 use crate::sidecar::Door;
@@ -53,7 +55,7 @@ struct Args {
     /// The largest packet (max=65521)
     #[arg(short, long, default_value_t = 1500, value_parser = clap::value_parser!(u16).range(1..=i64::from(LARGEST_MTU)))]
     mtu: u16,
-    /// Enable IPv6: not yet, it is refused
+    /// Enable IPv6: fd00::/64, host ::2, resolver ::3
     #[arg(short = '6', long)]
     enable_ipv6: bool,
     /// The API socket's path
@@ -80,7 +82,7 @@ struct Args {
     /// The host's IPv4 address, or the interface, that connections leave from
     #[arg(long, value_name = "IPv4|IFACE")]
     outbound_addr: Option<String>,
-    /// Refused: IPv6
+    /// Refused: leave it to the host
     #[arg(long, value_name = "IPv6", hide = true)]
     outbound_addr6: Option<String>,
     /// Disable the resolver, 10.0.2.3
@@ -203,8 +205,8 @@ fn warn(args: &Args, config: &Config) {
 /// The network, and the doors beside it.
 fn prepare(args: &Args) -> Result<(Config, Vec<Door>), String> {
     let plan = Plan::of(&args.cidr)?;
-    if args.enable_ipv6 || args.outbound_addr6.is_some() {
-        return Err("IPv6 is not in this release: leave --enable-ipv6 and --outbound-addr6 out".into());
+    if args.outbound_addr6.is_some() {
+        return Err("--outbound-addr6 is not in this release: the host chooses the IPv6 address".into());
     }
     if args.macaddress.is_some() && !args.configure {
         return Err("--macaddress cannot be specified when --configure or -c is not specified".into());
@@ -240,6 +242,7 @@ fn prepare(args: &Args) -> Result<(Config, Vec<Door>), String> {
     }];
     (config.subnet, config.gateway, config.host_alias) = (plan.subnet, plan.gateway, plan.gateway);
     config.host_loopback = !args.disable_host_loopback;
+    config.ipv6 = args.enable_ipv6.then(ipv6).transpose()?;
     // slirp keeps nothing from its guest but the host's loopback.
     config.metadata = true;
     config.particulars = Particulars {
@@ -262,6 +265,14 @@ fn prepare(args: &Args) -> Result<(Config, Vec<Door>), String> {
         doors.push(Box::new(move |context| end_with(fd, context.requests.clone())));
     }
     Ok((config, doors))
+}
+
+/// slirp's IPv6 network: the host is ::2, the resolver ::3. The namespace configures itself, by router advertisements.
+fn ipv6() -> Result<Ipv6, String> {
+    let network = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0);
+    let subnet = Subnet::new(network.into(), 64).ok_or("no such network")?;
+    let host = |n: u16| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n);
+    Ok(Ipv6 { subnet, gateway: host(3), host_alias: host(2), follows_host: true })
 }
 
 /// How the guest is met.
@@ -400,7 +411,7 @@ mod tests {
             ("4294967 tap0".to_owned(), "/proc/4294967/ns/net"),
             (format!("-m 65522 {pid} tap0"), "65521"),
             (format!("-m 0 {pid} tap0"), "0"),
-            (format!("-6 {pid} tap0"), "IPv6 is not in this release"),
+            (format!("--outbound-addr6=::1 {pid} tap0"), "--outbound-addr6 is not in this release"),
             (format!("--netns-type=x {pid} tap0"), "netns-type"),
             ("--netns-type=path /nonexistent tap0".to_owned(), "/nonexistent"),
             (format!("--netns-type=path --userns-path=/nonexistent /proc/{pid}/ns/net tap0"), "/nonexistent"),

@@ -41,7 +41,7 @@ pub(super) struct Args {
     pub(super) dns: Option<PathBuf>,
     /// Answer from this hosts file; empty: from none
     #[arg(long, value_name = "FILE", default_value = "/etc/hosts")]
-    pub(super) hosts: PathBuf,
+    pub(super) hosts: String,
     /// Names of the host, with commas between
     #[arg(long, value_name = "NAMES", default_value = "host.internal", value_delimiter = ',')]
     host_names: Vec<String>,
@@ -90,9 +90,9 @@ pub(super) struct Args {
     /// The same, in a JSON file that is followed
     #[arg(long, value_name = "FILE")]
     pub(super) gateway_forwards: Option<PathBuf>,
-    /// Refused
-    #[arg(long, value_name = "FILE", hide = true)]
-    forwards: Option<PathBuf>,
+    /// Connections to some destinations go to programs behind unix sockets, as this JSON file says
+    #[arg(long, value_name = "FILE")]
+    pub(super) forwards: Option<PathBuf>,
     /// Where forwards may listen; 0.0.0.0: anywhere
     #[arg(long, value_name = "IPS", default_value = "0.0.0.0", value_delimiter = ',')]
     pub(super) allowed_bind_addresses: Vec<IpAddr>,
@@ -168,9 +168,6 @@ impl Args {
         }
         if self.http_api_path.is_some() {
             return Err("--http-api-path: HTTP proxies are not in this release".into());
-        }
-        if self.forwards.is_some() {
-            return Err("--forwards: connections cannot be handed to unix sockets in this release".into());
         }
         let mut warnings = Vec::new();
         let mut say = |given: bool, text: &str| warnings.extend(given.then(|| text.to_owned()));

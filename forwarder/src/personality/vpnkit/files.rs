@@ -101,6 +101,12 @@ pub(super) fn names_a_proxy(path: &Path) -> Result<bool, String> {
     Ok(["http", "https", "allow_enabled"].into_iter().any(set))
 }
 
+/// Reads a `--forwards` file.
+pub(super) fn forwards(path: &Path) -> Result<Vec<super::Outgoing>, String> {
+    super::outgoing::parse(&read("--forwards", path)?)
+        .map_err(|e| format!("--forwards {}: {e}", path.display()))
+}
+
 /// One entry of a `--gateway-forwards` file.
 #[derive(Debug, Deserialize)]
 struct Entry {

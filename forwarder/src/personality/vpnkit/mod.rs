@@ -18,6 +18,7 @@ mod files;
 pub mod forward;
 pub mod mux;
 pub mod ninep;
+mod outgoing;
 mod plane;
 
 use std::ffi::OsString;
@@ -32,6 +33,8 @@ use portway_netstack::{Duration, Services, Subnet};
 
 use self::args::{Args, Door as Socket};
 use self::expose::Exposer;
+pub use self::outgoing::Outgoing;
+pub(crate) use self::outgoing::dial;
 use self::plane::{CHANNELS, Plane};
 use super::Particulars;
 use crate::config::{Config, LogLevel, Settings, UnixPath};
@@ -137,7 +140,7 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         api: Some(control.clone().unwrap_or_else(|| UnixPath(PathBuf::from("/nonexistent")))),
         link: vec![link.parse()?],
         mtu: Some(args.mtu),
-        hosts_file: Some(if args.hosts.as_os_str().is_empty() { "off".into() } else { args.hosts.clone() }),
+        hosts_file: Some(if args.hosts.is_empty() { "off".into() } else { PathBuf::from(&args.hosts) }),
         log_level: Some(if args.debug || std::env::var_os("VPNKIT_DEBUG").is_some() {
             LogLevel::Debug
         } else {
@@ -151,6 +154,8 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
     config.host_alias = plan.host.unwrap_or(plan.gateway);
     config.host_loopback = plan.host.is_some();
     config.metadata = true;
+    // vpnkit's networks are IPv4 alone, and its callers configure nothing else.
+    config.ipv6 = None;
     config.dns_upstream = resolvers.servers.clone();
     config.dns_host = args.names(&plan);
     if let Some(seconds) = args.port_max_idle_time {
@@ -169,6 +174,7 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         gateway_mac: args.server_macaddr,
         domain: args.domain.clone().or(dhcp.domain_name).unwrap_or_else(|| "localdomain".into()),
         search: [dhcp.search_domains, resolvers.search].concat(),
+        outgoing: args.forwards.as_deref().map(files::forwards).transpose()?.unwrap_or_default(),
         services: Services {
             pool: Some(plan.pool),
             forwards: watched.as_ref().map_or(fixed, |w| w.all().to_vec()),

@@ -200,11 +200,14 @@ pub fn datagram(peer: SocketAddr, payload: &[u8]) -> Vec<u8> {
 /// The largest payload whose datagram still counts its length in 16 bits, with an IPv6 address.
 pub const DATAGRAM: usize = 65_535 - 26;
 
+/// A datagram of a channel: its peer, its payload, and how many bytes it took.
+pub type Enclosed<'a> = (SocketAddr, &'a [u8], usize);
+
 /// The datagram `bytes` begin with, and its length; `None`: more are needed. The zone is left out.
 ///
 /// # Errors
 /// When they begin with none.
-pub fn parse_datagram(bytes: &[u8]) -> Result<Option<(SocketAddr, &[u8], usize)>, Fault> {
+pub fn parse_datagram(bytes: &[u8]) -> Result<Option<Enclosed<'_>>, Fault> {
     let Some((length, _)) = bytes.split_first_chunk::<2>() else { return Ok(None) };
     let total = usize::from(u16::from_le_bytes(*length));
     let Some(datagram) = bytes.get(..total) else { return Ok(None) };

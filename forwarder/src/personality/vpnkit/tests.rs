@@ -87,7 +87,7 @@ fn what_is_wrong_is_said_before_anything_starts() {
         ("--ethernet /tmp/x --server-macaddr 01:00:00:00:00:01", "group address"),
         ("--ethernet /tmp/x --max-connections 0", "1 to 1000000"),
         ("--ethernet /tmp/x --mtu 100", "576"),
-        ("--ethernet /tmp/x --forwards /tmp/f", "--forwards"),
+        ("--ethernet /tmp/x --forwards /nonexistent", "--forwards /nonexistent"),
         ("--ethernet /tmp/x --http-api-path /tmp/h", "--http-api-path"),
         (&http, "HTTP proxies are not in this release"),
         ("--ethernet /tmp/x --bogus", "--bogus"),
