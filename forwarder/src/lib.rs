@@ -5,12 +5,15 @@
 //!                                    └─ control thread (tokio): control · dns
 //! ```
 
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod control;
 mod datagrams;
 
 pub mod dns;
+#[cfg(test)]
+mod drift;
 pub mod driver;
 pub mod events;
 mod fd;
@@ -18,12 +21,16 @@ pub mod host;
 mod host_errors;
 pub mod link;
 mod log;
+mod nearest;
 pub mod personality;
 pub mod publish;
 pub mod request;
 pub mod rings;
 pub mod sidecar;
 mod unix_path;
+#[cfg(target_os = "linux")]
+mod vhost_user;
+pub mod vsock;
 
 /// The domain of our own names: `gateway.`, `host.` and the VMs' names lie in it.
 pub const DOMAIN: &str = "portway.internal";

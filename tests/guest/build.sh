@@ -137,11 +137,16 @@ add_module() { # NAME
   for needed in $(tr '\0' '\n' < "$to" | sed -n 's/^depends=//p' | tr ',' ' '); do add_module "$needed"; done
   echo "/lib/modules/$1.ko" >> "$r/etc/portway/modules"
 }
-for module in virtio_pci virtio_net af_packet evdev button; do add_module $module; done
+# Disks, CDs with metadata, shares, Ignition's configuration: what `portway run` can give a guest.
+for module in virtio_pci virtio_net vmw_vsock_virtio_transport af_packet evdev button \
+  virtio_blk virtio_scsi sr_mod isofs virtiofs qemu_fw_cfg; do
+  add_module $module
+done
 
 # --- the three files --------------------------------------------------------------------------------------------
 (cd "$r" && find . | "$busybox" cpio -o -H newc -R 0:0 2> /dev/null | gzip -1) > "$prefix-initrd.img.new"
 mv "$prefix-initrd.img.new" "$prefix-initrd.img"
 cp "$kernel" "$prefix-kernel"
-echo 'console=ttyS0 quiet' > "$prefix-cmdline"
+# no_timer_check: on a busy machine TCG's timer is late, and the kernel would panic over it.
+echo 'console=ttyS0 quiet no_timer_check' > "$prefix-cmdline"
 say "made $prefix-{kernel,initrd.img,cmdline} ($(du -h "$prefix-initrd.img" | cut -f1) initrd, ${kernel##*/vmlinuz-})"

@@ -14,6 +14,8 @@ use portway_launcher::{Accel, BootImage, LaunchConfig, LaunchError, Net, run};
 
 /// What every fake begins with: the value of an argument, by pattern, and a note of its pid.
 const PRELUDE: &str = r#"#!/bin/bash
+# The guard, which is the sidecar's program: the real one is tested with the real program (tests/tests/launch.rs).
+[ "$1" = __guard ] && exec cat > /dev/null
 after() { local want=$1 last; shift; for word; do [ "$last" = "$want" ] && { echo "$word"; return; }; last=$word; done; }
 note() { echo "$2" > "$DIR/$1.new" && mv "$DIR/$1.new" "$DIR/$1"; }
 "#;
@@ -66,7 +68,7 @@ impl Lab {
     }
 
     fn run(&self) -> Result<u8, LaunchError> {
-        run(&self.config, || {})
+        run(&self.config, |_| {})
     }
 
     /// Runs in a thread of its own, waits until QEMU has begun, and does `then` with the thread and QEMU's pid.
@@ -75,7 +77,7 @@ impl Lab {
         let config = self.config.clone();
         let running = thread::spawn(move || {
             tell.send(pthread_self()).expect("the test waits for it");
-            run(&config, || {})
+            run(&config, |_| {})
         });
         let launcher = told.recv().expect("the thread has begun");
         self.await_note("qemu");
@@ -175,12 +177,50 @@ fn a_qemu_that_fails_is_told_with_its_last_words_and_its_code() {
 #[test]
 fn a_network_that_dies_takes_the_vm_with_it_and_says_why() {
     let lab =
-        Lab::new(&GOOD_SIDECAR.replace("note sidecar $$", "note sidecar $$; echo panicked >&2"), GOOD_QEMU);
+        Lab::new(&GOOD_SIDECAR.replace("note sidecar $$", "echo panicked >&2; note sidecar $$"), GOOD_QEMU);
     let error = lab
         .run_and(|lab, _| kill(lab.pid("sidecar"), Signal::SIGKILL).expect("it is there"))
         .expect_err("the network died");
     let text = error.to_string();
     assert!(text.contains("SIGKILL") && text.contains("panicked"), "{text}");
+}
+
+#[test]
+fn sigquit_kills_at_once() {
+    let mut lab = Lab::new(GOOD_SIDECAR, DEAF_QEMU);
+    lab.config.stop_timeout = Duration::from_secs(1000);
+    let error = lab.run_and(|_, launcher| signal(launcher, Signal::SIGQUIT)).expect_err("it was killed");
+    assert!(matches!(&error, LaunchError::Killed(why) if why.contains("SIGQUIT")), "{error}");
+}
+
+#[test]
+fn a_share_whose_server_dies_takes_the_vm_with_it_and_says_why() {
+    let mut lab = Lab::new(GOOD_SIDECAR, GOOD_QEMU);
+    let server =
+        "[ \"$1\" = --help ] && exit; echo 'no such directory' >&2; note virtiofsd $$; exec sleep 1000";
+    lab.config.virtiofsd = Some(script(lab.dir.path(), "virtiofsd.sh", server));
+    lab.config.shares = vec![format!("{},tag=code", lab.dir.path().display()).parse().expect("a share")];
+    let error = lab
+        .run_and(|lab, _| kill(lab.pid("virtiofsd"), Signal::SIGKILL).expect("it is there"))
+        .expect_err("the share died");
+    let text = error.to_string();
+    assert!(text.contains("virtiofsd of code") && text.contains("no such directory"), "{text}");
+}
+
+#[test]
+fn how_it_ended_is_noted_in_the_state_directory() {
+    let lab = Lab::new(GOOD_SIDECAR, "echo oops >&2; exit 3");
+    lab.run().expect_err("QEMU failed");
+    let note = fs::read_to_string(lab.dir.path().join("state/end")).expect("a note");
+    assert!(note.starts_with("3 QEMU ended") && note.contains("oops"), "{note}");
+}
+
+#[test]
+fn without_a_network_card_there_is_no_sidecar() {
+    let mut lab = Lab::new(GOOD_SIDECAR, "note qemu $$; exit 0");
+    lab.config.net = Net::None;
+    assert_eq!(lab.run().expect("a clean end"), 0);
+    assert!(!lab.has_note("sidecar"));
 }
 
 #[test]
@@ -221,7 +261,7 @@ fn launcher_to_be_killed() {
         LaunchConfig::new(image, "demo".into(), dir.join("state"), dir.join("api"), dir.join("sidecar.sh"));
     config.qemu = Some(dir.join("qemu.sh"));
     config.net = Net::Socket;
-    let _ = run(&config, || {});
+    let _ = run(&config, |_| {});
 }
 
 #[test]

@@ -15,6 +15,7 @@
 mod alarm;
 mod commands;
 mod flows;
+mod join;
 mod ping;
 mod requests;
 mod routes;
@@ -31,6 +32,7 @@ use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortCon
 use self::alarm::Alarm;
 use self::routes::Routes;
 use self::udp::UdpSockets;
+use crate::capture::Capture;
 use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
 use crate::host::HostFlow;
@@ -145,6 +147,13 @@ pub struct Driver {
     slow: tokio::sync::mpsc::Sender<Slow>,
     names: Vec<(String, std::net::IpAddr)>,
     events: EventQueue,
+    /// Whether VMs may still come when there is none.
+    joinable: bool,
+    /// Address and MAC of every lease that has been told, sorted.
+    known_leases: Vec<(std::net::Ipv4Addr, Mac)>,
+    captures: Vec<std::sync::Arc<Capture>>,
+    /// Frames lost by captures that have ended.
+    capture_lost: u64,
     ending: bool,
 }
 
@@ -222,8 +231,17 @@ impl Driver {
             slow,
             names: Vec::new(),
             events: EventQueue::default(),
+            joinable: config.join.is_some(),
+            known_leases: Vec::new(),
+            captures: Vec::new(),
+            capture_lost: 0,
             ending: false,
         })
+    }
+
+    /// Tells events to `events` from now on.
+    pub fn tell_events(&mut self, events: EventQueue) {
+        self.events = events;
     }
 
     /// Takes leases of an earlier run back.
@@ -239,7 +257,7 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
+        while !self.ending && (self.joinable || !self.links.iter().all(|l| l.ended)) {
             let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
             match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -475,6 +493,9 @@ impl Driver {
                     tracing::warn!(%error, "a VMM could not be attached");
                     continue;
                 }
+            }
+            if !self.captures.is_empty() {
+                self.tap_links();
             }
             self.note_link_up(index, false);
         }

@@ -85,7 +85,7 @@ fn called(args: &[OsString]) -> Option<(&str, &[OsString])> {
 /// Runs the network `config` describes with `doors` until it is told to end; then `sockets` are removed. `name` stands
 /// before an error.
 fn serve(name: &str, config: &Config, doors: Vec<Door>, sockets: &[PathBuf]) -> ExitCode {
-    let started = crate::log::start(config.log_level, config.log_file.as_deref());
+    let started = crate::log::start(config.log_level, config.log_format, config.log_file.as_deref());
     let done = started.map_err(|e| e.to_string()).and_then(|()| {
         // The whole chain: the outermost error alone only names the setting.
         crate::sidecar::run_with(config, doors).map_err(|e| format!("{e:#}"))

@@ -171,6 +171,14 @@ impl Netstack {
         self.tcp_up(now, port, mtu, offload);
     }
 
+    /// Another guest than before is to be behind `port`, which is down.
+    pub fn set_port(&mut self, now: Instant, port: PortId, config: PortConfig) {
+        let Some(Some(at)) = self.ports.get_mut(usize::from(port.0)) else { return };
+        let (mtu, offload) = (config.mtu, at.offload);
+        at.config = config;
+        self.tcp_up(now, port, mtu, offload);
+    }
+
     /// The VMM of a port is gone: its flows are reset, its bindings closed, its addresses free for others. The port
     /// itself stays, for the VMM may come back.
     pub fn port_down(&mut self, port: PortId) {

@@ -36,17 +36,18 @@ pub(super) async fn serve(listener: UnixListener, requests: Requests, exposer: A
     }
 }
 
-/// Asks the data thread one thing; what it has, as JSON.
-async fn ask<T: serde::Serialize>(
+/// Asks the data thread one thing; what `shown` makes of the answer, as JSON.
+async fn ask<T, S: serde::Serialize>(
     requests: &Requests,
     make: impl FnOnce(oneshot::Sender<T>) -> Request,
+    shown: impl FnOnce(T) -> S,
 ) -> Vec<u8> {
     let (reply, answer) = oneshot::channel();
     let told = match requests.send(make(reply)) {
         Ok(()) => answer.await.map_err(|_| "the network is ending".to_owned()),
         Err(error) => Err(error.to_string()),
     };
-    let text = told.and_then(|told| serde_json::to_string_pretty(&told).map_err(|e| e.to_string()));
+    let text = told.and_then(|told| serde_json::to_string_pretty(&shown(told)).map_err(|e| e.to_string()));
     // What cannot be told says why.
     let mut text = text.unwrap_or_else(|fault| fault);
     text.push('\n');
@@ -55,9 +56,12 @@ async fn ask<T: serde::Serialize>(
 
 async fn archive(requests: &Requests, exposer: &Exposer) -> Vec<u8> {
     let files = [
-        ("connections", ask(requests, |reply| Request::Stats { reply }).await),
-        ("flows", ask(requests, |reply| Request::Flows { reply }).await),
-        ("endpoints", ask(requests, |reply| Request::Leases { reply }).await),
+        ("connections", ask(requests, |reply| Request::Stats { reply }, |stats| stats).await),
+        (
+            "flows",
+            ask(requests, |reply| Request::Flows { reply }, |flows| flows.infos().collect::<Vec<_>>()).await,
+        ),
+        ("endpoints", ask(requests, |reply| Request::Leases { reply }, |leases| leases).await),
         ("ports", lines(exposer).await.into_bytes()),
     ];
     tar(&files)
