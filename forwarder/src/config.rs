@@ -19,6 +19,7 @@ use portway_netstack::dhcp::StaticLease;
 use portway_netstack::{Ipv6Config, Limits, Mac, Subnet, UdpConfig, UdpFilter};
 use serde::Deserialize;
 
+use crate::personality::Particulars;
 use crate::publish::spec::{HostEnd, PublishSpec};
 use crate::vsock::VsockSpec;
 
@@ -237,6 +238,8 @@ pub struct Config {
     pub hosts_file: Option<PathBuf>,
     /// The limits of what a guest can make grow.
     pub limits: Limits,
+    /// What only a personality sets.
+    pub particulars: Particulars,
 }
 
 /// IPv6 of the guests' network.
@@ -378,6 +381,13 @@ pub enum Namespace {
     Path(PathBuf),
     /// That of a process.
     Process(u32),
+    /// A network namespace and the user namespace it belongs to, both by path.
+    Within {
+        /// The user namespace, entered first.
+        user: PathBuf,
+        /// The network namespace.
+        net: PathBuf,
+    },
 }
 
 /// One link, checked.
@@ -419,6 +429,8 @@ pub enum LinkAddress {
         name: String,
         /// Where it is; ours when nothing is said.
         namespace: Option<Namespace>,
+        /// How it is set up there; `None`: the guest side does that.
+        setup: Option<crate::link::tap::Setup>,
     },
 }
 
@@ -562,7 +574,7 @@ fn tap_address(name: &str) -> Option<LinkAddress> {
         && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%')
         && name != "."
         && name != "..";
-    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None })
+    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None, setup: None })
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -1023,6 +1035,7 @@ impl TryFrom<Settings> for Config {
                 other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
             },
             limits: Limits::default(),
+            particulars: Particulars::default(),
         })
     }
 }

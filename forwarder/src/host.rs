@@ -1,7 +1,7 @@
 //! Host sockets of TCP flows, and what their errors mean to a guest.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
 
 use mio::net::{TcpStream, UnixStream};
@@ -19,15 +19,30 @@ pub enum HostStream {
 }
 
 impl HostStream {
-    /// Begins a connection.
+    /// Begins a connection; `from` is the host's address it leaves from, for destinations beyond the host.
     ///
     /// # Errors
     /// When the kernel refuses at once.
-    pub fn connect(to: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(to)?;
+    pub fn connect(to: SocketAddr, from: Option<Ipv4Addr>) -> io::Result<Self> {
+        let stream = match from.filter(|_| to.is_ipv4() && !to.ip().is_loopback()) {
+            None => TcpStream::connect(to)?,
+            Some(from) => Self::connect_from(to, from)?,
+        };
         // The applications at both ends have decided about small segments already.
         stream.set_nodelay(true)?;
         Ok(Self::Tcp(stream))
+    }
+
+    fn connect_from(to: SocketAddr, from: Ipv4Addr) -> io::Result<TcpStream> {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM.nonblocking(), None)?;
+        // The port is chosen at connect, so that the same one can serve several destinations (ip(7)).
+        #[cfg(target_os = "linux")]
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::from((from, 0)).into())?;
+        match socket.connect(&to.into()) {
+            Err(e) if e.raw_os_error() != Some(nix::libc::EINPROGRESS) => Err(e),
+            _ => Ok(TcpStream::from_std(socket.into())),
+        }
     }
 
     /// Whether the connection stands: `None` when it is still on its way.

@@ -22,6 +22,7 @@ mod host_errors;
 pub mod link;
 mod log;
 mod nearest;
+pub mod personality;
 pub mod publish;
 pub mod request;
 pub mod rings;

@@ -86,6 +86,15 @@ pub enum Request {
         /// The message.
         answer: Vec<u8>,
     },
+    /// The answer to [`crate::driver::Slow::HandOver`]: the connection, or that it is refused.
+    HandedOver {
+        /// The flow.
+        flow: portway_netstack::FlowId,
+        /// The connection.
+        stream: Option<std::os::unix::net::UnixStream>,
+    },
+    /// Replace the ports of the gateway that lead elsewhere.
+    GatewayForwards(Vec<portway_netstack::GatewayForward>),
     /// One more VM, while the network runs. The answer is its link and what was published for it.
     Join {
         /// Its link.
@@ -238,6 +247,19 @@ impl Requests {
     pub fn new(waker: Arc<mio::Waker>) -> (Self, mpsc::Receiver<Request>) {
         let (queue, requests) = mpsc::sync_channel(Self::LIMIT);
         (Self { queue, waker }, requests)
+    }
+
+    /// As [`Self::send`], for a request that must not be lost.
+    ///
+    /// # Errors
+    /// The request, when the queue is full or the data thread is gone.
+    pub fn offer(&self, request: Request) -> Result<(), Request> {
+        self.queue.try_send(request).map_err(|e| match e {
+            mpsc::TrySendError::Full(request) | mpsc::TrySendError::Disconnected(request) => request,
+        })?;
+        // Without a waker the data thread is ending, and looks at nothing any more.
+        let _ = self.waker.wake();
+        Ok(())
     }
 
     /// Puts one request into the queue and wakes the data thread.

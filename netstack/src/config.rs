@@ -1,6 +1,6 @@
 //! What the stack is told when it is made, and the limits of everything a guest can make grow.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::dhcp::StaticLease;
 use crate::ndp;
@@ -18,6 +18,8 @@ pub struct StackConfig {
     pub host_alias: Ipv4Addr,
     /// The Ethernet address of gateway and host alias.
     pub gateway_mac: Mac,
+    /// What the gateway does for guests where that is not the usual.
+    pub services: Services,
     /// The domain name guests are given (DHCP option 15).
     pub domain: String,
     /// More search domains (DHCP option 119).
@@ -36,12 +38,72 @@ pub struct StackConfig {
     pub limits: Limits,
 }
 
+/// Where DNS is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DnsAt {
+    /// On the gateway's address.
+    #[default]
+    Gateway,
+    /// On an address of its own, as with slirp.
+    Address(Ipv4Addr),
+    /// Nowhere: guests are told of no resolver.
+    Nowhere,
+}
+
+/// A transport protocol with ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A port of the gateway behind which something of the host's stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GatewayForward {
+    /// Of which protocol.
+    pub transport: Transport,
+    /// The gateway's port.
+    pub port: u16,
+    /// Where its connections and datagrams go.
+    pub to: SocketAddr,
+}
+
+/// What the gateway does for guests where that is not the usual.
+#[derive(Debug, Clone, Default)]
+pub struct Services {
+    /// Where DNS is served.
+    pub dns: DnsAt,
+    /// The first and the last address that is leased; `None`: all of the subnet that are not ours.
+    pub pool: Option<(Ipv4Addr, Ipv4Addr)>,
+    /// Ports of the gateway that lead elsewhere; of two for the same port the first counts.
+    pub forwards: Vec<GatewayForward>,
+}
+
 impl StackConfig {
+    /// Where DNS is served, if anywhere.
+    #[must_use]
+    pub const fn dns(&self) -> Option<Ipv4Addr> {
+        match self.services.dns {
+            DnsAt::Gateway => Some(self.gateway),
+            DnsAt::Address(ip) => Some(ip),
+            DnsAt::Nowhere => None,
+        }
+    }
+
+    /// Where a port of the gateway leads, when it is forwarded.
+    #[must_use]
+    pub fn forward(&self, transport: Transport, port: u16) -> Option<SocketAddr> {
+        let forwards = self.services.forwards.iter();
+        forwards.clone().find(|f| f.transport == transport && f.port == port).map(|f| f.to)
+    }
+
     /// Whether `address` is one of ours on the subnet.
     #[must_use]
     pub fn is_ours(&self, address: IpAddr) -> bool {
         match address {
-            IpAddr::V4(ip) => ip == self.gateway || ip == self.host_alias,
+            IpAddr::V4(ip) => ip == self.gateway || ip == self.host_alias || self.dns() == Some(ip),
             IpAddr::V6(ip) => self.ipv6.as_ref().is_some_and(|v6| {
                 ip == v6.gateway || ip == v6.host_alias || ip == ndp::link_local(self.gateway_mac)
             }),

@@ -3,5 +3,6 @@
 pub mod guest;
 pub mod launch;
 pub mod namespace;
+pub mod program;
 pub mod sidecar;
 pub mod vm;

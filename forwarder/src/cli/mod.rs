@@ -33,6 +33,9 @@ use crate::publish::spec::PublishSpec;
 /// The network of a virtual machine, as one unprivileged process.
 #[derive(Debug, Parser)]
 #[command(name = "portway", version, about, max_term_width = 100, subcommand_required = true)]
+#[command(
+    after_help = "Called as slirp4netns or vpnkit (or `portway vpnkit ...`), it takes that program's options."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -189,6 +192,9 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
     if args.get(1).is_some_and(|a| a == portway_launcher::GUARD) {
         return portway_launcher::guard();
+    }
+    if let Some(code) = crate::personality::main(&args) {
+        return code;
     }
     let called = args.first().and_then(|a| std::path::Path::new(a).file_name());
     let args = if called.is_some_and(|n| n == watch::EXTCAP) { watch::extcap(args) } else { args };

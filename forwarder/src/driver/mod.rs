@@ -48,6 +48,16 @@ pub enum Slow {
     Dns(DnsTicket, Vec<u8>),
     /// A guest's connection to the DNS service.
     DnsStream(std::os::unix::net::UnixStream),
+    /// A guest's connection that a program behind a unix socket is to take; the answer comes back as
+    /// [`Request::HandedOver`].
+    HandOver {
+        /// The flow.
+        flow: FlowId,
+        /// Its destination.
+        to: std::net::SocketAddr,
+        /// The program's socket.
+        path: std::path::PathBuf,
+    },
     /// The leases as they are now: to be kept, and their names to be known.
     Leases(Vec<portway_netstack::dhcp::LeaseReport>, Vec<(String, std::net::IpAddr)>),
 }
@@ -120,6 +130,11 @@ pub struct Driver {
     /// Flows with news from their sockets.
     ready: VecDeque<FlowId>,
     udp: UdpSockets,
+    /// Destinations that are handed over, and flows whose takers have not answered yet.
+    outgoing: Vec<crate::personality::vpnkit::Outgoing>,
+    handing: Vec<FlowId>,
+    /// The address outgoing connections leave from.
+    outbound: Option<std::net::Ipv4Addr>,
     /// News of the host's routes, where guests' depend on them.
     routes: Option<Routes>,
     published: Vec<Option<Published>>,
@@ -159,9 +174,10 @@ impl Driver {
             subnet: config.subnet,
             gateway: config.gateway,
             host_alias: config.host_alias,
-            gateway_mac: portway_netstack::Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
-            domain: crate::DOMAIN.to_owned(),
-            search,
+            gateway_mac: config.particulars.gateway_mac,
+            services: config.particulars.services.clone(),
+            domain: config.particulars.domain.clone(),
+            search: [config.particulars.search.clone(), search].concat(),
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
@@ -202,7 +218,10 @@ impl Driver {
             link_configs: config.links.clone(),
             flows: Vec::new(),
             ready: VecDeque::new(),
-            udp: UdpSockets::new(),
+            udp: UdpSockets::new(config.particulars.outbound),
+            outgoing: config.particulars.outgoing.clone(),
+            handing: Vec::new(),
+            outbound: config.particulars.outbound,
             routes,
             published: Vec::new(),
             entrances: Vec::new(),
@@ -422,6 +441,14 @@ impl Driver {
             self.take_down(n);
         } else if let Some(hello) = self.links[n].take_hello() {
             let answer = self.admit(hello);
+            if let Ok(mac) = answer
+                && let Some(old) =
+                    (0..self.links.len()).find(|i| *i != n && self.links[*i].given() == Some(mac))
+            {
+                // A VM that comes again before its first connection ended is one VM: rootlesskit asks for its address on
+                // a connection of its own.
+                self.take_down(old);
+            }
             if self.links[n].answer(answer) == LinkState::Gone {
                 self.take_down(n);
             }

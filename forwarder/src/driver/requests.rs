@@ -51,6 +51,8 @@ impl Driver {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::HandedOver { flow, stream } => self.handed_over(flow, stream),
+                Request::GatewayForwards(forwards) => self.stack.set_gateway_forwards(forwards),
                 Request::Join { link, publish, reply } => {
                     // One who has gone meanwhile does not stay.
                     if let Err(Ok((port, _))) = reply.send(self.join(&link, publish)) {

@@ -23,6 +23,13 @@ const TRIES: usize = 32;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
+/// How the reason begins when somebody else has the port.
+pub(crate) const IN_USE: &str = "the port is in use";
+/// What the reason says of a port that not everybody may have.
+pub(crate) const PRIVILEGE: &str = "needs a privilege";
+/// The reason when the address is none of this host's.
+pub(crate) const NOT_HERE: &str = "this host does not have the address";
+
 /// One socket of a published port.
 #[derive(Debug)]
 pub enum Listener {
@@ -117,12 +124,12 @@ pub fn bind(
             Err((address, errno)) => {
                 let reason = match errno {
                     Errno::EADDRINUSE => {
-                        "the port is in use: take another host port, or 0 for a free one".to_owned()
+                        format!("{IN_USE}: take another host port, or 0 for a free one")
                     }
                     Errno::EACCES => format!(
-                        "port {port} needs a privilege: take one from 1024 on, or lower net.ipv4.ip_unprivileged_port_start"
+                        "port {port} {PRIVILEGE}: take one from 1024 on, or lower net.ipv4.ip_unprivileged_port_start"
                     ),
-                    Errno::EADDRNOTAVAIL => "this host does not have the address".to_owned(),
+                    Errno::EADDRNOTAVAIL => NOT_HERE.to_owned(),
                     other => other.desc().to_owned(),
                 };
                 return Err(PublishError::Bind { address: format!("{proto} {address}"), reason });

@@ -39,6 +39,27 @@ use crate::vsock::{PortSockets, Vsock};
 /// # Errors
 /// When something of the configuration cannot be had at this host.
 pub fn run(config: &Config) -> anyhow::Result<()> {
+    run_with(config, Vec::new())
+}
+
+/// What a personality serves beside the network. It is called on the control thread, inside its runtime, when everything
+/// is bound: what cannot be had must have been found out before.
+pub type Door = Box<dyn FnOnce(&DoorContext) + Send>;
+
+/// What a [`Door`] is given.
+#[derive(Debug, Clone)]
+pub struct DoorContext {
+    /// The way to the data thread.
+    pub requests: Requests,
+    /// The names guests are answered.
+    pub dns: Arc<Dns>,
+}
+
+/// As [`run`], with more doors.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     raise_descriptor_limit();
     if let Some(dir) = &config.state_dir {
         std::fs::create_dir_all(dir).with_context(|| format!("--state-dir: {}", dir.display()))?;
@@ -70,7 +91,8 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         .map(|path| pcap::start(&mut driver, path).with_context(|| format!("--pcap: {}", path.display())));
     let pcap = pcap.transpose()?;
     let (vsocks, _names) = vsocks(config)?;
-    let (api, _api) = api_listener(config)?;
+    let api = config.particulars.control.then(|| api_listener(config)).transpose()?;
+    let (api, _api) = api.map_or((None, None), |(api, guard)| (Some(api), guard));
     let metrics = config.metrics.as_deref().map(metrics_listener).transpose()?;
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
@@ -87,12 +109,12 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         join: join.map(|listener| (listener, config.clone())),
     };
     let (up, is_up) = std::sync::mpsc::channel();
-    let doors = Doors { up, api, metrics, events: event_queue, slow: slow_incoming };
+    let doors = Doors { up, api, metrics, events: event_queue, slow: slow_incoming, personality: doors };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(doors)).context("cannot start the control thread")?;
     // Ready means too that signals are heard: who is told so may end us at once.
     is_up.recv().context("the control thread has not started")?;
-    say_ready(config.ready_fd)?;
+    say_ready(config.ready_fd, config.particulars.ready)?;
     tell_supervisor(&[NotifyState::Ready, NotifyState::Status("ready")]);
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
     let ended = driver.run();
@@ -189,7 +211,12 @@ fn dns_config(config: &Config) -> DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
         gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
-        host: both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias)),
+        // Where nothing of the host is behind the gateway's own address, the host has none.
+        host: if config.host_loopback || config.host_alias != config.gateway {
+            both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias))
+        } else {
+            Vec::new()
+        },
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
         upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
@@ -227,11 +254,11 @@ fn write_pid(path: &Path) -> anyhow::Result<RemovedAtEnd<'_>> {
     Ok(RemovedAtEnd(path))
 }
 
-fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
+fn say_ready(fd: Option<i32>, word: &str) -> anyhow::Result<()> {
     let Some(fd) = fd else { return Ok(()) };
     let mut file = std::fs::File::from(crate::fd::inherit(fd).context("--ready-fd")?);
     // One who has stopped waiting does not keep us from serving.
-    let _ = file.write_all(b"ready\n");
+    let _ = file.write_all(word.as_bytes());
     Ok(())
 }
 
@@ -253,10 +280,11 @@ struct Control {
 struct Doors {
     /// Told when everything is served and signals are heard.
     up: std::sync::mpsc::Sender<()>,
-    api: StdUnixListener,
+    api: Option<StdUnixListener>,
     metrics: Option<std::net::TcpListener>,
     events: mpsc::Receiver<Numbered>,
     slow: mpsc::Receiver<Slow>,
+    personality: Vec<Door>,
 }
 
 impl Control {
@@ -269,7 +297,7 @@ impl Control {
                 return;
             }
         };
-        let Doors { up, api, metrics, events, slow } = doors;
+        let Doors { up, api, metrics, events, slow, personality } = doors;
         runtime.block_on(async {
             let log = Arc::new(EventLog::default());
             let app = App::new(
@@ -280,10 +308,13 @@ impl Control {
                 self.kept.clone(),
             );
             tokio::spawn(async move { log.keep(events).await });
-            match UnixListener::from_std(api) {
-                Ok(api) => drop(tokio::spawn(crate::control::serve(api, app.clone()))),
-                Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            match api.map(UnixListener::from_std) {
+                Some(Ok(api)) => drop(tokio::spawn(crate::control::serve(api, app.clone()))),
+                Some(Err(error)) => tracing::error!(%error, "the control socket cannot be served"),
+                None => {}
             }
+            let context = DoorContext { requests: self.requests.clone(), dns: Arc::clone(&self.dns) };
+            personality.into_iter().for_each(|door| door(&context));
             for (vsock, ports) in self.vsocks.drain(..) {
                 if let Some(ports) = ports {
                     tokio::spawn(ports.serve(vsock));
@@ -320,6 +351,21 @@ impl Control {
                         if let Some(answer) = dns.answer_datagram(&query).await {
                             // When the queue is full the answer is lost, and the guest asks again.
                             let _ = requests.send(Request::DnsAnswer { ticket, answer });
+                        }
+                    });
+                }
+                Slow::HandOver { flow, to, path } => {
+                    let requests = self.requests.clone();
+                    tokio::spawn(async move {
+                        let stream = crate::personality::vpnkit::dial(&path, to).await;
+                        let stream = stream.inspect_err(
+                            |error| tracing::debug!(%error, path = %path.display(), "not taken"),
+                        );
+                        let mut answer = Request::HandedOver { flow, stream: stream.ok() };
+                        // A full queue is about to be read; without an answer the guest would wait for ever.
+                        while let Err(unsent) = requests.offer(answer) {
+                            answer = unsent;
+                            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
                         }
                     });
                 }

@@ -265,7 +265,13 @@ impl DhcpServer {
         if let Some(ip) = wishes.into_iter().flatten().find(|ip| self.may_have(asker, *ip)) {
             return Ok(ip);
         }
-        let mut free = (1..).map_while(|n| self.subnet.host(n)).filter_map(|ip| match ip {
+        let skipped = match (self.settings.pool, self.subnet.network()) {
+            (Some((first, _)), IpAddr::V4(network)) => {
+                u32::from(first).saturating_sub(u32::from(network)).max(1)
+            }
+            _ => 1,
+        };
+        let mut free = (skipped..).map_while(|n| self.subnet.host(n)).filter_map(|ip| match ip {
             IpAddr::V4(ip) => Some(ip),
             IpAddr::V6(_) => None,
         });
@@ -285,6 +291,8 @@ impl DhcpServer {
             && self.subnet.broadcast() != Some(v4)
             && ip != self.settings.gateway
             && ip != self.settings.host_alias
+            && Some(ip) != self.settings.dns
+            && self.settings.pool.is_none_or(|(first, last)| (first..=last).contains(&ip))
     }
 
     /// Whether the client may be given `ip`, now.

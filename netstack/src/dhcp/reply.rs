@@ -12,6 +12,10 @@ use crate::types::Mac;
 pub(crate) struct Settings {
     pub(crate) gateway: Ipv4Addr,
     pub(crate) host_alias: Ipv4Addr,
+    /// The resolver, if guests are told of one.
+    pub(crate) dns: Option<Ipv4Addr>,
+    /// The first and last address that is leased; `None`: the whole subnet.
+    pub(crate) pool: Option<(Ipv4Addr, Ipv4Addr)>,
     pub(crate) mask: Ipv4Addr,
     pub(crate) broadcast: Ipv4Addr,
     pub(crate) domain: String,
@@ -97,7 +101,8 @@ fn option(settings: &Settings, message: &Message, code: u8, mtu: u16) -> Option<
     let gateway = settings.gateway.octets();
     Some(match code {
         1 => settings.mask.octets().to_vec(),
-        3 | 6 => gateway.to_vec(),
+        3 => gateway.to_vec(),
+        6 => settings.dns?.octets().to_vec(),
         12 => match message.opts().get(OptionCode::Hostname)? {
             DhcpOption::Hostname(name) => super::host_label(name)?.into_bytes(),
             _ => return None,

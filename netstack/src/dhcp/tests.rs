@@ -18,6 +18,8 @@ fn server_of(prefix: u8, fixed: &[StaticLease]) -> DhcpServer {
     let subnet = Subnet::new(ip(0).into(), prefix).unwrap();
     let settings = Settings {
         gateway: ip(1),
+        dns: Some(ip(1)),
+        pool: None,
         host_alias: ip(254),
         mask: Ipv4Addr::from(u32::MAX << (32 - u32::from(prefix))),
         broadcast: match subnet.broadcast().unwrap() {

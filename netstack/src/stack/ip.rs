@@ -9,6 +9,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{DNS, Netstack};
+use crate::config::{DnsAt, Transport};
 use crate::drop_reason::DropReason;
 use crate::fragments::Piece;
 use crate::host::{Datagram, Echo, Handled, HostTarget, Reach, Service};
@@ -381,7 +382,7 @@ impl Netstack {
         }
         // The gateway serves what it serves; nothing of the host stands behind it.
         if ip == self.config.host_alias
-            || ip == self.config.gateway
+            || self.config.is_ours(ip.into())
             || (ip.is_link_local() && !self.config.metadata)
             || ip.is_loopback()
             || ip.octets()[0] == 0
@@ -468,6 +469,20 @@ impl Netstack {
         self.config.is_ours(ip) && !host_alias
     }
 
+    fn is_dns(&self, to: SocketAddr) -> bool {
+        to.port() == DNS
+            && match to.ip() {
+                IpAddr::V4(ip) => self.config.dns() == Some(ip),
+                ip @ IpAddr::V6(_) => self.config.services.dns != DnsAt::Nowhere && self.is_gateway(ip),
+            }
+    }
+
+    /// Where a port of the gateway leads, when it is forwarded.
+    fn forwarded(&self, to: SocketAddr, transport: Transport) -> Option<SocketAddr> {
+        let gateway = to.ip() == IpAddr::V4(self.config.gateway);
+        gateway.then(|| self.config.forward(transport, to.port())).flatten()
+    }
+
     /// Routers a packet to `remote` may still pass. The host's loopback is behind none.
     fn hops(&mut self, now: Instant, packet: &Packet<'_>, remote: IpAddr) -> Result<u8, DropReason> {
         if remote.is_loopback() {
@@ -511,8 +526,10 @@ impl Netstack {
     /// A SYN of a connection that is not known.
     fn syn(&mut self, now: Instant, packet: &Packet<'_>, arrival: Arrival<'_>) -> Result<(), DropReason> {
         let remote = arrival.key.remote();
-        let target = if remote.port() == DNS && self.is_gateway(remote.ip()) {
+        let target = if self.is_dns(remote) {
             Ok(HostTarget::Service(Service::Dns))
+        } else if let Some(to) = self.forwarded(remote, Transport::Tcp) {
+            Ok(HostTarget::Address(to))
         } else {
             self.host_view(remote).map(HostTarget::Address)
         };
@@ -543,15 +560,19 @@ impl Netstack {
     ) -> Result<Handled<'f>, DropReason> {
         let guest = SocketAddr::new(packet.src, ports.src);
         let seen = SocketAddr::new(packet.dst, ports.dst);
-        if self.is_gateway(seen.ip()) {
-            if ports.dst == DNS {
-                self.dns_queries += 1;
-                return Ok(Handled::Dns { guest, asked: seen, query: payload });
-            }
+        if self.is_dns(seen) {
+            self.dns_queries += 1;
+            return Ok(Handled::Dns { guest, asked: seen, query: payload });
+        }
+        let forwarded = self.forwarded(seen, Transport::Udp);
+        if forwarded.is_none() && self.is_gateway(seen.ip()) {
             self.refuse(now, packet, Fault::Unreachable(Unreachable::Port))?;
             return Err(DropReason::NotForUs);
         }
-        let remote = self.allowed(now, packet, seen)?;
+        let remote = match forwarded {
+            Some(to) => to,
+            None => self.allowed(now, packet, seen)?,
+        };
         let hop_limit = self.hops(now, packet, remote.ip())?;
         let path = self.udp.to_host(now, packet.target(ports.src), seen, remote, payload.len());
         let dont_fragment = packet.dont_fragment;

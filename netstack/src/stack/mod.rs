@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 pub(crate) use self::outbox::Outbox;
-use crate::config::{PortConfig, StackConfig};
+use crate::config::{GatewayForward, PortConfig, StackConfig, Transport};
 use crate::dhcp::{DhcpServer, LeaseReport, Settings};
 use crate::dhcp6::{Dhcp6Server, Lease6Report, Settings6};
 use crate::drop_reason::{DropCounters, DropReason};
@@ -100,6 +100,8 @@ impl Netstack {
         let settings = Settings {
             gateway: config.gateway,
             host_alias: config.host_alias,
+            dns: config.dns(),
+            pool: config.services.pool,
             mask,
             broadcast,
             domain: config.domain.clone(),
@@ -460,12 +462,28 @@ impl Netstack {
     ) {
         let result = self.udp.from_host(binding, remote, payload.len());
         let result = result.and_then(|target| {
-            let seen = self.guest_view(remote, target.guest.is_ipv6());
+            let seen = self.answered_as(remote, target.guest.is_ipv6());
             self.datagram(target, seen, payload, sink)
         });
         if let Err(reason) = result {
             self.drops.count(reason);
         }
+    }
+
+    /// The address from which a guest sees the answer of `remote` to its datagram: the gateway's, when that is how it
+    /// got there.
+    fn answered_as(&self, remote: SocketAddr, v6: bool) -> SocketAddr {
+        let forwards = self.config.services.forwards.iter();
+        let forward = forwards.clone().find(|f| f.transport == Transport::Udp && f.to == remote && !v6);
+        match forward {
+            Some(f) => SocketAddr::new(self.config.gateway.into(), f.port),
+            None => self.guest_view(remote, v6),
+        }
+    }
+
+    /// Replaces the ports of the gateway that lead elsewhere. Open flows stay as they are.
+    pub fn set_gateway_forwards(&mut self, forwards: Vec<GatewayForward>) {
+        self.config.services.forwards = forwards;
     }
 
     /// The port whose guest owns `binding`.

@@ -131,6 +131,7 @@ pub fn config(limits: Limits) -> StackConfig {
         gateway: GATEWAY.parse().unwrap(),
         host_alias: ALIAS.parse().unwrap(),
         gateway_mac: GATEWAY_MAC,
+        services: portway_netstack::Services::default(),
         domain: "portway.internal".into(),
         search: vec![],
         static_leases: vec![],
