@@ -78,7 +78,12 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
                     reply.send(if known { Ok(vec!["web".into()]) } else { Err(CaptureError::NoLink(vm)) });
             }
             Request::EndCaptures => captures.retain(|c| !c.is_over()),
-            Request::DnsAnswer { .. } | Request::Join { .. } | Request::Leave(_) | Request::Shutdown => {}
+            Request::DnsAnswer { .. }
+            | Request::Join { .. }
+            | Request::Leave(_)
+            | Request::HandedOver { .. }
+            | Request::GatewayForwards(_)
+            | Request::Shutdown => {}
         }
     }
 }
