@@ -60,6 +60,10 @@ pub struct LaunchConfig {
     pub ip: Option<Ipv4Addr>,
     /// The link's MTU in bytes. The guest learns it from virtio (`host_mtu`) and from DHCP.
     pub mtu: u16,
+    /// Whether the VM has a vsock, where it can have one.
+    pub vsock: bool,
+    /// Ports of the guest's vsock that have sockets in the state directory.
+    pub vsock_ports: Vec<u32>,
     /// Where the VM's Ethernet address, the logs and the sidecar's leases live; made if absent. One VM at a time.
     pub state_dir: PathBuf,
     /// The VM's name: its link's name, and its name in DNS.
@@ -115,6 +119,8 @@ impl LaunchConfig {
             mac: None,
             ip: None,
             mtu: Self::DEFAULT_MTU,
+            vsock: true,
+            vsock_ports: Vec::new(),
             state_dir,
             name,
             api,

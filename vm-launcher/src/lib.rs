@@ -50,6 +50,7 @@ mod state;
 mod supervise;
 mod sys;
 mod terminal;
+mod vsock;
 
 pub use accel::Accel;
 pub use arch::Arch;

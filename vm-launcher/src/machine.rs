@@ -14,7 +14,7 @@ use crate::metadata::{self, Cd};
 use crate::qemu::Qemu;
 use crate::share::{self, Daemon};
 use crate::state::{self, StateDir};
-use crate::{LaunchConfig, LaunchError, Mac, net};
+use crate::{LaunchConfig, LaunchError, Mac, net, vsock};
 
 /// Disks of one VM, which q35's bus has slots for.
 const DISKS: usize = 16;
@@ -35,6 +35,7 @@ impl Plan {
     pub(crate) fn new(config: &LaunchConfig) -> Result<Self, LaunchError> {
         check(config)?;
         net::check(config)?;
+        vsock::check(config)?;
         let asked = Asked {
             image: &config.image,
             arch: config.arch,
