@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::{LaunchConfig, LaunchError};
+use crate::{HypervisorKind, LaunchConfig, LaunchError};
 
 /// The socket on which the sidecar waits for the hypervisor's vsock device, beside the link's; `None` when the VM has no
 /// vsock: nobody wants one, or no sidecar is this VM's own.
@@ -19,7 +19,8 @@ pub(crate) fn socket(config: &LaunchConfig) -> Option<PathBuf> {
 
 /// Whether there is a sidecar for this VM alone, and vhost-user is to be had.
 fn is_possible(config: &LaunchConfig) -> bool {
-    cfg!(target_os = "linux") && config.shared.is_none() && config.net.needs_sidecar()
+    let takes_device = cfg!(target_os = "linux") && config.hypervisor == HypervisorKind::Qemu;
+    takes_device && config.shared.is_none() && config.net.needs_sidecar()
 }
 
 /// Ports need a vsock.
@@ -30,7 +31,7 @@ pub(crate) fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
     } else if config.shared.is_some() {
         "a VM on a network that is shared has no vsock yet: leave --network out"
     } else {
-        "the VM has a vsock only with a network of Portway's, on Linux"
+        "the VM has a vsock only with a network of Portway's, in QEMU on Linux"
     };
     Err(LaunchError::Setting(format!("--vsock-ports {port}: {why}")))
 }
