@@ -74,6 +74,10 @@ pub struct LaunchConfig {
     pub ip: Option<Ipv4Addr>,
     /// The link's MTU in bytes; `None`: what suits the card. The guest learns it from virtio (`host_mtu`) and from DHCP.
     pub mtu: Option<u16>,
+    /// Whether the VM has a vsock, where it can have one.
+    pub vsock: bool,
+    /// Ports of the guest's vsock that have sockets in the state directory.
+    pub vsock_ports: Vec<u32>,
     /// Where the VM's Ethernet address, the logs and the sidecar's leases live; made if absent. One VM at a time.
     pub state_dir: PathBuf,
     /// The VM's name: its link's name, and its name in DNS.
@@ -130,6 +134,8 @@ impl LaunchConfig {
             mac: None,
             ip: None,
             mtu: None,
+            vsock: true,
+            vsock_ports: Vec::new(),
             state_dir,
             name,
             api,

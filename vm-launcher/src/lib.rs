@@ -53,6 +53,7 @@ mod supervise;
 mod sys;
 mod terminal;
 mod vfkit;
+mod vsock;
 
 pub use accel::Accel;
 pub use arch::Arch;

@@ -16,7 +16,7 @@ use crate::qemu::Qemu;
 use crate::share::{self, Daemon};
 use crate::state::{self, StateDir};
 use crate::vfkit::Vfkit;
-use crate::{LaunchConfig, LaunchError, Mac, net};
+use crate::{LaunchConfig, LaunchError, Mac, net, vsock};
 
 /// Disks of one VM, which q35's bus has slots for.
 const DISKS: usize = 16;
@@ -37,6 +37,7 @@ impl Plan {
     pub(crate) fn new(config: &LaunchConfig) -> Result<Self, LaunchError> {
         check(config)?;
         net::check(config)?;
+        vsock::check(config)?;
         // vfkit has no other firmware, and brings it along.
         let own_firmware = config.hypervisor == HypervisorKind::Vfkit;
         let asked = Asked {

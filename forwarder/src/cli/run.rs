@@ -18,7 +18,7 @@ use portway_launcher::{
 };
 
 use super::{Failure, listing};
-use crate::config::{UnixPath, runtime_socket};
+use crate::config::{Switch, UnixPath, runtime_socket};
 use crate::control::client::Client;
 use crate::publish::spec::PublishSpec;
 
@@ -144,6 +144,12 @@ struct NetworkArgs {
     /// The largest IP packet on the link [default: 65520; 1500 with vfkit]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(576..))]
     mtu: Option<u16>,
+    /// Whether the VM has a vsock, by the network's own device: streams between host and guest without a network [default: on]
+    #[arg(long, value_name = "on|off")]
+    vsock: Option<Switch>,
+    /// Ports of the guest's vsock, each a unix socket guest.%08x in the state directory, such as 2374,62373
+    #[arg(long, value_name = "PORT,…", value_delimiter = ',')]
+    vsock_ports: Vec<u32>,
     /// Start or join the network of this name, which several VMs share [default: a network of its own, called default]
     #[arg(long, value_name = "NAME")]
     network: Option<String>,
@@ -363,6 +369,8 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     config.mac = network.mac;
     config.ip = network.ip;
     config.mtu = network.mtu;
+    config.vsock = network.vsock != Some(Switch::Off);
+    config.vsock_ports = network.vsock_ports;
     config.console = if life.detach { Console::Socket } else { Console::Stdio };
     config.registry = Some(registry()?);
     config.stop_timeout = Duration::from_secs(life.stop_timeout);
