@@ -9,7 +9,8 @@ export PATH=$PATH:/usr/sbin:/sbin
 # What is looked for, and the package that has it.
 wanted=(
   qemu-system-x86_64:qemu-system-x86 dropbear:dropbear-bin ssh:openssh-client curl:curl ip:iproute2 ss:iproute2
-  ping:iputils-ping dig:bind9-dnsutils gcc:gcc setpriv:util-linux python3:python3
+  ping:iputils-ping dig:bind9-dnsutils dnsperf:dnsperf dhclient:isc-dhcp-client dhcpcd:dhcpcd-base
+  perfdhcp:kea-admin gcc:gcc setpriv:util-linux python3:python3
 )
 packages=()
 for pair in "${wanted[@]}"; do

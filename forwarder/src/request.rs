@@ -61,6 +61,11 @@ pub enum Request {
         /// The message.
         answer: Vec<u8>,
     },
+    /// Other domains for guests to search, from their next DHCP answer on.
+    Search {
+        /// The domains.
+        domains: Vec<String>,
+    },
     /// Close listeners, reset flows, end the loop.
     Shutdown,
 }

@@ -2,5 +2,6 @@
 
 pub mod guest;
 pub mod namespace;
+pub mod resolver;
 pub mod sidecar;
 pub mod vm;

@@ -7,6 +7,7 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
+mod dns;
 mod listing;
 mod owner;
 mod run;
@@ -66,6 +67,9 @@ enum Command {
     Ports(Target),
     /// List DHCP leases
     Leases(Target),
+    /// Names the network answers itself
+    #[command(subcommand)]
+    Dns(dns::DnsCommand),
     /// List flows and NAT bindings
     Flows(Target),
     /// Show counters
@@ -198,6 +202,7 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Unpublish { specs, at } => change(&Method::DELETE, &specs, &at),
         Command::Ports(at) => list::<PortInfo>(&at, "/v1/ports", listing::ports),
         Command::Leases(at) => list::<LeaseInfo>(&at, "/v1/leases", listing::leases),
+        Command::Dns(command) => dns::run(command),
         Command::Flows(at) => list::<FlowInfo>(&at, "/v1/flows", listing::flows),
         Command::Stats(at) => {
             let stats: Stats = client(&at)?.get("/v1/stats").map_err(Failure::failed)?;

@@ -9,6 +9,7 @@
 //! channel. Limits: [`CONNECTIONS`], [`BODY`], [`PATIENCE`].
 
 pub mod client;
+mod dns;
 mod gvproxy;
 
 use std::convert::Infallible;
@@ -28,6 +29,7 @@ use portway_api::control::{NetworkInfo, PortInfo, PortsRequest, PortsResponse, P
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, oneshot};
 
+use crate::dns::Dns;
 use crate::publish::spec::PublishSpec;
 use crate::request::{PublishError, Request, Requests};
 
@@ -42,12 +44,13 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 struct App {
     requests: Requests,
+    dns: Arc<Dns>,
     network: Arc<NetworkInfo>,
 }
 
 /// Serves until the listener fails; ends with the runtime.
-pub async fn serve(listener: UnixListener, requests: Requests, network: NetworkInfo) {
-    let router = router(App { requests, network: Arc::new(network) });
+pub async fn serve(listener: UnixListener, requests: Requests, dns: Arc<Dns>, network: NetworkInfo) {
+    let router = router(App { requests, dns, network: Arc::new(network) });
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -82,6 +85,7 @@ fn router(app: App) -> Router {
         .route("/v1/leases", get(leases))
         .route("/v1/flows", get(flows))
         .route("/v1/stats", get(stats))
+        .merge(dns::routes())
         .merge(gvproxy::routes())
         .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))
         .layer(DefaultBodyLimit::max(BODY))

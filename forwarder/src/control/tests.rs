@@ -54,6 +54,25 @@ fn data_thread(requests: &Receiver<Request>) {
     }
 }
 
+fn dns() -> Arc<Dns> {
+    Dns::new(crate::dns::DnsConfig {
+        domain: crate::DOMAIN.into(),
+        aliases: vec![],
+        gateway: vec![[192, 168, 127, 1].into()],
+        host: vec![],
+        host_loopback: true,
+        records: vec![],
+        subnets: vec![],
+        upstreams: vec![],
+        rebind_protection: false,
+        private_domains: vec![],
+        resolv_conf: "/nonexistent".into(),
+        uplinks: None,
+        hosts: None,
+    })
+    .unwrap()
+}
+
 impl Server {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -75,7 +94,7 @@ impl Server {
                 domain: crate::DOMAIN.into(),
             };
             runtime.block_on(async {
-                serve(UnixListener::from_std(listener).unwrap(), requests, network).await
+                serve(UnixListener::from_std(listener).unwrap(), requests, dns(), network).await
             });
         });
         Self { path, _dir: dir }
@@ -171,4 +190,34 @@ fn without_a_network_the_client_says_what_to_do() {
         .get::<Vec<PortInfo>>("/v1/ports")
         .unwrap_err();
     assert!(error.to_string().contains("start one with `portway serve`"), "{error}");
+}
+
+#[test]
+fn names_are_added_listed_and_removed_all_or_nothing() {
+    let server = Server::start();
+    let names = |body: &str| -> Vec<String> {
+        let all: Vec<portway_api::control::DnsRecord> = serde_json::from_str(body).unwrap();
+        all.into_iter().map(|r| format!("{} {} {}", r.name, r.address, r.origin)).collect()
+    };
+    let own = "gateway.portway.internal 192.168.127.1 network".to_owned();
+    let (status, body) =
+        server.raw("POST", "/v1/dns", r#"{"records":["Db.example=192.0.2.7","*.apps.example=::9"]}"#);
+    assert_eq!(
+        (status, names(&body)),
+        (200, vec!["*.apps.example ::9 live".into(), "db.example 192.0.2.7 live".into(), own.clone()])
+    );
+    for (method, body, status) in [
+        ("POST", r#"{"records":["x.example=192.0.2.8","y"]}"#, 400),
+        ("POST", r#"{"records":[]}"#, 400),
+        ("POST", r#"{"names":["x.example=192.0.2.8"]}"#, 400),
+        ("DELETE", r#"{"records":["db.example","x.example"]}"#, 404),
+        ("DELETE", r#"{"records":["db.example=192.0.2.9"]}"#, 404),
+        ("DELETE", r#"{"records":["db.example=here"]}"#, 400),
+    ] {
+        assert_eq!(server.raw(method, "/v1/dns", body).0, status, "{method} {body}");
+    }
+    assert_eq!(names(&server.raw("GET", "/v1/dns", "").1).len(), 3);
+    let (status, body) =
+        server.raw("DELETE", "/v1/dns", r#"{"records":["DB.example","*.apps.example=::9"]}"#);
+    assert_eq!((status, names(&body)), (200, vec![own]));
 }

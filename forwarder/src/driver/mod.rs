@@ -12,8 +12,10 @@
 //! There is no lock, no channel of buffers and no allocation per packet. Slow things happen in the control thread; they
 //! come in as [`Request`]s and go out as [`Slow`]s.
 
+mod backlog;
 mod commands;
 mod flows;
+mod names;
 mod requests;
 mod udp;
 
@@ -25,6 +27,8 @@ use std::time::Instant as Clock;
 use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
+use self::backlog::Backlog;
+pub use self::backlog::Waiting;
 use self::udp::UdpSockets;
 use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
@@ -38,11 +42,18 @@ use crate::rings::MappedRings;
 #[derive(Debug)]
 pub enum Slow {
     /// A guest's DNS query; the answer comes back as [`Request::DnsAnswer`].
-    Dns(DnsTicket, Vec<u8>),
-    /// A guest's connection to the DNS service.
-    DnsStream(std::os::unix::net::UnixStream),
-    /// The leases as they are now: to be kept, and their names to be known.
-    Leases(Vec<portway_netstack::dhcp::LeaseReport>, Vec<(String, std::net::IpAddr)>),
+    Dns(DnsTicket, Vec<u8>, Waiting),
+    /// The connection of a guest, that on this port, to the DNS service.
+    DnsStream(PortId, std::os::unix::net::UnixStream),
+}
+
+/// The leases as they are now, and the names they give: to be kept, and to be known to DNS.
+#[derive(Debug, Clone, Default)]
+pub struct LeaseBook {
+    /// Every lease.
+    pub leases: Vec<portway_netstack::dhcp::LeaseReport>,
+    /// Names and their addresses, no name twice.
+    pub names: Vec<(String, std::net::IpAddr)>,
 }
 
 /// Slow things that may wait for the control thread; at it DNS queries are dropped, and the guest asks again.
@@ -114,7 +125,11 @@ pub struct Driver {
     starved: bool,
     requests: mpsc::Receiver<Request>,
     slow: tokio::sync::mpsc::Sender<Slow>,
-    names: Vec<(String, std::net::IpAddr)>,
+    backlog: Backlog,
+    /// After which idle time the host's end of a connection is asked for.
+    keep_alive: Option<std::time::Duration>,
+    /// Where leases are told. Only the newest matters, so a slow reader misses nothing but what is over.
+    leases: tokio::sync::watch::Sender<LeaseBook>,
     events: EventQueue,
     ending: bool,
 }
@@ -139,6 +154,8 @@ impl Driver {
             gateway_mac: portway_netstack::Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
             domain: crate::DOMAIN.to_owned(),
             search,
+            ntp: config.ntp.clone(),
+            lease_time: config.lease_time,
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
@@ -175,7 +192,9 @@ impl Driver {
             starved: false,
             requests,
             slow,
-            names: Vec::new(),
+            backlog: Backlog::new(),
+            keep_alive: config.limits.tcp_keepalive,
+            leases: tokio::sync::watch::Sender::default(),
             events: EventQueue::default(),
             ending: false,
         })
@@ -184,6 +203,19 @@ impl Driver {
     /// Takes leases of an earlier run back.
     pub fn restore_leases(&mut self, leases: Vec<portway_netstack::dhcp::LeaseReport>) {
         self.stack.restore_leases(self.now, leases);
+        self.tell_leases();
+    }
+
+    /// Where leases are told when they change.
+    #[must_use]
+    pub fn watch_leases(&self) -> tokio::sync::watch::Receiver<LeaseBook> {
+        self.leases.subscribe()
+    }
+
+    /// The leases as they are now.
+    #[must_use]
+    pub fn lease_reports(&self) -> Vec<portway_netstack::dhcp::LeaseReport> {
+        self.stack.leases(self.now)
     }
 
     /// Runs until it is told to end, or nothing can attach any more.
@@ -334,13 +366,16 @@ impl Driver {
         let Some((link, after)) = rest.split_first_mut() else { return false };
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
-        let entrances = &self.entrances;
+        let (entrances, backlog) = (&self.entrances, &self.backlog);
         let state = link.receive(|frame, offload| match stack.handle_frame(now, port, frame) {
             Handled::Done => {}
             Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
             Handled::Dns { guest, asked, query } => {
                 // At the limit the query is dropped: the guest asks again.
-                let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+                if let Some(waiting) = backlog.admit(port) {
+                    let ticket = DnsTicket { guest, asked, port };
+                    let _ = slow.try_send(Slow::Dns(ticket, query.to_vec(), waiting));
+                }
             }
             Handled::Forward(to) => {
                 for other in before.iter_mut().chain(after.iter_mut()) {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use portway_api::control::{FlowInfo, LeaseInfo, LinkStats, PortInfo, Protocol, Stats};
 use portway_netstack::{Direction, FlowState, Netstack};
 
-use super::{Driver, Entrance, Kind, Slow, token};
+use super::{Driver, Entrance, Kind, LeaseBook, names, token};
 use crate::events::Event;
 use crate::link::Link;
 use crate::publish::spec::{GuestName, HostEnd, PublishSpec};
@@ -40,6 +40,7 @@ impl Driver {
                 Request::Leases { reply } => drop(reply.send(self.leases())),
                 Request::Flows { reply } => drop(reply.send(self.list_flows())),
                 Request::Stats { reply } => drop(reply.send(self.stats())),
+                Request::Search { domains } => self.stack.set_search(domains),
                 Request::DnsAnswer { ticket, answer } => {
                     if let Some(sink) = Self::sink(&mut self.links, ticket.port) {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
@@ -71,7 +72,7 @@ impl Driver {
             HostEnd::Ports { first: 0, .. } | HostEnd::Unix(_) => 0,
             HostEnd::Ports { first, .. } => first.saturating_add(n),
         };
-        let (listeners, bound, host_port) = publish::bind(&spec.host, port, spec.proto)?;
+        let (listeners, bound, host_port) = publish::bind(&spec.host, port, spec.proto, self.keep_alive)?;
         let slot = self.published.iter().position(Option::is_none).unwrap_or(self.published.len());
         for mut listener in listeners {
             let at = self.entrances.iter().position(Option::is_none).unwrap_or(self.entrances.len());
@@ -162,18 +163,12 @@ impl Driver {
         })
     }
 
-    fn lease_name(&self, lease: &portway_netstack::dhcp::LeaseReport) -> Option<String> {
-        let link =
-            lease.port.and_then(|p| self.links.iter().find(|l| l.port == p)).and_then(|l| l.name.clone());
-        link.or_else(|| lease.name.clone())
-    }
-
     fn leases(&self) -> Vec<LeaseInfo> {
         let all = self.stack.leases(self.now).into_iter();
         let info = |l: portway_netstack::dhcp::LeaseReport| LeaseInfo {
             ip: l.ip.to_string(),
             mac: l.mac.to_string(),
-            name: self.lease_name(&l),
+            name: l.name,
             expires_in_s: l.remaining.map(|d| d.as_secs()),
             fixed: l.fixed,
         };
@@ -183,18 +178,14 @@ impl Driver {
     /// Tells the control thread which leases there are, and which names they give.
     pub(super) fn tell_leases(&mut self) {
         let leases = self.stack.leases(self.now);
-        let mut names: Vec<(String, IpAddr)> = Vec::new();
-        for lease in &leases {
-            // A name is its first owner's: a guest cannot take another's by calling itself so.
-            if let Some(name) = self.lease_name(lease).filter(|n| !names.iter().any(|(known, _)| known == n))
-            {
-                names.push((name, lease.ip.into()));
+        let names = names::of(&leases, self.link_configs.iter().filter_map(|l| l.name.as_deref()));
+        let before = self.leases.send_replace(LeaseBook { leases: leases.clone(), names });
+        // What is new, or was renewed.
+        for lease in leases.iter().filter(|l| l.remaining.is_some()) {
+            let known = before.leases.iter().find(|b| b.ip == lease.ip && b.mac == lease.mac);
+            if known.is_none_or(|b| b.remaining < lease.remaining) {
+                self.events.push(Event::Lease(lease.ip.to_string(), lease.mac.to_string()));
             }
-            self.events.push(Event::Lease(lease.ip.to_string(), lease.mac.to_string()));
-        }
-        self.names.clone_from(&names);
-        if self.slow.try_send(Slow::Leases(leases, names)).is_err() {
-            tracing::warn!("the control thread is busy: leases are kept at the next change");
         }
     }
 

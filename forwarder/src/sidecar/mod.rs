@@ -7,6 +7,7 @@
 //! Nothing is left half-started: every listener is bound before `ready` is said, and any failure before that ends the
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
+mod network;
 mod state;
 
 use std::io::Write;
@@ -17,11 +18,11 @@ use anyhow::{Context, anyhow};
 use portway_api::control::NetworkInfo;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
 use crate::dns::{Dns, DnsConfig};
-use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
+use crate::driver::{Driver, LeaseBook, SLOW_LIMIT, Slow, WAKER};
 use crate::request::{Request, Requests};
 
 /// Runs the network until it is told to end.
@@ -41,9 +42,13 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
 
     let dns = Dns::new(dns_config(config)).map_err(|e| anyhow!("{e}"))?;
     let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
-    if let Some(dir) = &config.state_dir {
-        driver.restore_leases(state::leases(dir));
-    }
+    let keeper = match &config.state_dir {
+        Some(dir) => {
+            driver.restore_leases(state::leases(dir));
+            Some(state::Keeper::start(dir).context("cannot start the thread that keeps leases")?)
+        }
+        None => None,
+    };
     let ports = driver.publish_at_start(&config.publish).context("--publish")?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
@@ -56,13 +61,18 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         requests: requests.clone(),
         dns,
         network: network(config),
-        state_dir: config.state_dir.clone(),
+        leases: driver.watch_leases(),
+        keep: keeper.as_ref().map(state::Keeper::sender),
     };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
     say_ready(config.ready_fd)?;
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
-    driver.run().context("the data thread")?;
+    let ran = driver.run().context("the data thread");
+    if let Some(keeper) = keeper {
+        keeper.finish(&driver.lease_reports());
+    }
+    ran?;
     tracing::info!("ended");
     Ok(())
 }
@@ -87,8 +97,12 @@ fn dns_config(config: &Config) -> DnsConfig {
         host: vec![config.host_alias.into()],
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
-        upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
+        subnets: vec![config.subnet],
+        upstreams: config.dns_upstream.clone(),
+        rebind_protection: config.dns_rebind_protection,
+        private_domains: config.dns_private.clone(),
         resolv_conf: config.resolv_conf.clone(),
+        uplinks: Some("/run/systemd/resolve/resolv.conf".into()),
         hosts: config.hosts_file.clone(),
     }
 }
@@ -131,7 +145,8 @@ struct Control {
     requests: Requests,
     dns: Arc<Dns>,
     network: NetworkInfo,
-    state_dir: Option<std::path::PathBuf>,
+    leases: watch::Receiver<LeaseBook>,
+    keep: Option<state::Keep>,
 }
 
 impl Control {
@@ -149,59 +164,62 @@ impl Control {
                 Ok(api) => drop(tokio::spawn(crate::control::serve(
                     api,
                     self.requests.clone(),
+                    Arc::clone(&self.dns),
                     self.network.clone(),
                 ))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
+            tokio::spawn(follow_leases(self.leases.clone(), Arc::clone(&self.dns), self.keep.clone()));
+            tokio::spawn(network::follow(Arc::clone(&self.dns)));
+            tokio::spawn(follow_search(Arc::clone(&self.dns), self.requests.clone()));
             self.slow_things(slow).await;
         });
     }
 
     async fn slow_things(self, mut slow: mpsc::Receiver<Slow>) {
-        let mut known = Vec::new();
         while let Some(thing) = slow.recv().await {
             match thing {
-                Slow::Dns(ticket, query) => {
+                Slow::Dns(ticket, query, waiting) => {
+                    drop(waiting);
                     let (dns, requests) = (Arc::clone(&self.dns), self.requests.clone());
                     tokio::spawn(async move {
-                        if let Some(answer) = dns.answer_datagram(&query).await {
+                        if let Some(answer) = dns.answer_datagram(ticket.port, &query).await {
                             // When the queue is full the answer is lost, and the guest asks again.
                             let _ = requests.send(Request::DnsAnswer { ticket, answer });
                         }
                     });
                 }
-                Slow::DnsStream(stream) => match tokio::net::UnixStream::from_std(stream) {
-                    Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(stream))),
+                Slow::DnsStream(port, stream) => match tokio::net::UnixStream::from_std(stream) {
+                    Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(port, stream))),
                     Err(error) => tracing::warn!(%error, "a DNS connection cannot be served"),
                 },
-                Slow::Leases(leases, names) => {
-                    self.name_guests(&names, &mut known);
-                    if let Some(dir) = &self.state_dir
-                        && let Err(error) = state::keep_leases(dir, &leases)
-                    {
-                        tracing::warn!(%error, dir = %dir.display(), "leases could not be kept");
-                    }
-                }
             }
         }
     }
 }
 
-impl Control {
-    /// Makes DNS know the guests by the names they have now, and forget those in `known` that are gone.
-    fn name_guests(&self, names: &[(String, std::net::IpAddr)], known: &mut Vec<String>) {
-        for gone in known.iter().filter(|k| !names.iter().any(|(name, _)| name == *k)) {
-            self.dns.remove_guest(gone);
+/// Makes DNS know the guests by the names they have, and has their leases kept.
+async fn follow_leases(mut leases: watch::Receiver<LeaseBook>, dns: Arc<Dns>, keep: Option<state::Keep>) {
+    loop {
+        let book = leases.borrow_and_update().clone();
+        dns.set_guests(&book.names);
+        if let Some(keep) = &keep {
+            keep.keep(book.leases);
         }
-        known.clear();
-        for (name, ip) in names {
-            match self.dns.set_guest(name, &[*ip]) {
-                Ok(()) => known.push(name.clone()),
-                // A guest may call itself anything; it just has no name then.
-                Err(error) => tracing::debug!(%error, "a guest's name is not given"),
-            }
+        if leases.changed().await.is_err() {
+            return; // the data thread has ended
         }
+    }
+}
+
+/// Tells the data thread which domains the host searches, when that changes.
+async fn follow_search(dns: Arc<Dns>, requests: Requests) {
+    let mut search = dns.watch_search();
+    while search.changed().await.is_ok() {
+        let domains = search.borrow_and_update().clone();
+        // When the queue is full guests go on with what they were told.
+        let _ = requests.send(Request::Search { domains });
     }
 }
 

@@ -14,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 pub(crate) use self::outbox::Outbox;
 use crate::config::{PortConfig, StackConfig};
-use crate::dhcp::{DhcpServer, LeaseReport, Settings};
+use crate::dhcp::{self, DhcpServer, LeaseReport, Settings};
 use crate::drop_reason::{DropCounters, DropReason};
 use crate::host::{
     Datagram, FlowId, FlowReport, Forward, Handled, HostCommand, HostEvent, HostTarget, OpenError, Service,
@@ -26,13 +26,11 @@ use crate::segments;
 use crate::sink::{FrameSink, Offload};
 use crate::switch::{Destination, Switch};
 use crate::tcp::{Arrival, FlowKey, Path, Tcp, Verdict};
-use crate::time::{Duration, Instant};
+use crate::time::Instant;
 use crate::types::{Mac, PortId};
 use crate::udp::{BindingId, BindingReport, Bindings, Target};
 use crate::wire::{arp, ethernet, ipv4, tcp, udp};
 
-/// How long a lease lasts.
-const LEASE: Duration = Duration::from_secs(3600);
 /// Addresses of guests that are remembered, on all ports.
 const NEIGHBOURS: usize = 4096;
 /// The port of the DNS service.
@@ -73,7 +71,6 @@ pub struct Netstack {
     commands: VecDeque<HostCommand>,
     drops: DropCounters,
     dns_queries: u64,
-    leases_changed: bool,
     seed: u64,
 }
 
@@ -95,7 +92,8 @@ impl Netstack {
             broadcast,
             domain: config.domain.clone(),
             search: config.search.clone(),
-            lease_time: LEASE,
+            ntp: config.ntp.clone(),
+            lease_time: config.lease_time,
         };
         Self {
             ports: Vec::new(),
@@ -108,7 +106,6 @@ impl Netstack {
             commands: VecDeque::new(),
             drops: DropCounters::default(),
             dns_queries: 0,
-            leases_changed: false,
             seed,
             config,
         }
@@ -284,7 +281,7 @@ impl Netstack {
         if packet.header.protocol == ipv4::UDP {
             let (ports, body) = udp::parse(packet.payload)?;
             if ports.dst == 67 && (dst.is_broadcast() || dst == self.config.gateway) {
-                return self.dhcp(now, port, body).map(|()| Handled::Done);
+                return self.dhcp(now, port, header.src, body).map(|()| Handled::Done);
             }
             self.claim(now, port, header.src, src)?;
             self.forbid_groups(dst)?;
@@ -453,18 +450,17 @@ impl Netstack {
         Ok(())
     }
 
-    fn dhcp(&mut self, now: Instant, port: PortId, body: &[u8]) -> Result<(), DropReason> {
+    fn dhcp(&mut self, now: Instant, port: PortId, from: Mac, bytes: &[u8]) -> Result<(), DropReason> {
         let config =
             &self.ports.get(usize::from(port.0)).and_then(Option::as_ref).ok_or(DropReason::NotForUs)?.config;
-        let Some(reply) = self.dhcp.handle(now, port, config.mtu, body, config.address)? else {
-            return Ok(());
-        };
-        self.leases_changed |= reply.granted;
+        let (mtu, wish, link_name) = (config.mtu, config.address, config.name.as_deref());
+        let arrival = dhcp::Arrival { port, from, mtu, bytes, wish, link_name };
+        let Some(reply) = self.dhcp.handle(now, &arrival)? else { return Ok(()) };
         let gateway = self.config.gateway;
         let mut packet = Vec::with_capacity(ipv4::HEADER + udp::HEADER + reply.bytes.len());
         let length = u16::try_from(udp::HEADER + reply.bytes.len()).map_err(|_| DropReason::BadDhcp)?;
         packet.extend(ipv4::header(gateway, reply.dst, ipv4::UDP, length));
-        packet.extend(udp::header_v4((gateway, 67), (reply.dst, 68), &reply.bytes));
+        packet.extend(udp::header_v4((gateway, 67), (reply.dst, reply.dst_port), &reply.bytes));
         packet.extend(&reply.bytes);
         self.answer_ip(port, reply.dst_mac, &packet);
         Ok(())
@@ -818,7 +814,10 @@ impl Netstack {
     /// When `handle_timeout` has to be called, unless something else happens before.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.tcp.poll_timeout(), self.udp.poll_timeout()].into_iter().flatten().min()
+        [self.tcp.poll_timeout(), self.udp.poll_timeout(), self.dhcp.poll_timeout()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Runs every timer that is due; does nothing when none is.
@@ -829,6 +828,7 @@ impl Netstack {
             self.ask_arp(ip);
         }
         self.udp.handle_timeout(now);
+        self.dhcp.handle_timeout(now);
     }
 
     /// Resets every flow toward its guest; `poll_transmit` sends the RSTs. For the end of the process.
@@ -849,6 +849,11 @@ impl Netstack {
         self.dhcp.restore(now, leases);
     }
 
+    /// Other search domains for the guests that ask from now on (DHCP option 119).
+    pub fn set_search(&mut self, search: Vec<String>) {
+        self.dhcp.set_search(search);
+    }
+
     /// Keeps `ip` for the guest `mac`, which will ask for it by DHCP.
     ///
     /// # Errors
@@ -862,9 +867,9 @@ impl Netstack {
         self.dhcp.prefer(now, mac, ip)
     }
 
-    /// Whether leases changed since this was last asked.
+    /// Whether leases were made, renewed or ended since this was last asked.
     pub fn leases_changed(&mut self) -> bool {
-        std::mem::take(&mut self.leases_changed)
+        self.dhcp.take_changed()
     }
 
     /// Every TCP flow.
