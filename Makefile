@@ -41,6 +41,7 @@ clippy: ## lints, as errors
 .PHONY: guest
 guest: ## the guest of the demo and of the VM test
 	@tests/guest/build.sh $(TARGET)/guest/demo
+	tests/guest/media.sh $(TARGET)/guest/demo $(TARGET)/guest/media
 
 .PHONY: unit
 unit: guest ## all tests: unit, simulation, loopback, real VM

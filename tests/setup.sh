@@ -11,6 +11,8 @@ wanted=(
   qemu-system-x86_64:qemu-system-x86 dropbear:dropbear-bin ssh:openssh-client curl:curl ip:iproute2 ss:iproute2
   ping:iputils-ping dig:bind9-dnsutils dnsperf:dnsperf dhclient:isc-dhcp-client dhcpcd:dhcpcd-base
   perfdhcp:kea-admin gcc:gcc setpriv:util-linux python3:python3
+  tmux:tmux mksquashfs:squashfs-tools xorriso:xorriso grub-mkrescue:grub-common mformat:mtools qemu-img:qemu-utils sfdisk:fdisk
+  qemu-system-aarch64:qemu-system-arm
 )
 packages=()
 for pair in "${wanted[@]}"; do
@@ -20,6 +22,9 @@ done
 busybox=$(command -v busybox || true)
 if [ -z "$busybox" ] || ldd "$busybox" > /dev/null 2>&1; then packages+=(busybox-static); fi
 [ -e /usr/include/stdlib.h ] || packages+=(libc6-dev)
+[ -e /usr/lib/grub/i386-pc ] || packages+=(grub-pc-bin)
+[ -e /usr/lib/grub/x86_64-efi ] || packages+=(grub-efi-amd64-bin)
+[ -e /usr/share/OVMF ] || packages+=(ovmf)
 [ -e /etc/ssl/certs/ca-certificates.crt ] || packages+=(ca-certificates)
 
 if [ ${#packages[@]} -gt 0 ]; then

@@ -11,16 +11,17 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use portway_netstack::dhcp::StaticLease;
-use portway_netstack::{Limits, Mac, Subnet};
+use portway_netstack::{Ipv6Config, Limits, Mac, Subnet, UdpConfig, UdpFilter};
 use serde::Deserialize;
 
 use crate::dns::Upstream;
 use crate::publish::spec::{HostEnd, PublishSpec};
+use crate::vsock::VsockSpec;
 
 /// A setting that cannot be used: its name, the value, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -52,6 +53,19 @@ pub struct Settings {
     #[arg(long, value_name = "CIDR")]
     #[serde(deserialize_with = "from_text")]
     pub subnet: Option<Subnet>,
+    /// The guests' IPv6 network, a /64; the gateway is ::1 in it, the host alias ::254 [default: a ULA made from --subnet]
+    #[arg(long, value_name = "CIDR")]
+    #[serde(deserialize_with = "from_text")]
+    pub subnet6: Option<Subnet>,
+    /// IPv6 for guests; auto: with a default route only while the host has one, so that a guest does not wait in vain [default: auto]
+    #[arg(long, value_name = "on|off|auto")]
+    pub ipv6: Option<Ipv6Switch>,
+    /// Who may answer a guest's datagrams: any port of an address it has sent to, that port alone, or anybody [default: address]
+    #[arg(long, value_name = "address|endpoint|any")]
+    pub udp_filter: Option<Filter>,
+    /// Seconds after a guest's last datagram at which its UDP binding ends, 30 to 86400 [default: 300]
+    #[arg(long, value_name = "SECONDS")]
+    pub udp_idle: Option<u32>,
     /// The largest IP packet on links that do not say mtu= themselves [default: 65520 on qemu links, 1500 on others]
     #[arg(long, value_name = "BYTES")]
     pub mtu: Option<u16>,
@@ -88,6 +102,9 @@ pub struct Settings {
     /// The control socket, unix:PATH
     #[arg(long, value_name = "unix:PATH")]
     pub api: Option<UnixPath>,
+    /// Where VMs join while the network runs, unix:PATH: each with a link that lives as long as its connection; the network ends with the last one
+    #[arg(long, value_name = "unix:PATH")]
+    pub join: Option<UnixPath>,
     /// Write one line `ready` to this descriptor when every listener is bound, and close it
     #[arg(long, value_name = "FD")]
     pub ready_fd: Option<i32>,
@@ -103,6 +120,15 @@ pub struct Settings {
     /// Keep leases here, so that they survive a restart
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+    /// A guest's vsock, KIND:ADDRESS[,cid=N][,name=VM]: vhost-user:unix:PATH, vhost:CID, firecracker:PATH or dir:PATH; repeatable
+    #[arg(long, value_name = "VSOCK")]
+    pub vsock: Vec<VsockSpec>,
+    /// Ports of the guest, each a unix socket guest.%08x and CID.%08x in --vsock-dir, such as 2374,62373
+    #[arg(long, value_name = "PORT,…", value_delimiter = ',')]
+    pub vsock_ports: Vec<u32>,
+    /// Where the sockets of vsock ports are [default: --state-dir]
+    #[arg(long, value_name = "DIR")]
+    pub vsock_dir: Option<PathBuf>,
     /// Whether the host alias reaches the host's loopback [default: on]
     #[arg(long, value_name = "on|off")]
     pub host_loopback: Option<Switch>,
@@ -117,12 +143,50 @@ pub struct Settings {
     pub hosts_file: Option<PathBuf>,
 }
 
+impl Config {
+    /// The link of a VM that joins.
+    ///
+    /// # Errors
+    /// When its address is none of this network, or it has settings that only a start takes.
+    pub fn joining(&self, link: LinkSpec) -> Result<LinkConfig, ConfigError> {
+        if let Some(ip) = link.ip {
+            usable(self.subnet, self.gateway, self.host_alias, "--ip", ip)?;
+        }
+        if link.mac.is_some() {
+            return Err(bad("--link", "mac= goes with the start of the network: --static-lease"));
+        }
+        let LinkSpec { kind, address, name, ip, isolate, offload, .. } = link;
+        Ok(LinkConfig { kind, address, name, ip, mtu: link.mtu.unwrap_or(kind.mtu()), isolate, offload })
+    }
+}
+
+/// Whether a guest may have `ip`.
+fn usable(
+    subnet: Subnet,
+    gateway: Ipv4Addr,
+    host_alias: Ipv4Addr,
+    setting: &'static str,
+    ip: Ipv4Addr,
+) -> Result<(), ConfigError> {
+    let taken = ip == gateway
+        || ip == host_alias
+        || Some(IpAddr::V4(ip)) == subnet.broadcast()
+        || IpAddr::V4(ip) == subnet.network();
+    if !subnet.contains(ip.into()) {
+        Err(bad(setting, format!("{ip} is not in the subnet {subnet}")))
+    } else if taken {
+        Err(bad(setting, format!("{ip} is the network's own (gateway {gateway}, host alias {host_alias})")))
+    } else {
+        Ok(())
+    }
+}
+
 const RUNTIME_DIR_MODE: u32 = 0o700;
 
 /// The settings, checked: what is in here works or fails at the host, not in the grammar.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The links, one at least.
+    /// The links, one at least unless VMs join.
     pub links: Vec<LinkConfig>,
     /// The guests' subnet.
     pub subnet: Subnet,
@@ -150,6 +214,8 @@ pub struct Config {
     pub network: String,
     /// The control socket.
     pub api: PathBuf,
+    /// Where VMs join.
+    pub join: Option<PathBuf>,
     /// See [`Settings`].
     pub ready_fd: Option<i32>,
     /// See [`Settings`].
@@ -160,16 +226,66 @@ pub struct Config {
     pub log_level: LogLevel,
     /// See [`Settings`].
     pub state_dir: Option<PathBuf>,
+    /// The guests' vsocks.
+    pub vsock: Vec<VsockSpec>,
+    /// Ports of the guests that have sockets in `vsock_dir`.
+    pub vsock_ports: Vec<u32>,
+    /// Where sockets of vsock ports are.
+    pub vsock_dir: Option<PathBuf>,
     /// See [`Settings`].
     pub host_loopback: bool,
     /// Whether link-local addresses may be reached.
     pub metadata: bool,
+    /// IPv6, when guests are to have it.
+    pub ipv6: Option<Ipv6>,
+    /// How UDP is carried.
+    pub udp: UdpConfig,
     /// See [`Settings`].
     pub resolv_conf: PathBuf,
     /// `None`: guests are not answered from a hosts file.
     pub hosts_file: Option<PathBuf>,
     /// The limits of what a guest can make grow.
     pub limits: Limits,
+}
+
+/// IPv6 of the guests' network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ipv6 {
+    /// The guests' /64.
+    pub subnet: Subnet,
+    /// Our address in it.
+    pub gateway: Ipv6Addr,
+    /// The host's loopback, for guests.
+    pub host_alias: Ipv6Addr,
+    /// Whether guests have a default route only while the host has one.
+    pub follows_host: bool,
+}
+
+impl Ipv6 {
+    fn new(subnet: Subnet, follows_host: bool) -> Option<Self> {
+        let host = |n| match subnet.host(n) {
+            Some(IpAddr::V6(ip)) if subnet.prefix() == 64 => Some(ip),
+            _ => None,
+        };
+        Some(Self { subnet, gateway: host(1)?, host_alias: host(0x254)?, follows_host })
+    }
+
+    /// As the stack knows it. `uplink`: whether the host has a route.
+    #[must_use]
+    pub const fn of_stack(&self, uplink: bool) -> Ipv6Config {
+        Ipv6Config { subnet: self.subnet, gateway: self.gateway, host_alias: self.host_alias, uplink }
+    }
+}
+
+/// The /64 of unique local addresses (RFC 4193) that goes with an IPv4 subnet: always the same, so that what refers to an
+/// address still does after a restart, and different for networks that are numbered differently.
+fn unique_local(subnet: &Subnet) -> Subnet {
+    let name = format!("portway {subnet}");
+    // FNV-1a; the global identifier has 40 bits.
+    let hash =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let network = 0xfd << 120 | u128::from(hash & 0xff_ffff_ffff) << 80;
+    Subnet::new(Ipv6Addr::from(network).into(), 64).expect("64 is a length of prefixes")
 }
 
 /// How frames cross a link (DESIGN §3).
@@ -561,6 +677,41 @@ pub enum Metadata {
     Allow,
 }
 
+/// On, off, or as the host has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ipv6Switch {
+    /// With a default route.
+    On,
+    /// Not at all.
+    Off,
+    /// With a default route while the host has one.
+    #[default]
+    Auto,
+}
+
+/// Who may answer a guest's datagrams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Filter {
+    /// Any port of an address it has sent to.
+    Address,
+    /// The port it has sent to.
+    Endpoint,
+    /// Anybody.
+    Any,
+}
+
+impl From<Filter> for UdpFilter {
+    fn from(filter: Filter) -> Self {
+        match filter {
+            Filter::Address => Self::Address,
+            Filter::Endpoint => Self::Endpoint,
+            Filter::Any => Self::Any,
+        }
+    }
+}
+
 /// How much is logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -602,6 +753,10 @@ impl Settings {
         Self {
             link: join(file.link, self.link),
             subnet: self.subnet.or(file.subnet),
+            subnet6: self.subnet6.or(file.subnet6),
+            ipv6: self.ipv6.or(file.ipv6),
+            udp_filter: self.udp_filter.or(file.udp_filter),
+            udp_idle: self.udp_idle.or(file.udp_idle),
             mtu: self.mtu.or(file.mtu),
             publish: join(file.publish, self.publish),
             dns_upstream: join(file.dns_upstream, self.dns_upstream),
@@ -614,11 +769,15 @@ impl Settings {
             ntp_server: join(file.ntp_server, self.ntp_server),
             network: self.network.or(file.network),
             api: self.api.or(file.api),
+            join: self.join.or(file.join),
             ready_fd: self.ready_fd.or(file.ready_fd),
             pid_file: self.pid_file.or(file.pid_file),
             log_file: self.log_file.or(file.log_file),
             log_level: self.log_level.or(file.log_level),
             state_dir: self.state_dir.or(file.state_dir),
+            vsock: join(file.vsock, self.vsock),
+            vsock_ports: join(file.vsock_ports, self.vsock_ports),
+            vsock_dir: self.vsock_dir.or(file.vsock_dir),
             host_loopback: self.host_loopback.or(file.host_loopback),
             metadata: self.metadata.or(file.metadata),
             resolv_conf: self.resolv_conf.or(file.resolv_conf),
@@ -645,26 +804,25 @@ impl TryFrom<Settings> for Config {
         };
         let gateway = host(1).ok_or_else(|| bad("--subnet", format!("{subnet} has no addresses")))?;
         let host_alias = Ipv4Addr::from(u32::from(broadcast) - 1);
-        let usable = |setting, ip: Ipv4Addr| {
-            let taken =
-                ip == gateway || ip == host_alias || ip == broadcast || IpAddr::V4(ip) == subnet.network();
-            if !subnet.contains(ip.into()) {
-                Err(bad(setting, format!("{ip} is not in the subnet {subnet}")))
-            } else if taken {
-                Err(bad(
-                    setting,
-                    format!("{ip} is the network's own (gateway {gateway}, host alias {host_alias})"),
-                ))
-            } else {
-                Ok(())
-            }
-        };
+        let usable = |setting, ip| usable(subnet, gateway, host_alias, setting, ip);
+        let follows_host = s.ipv6.unwrap_or_default() == Ipv6Switch::Auto;
+        let subnet6 = s.subnet6.unwrap_or_else(|| unique_local(&subnet));
+        let ipv6 = Ipv6::new(subnet6, follows_host).ok_or_else(|| {
+            bad(
+                "--subnet6",
+                format!("{subnet6}: an IPv6 network of 64 bits is needed, such as fd12:3456:789a::/64"),
+            )
+        })?;
+        let udp_idle = s.udp_idle.unwrap_or(300);
+        if !(30..=86_400).contains(&udp_idle) {
+            return Err(bad("--udp-idle", format!("{udp_idle}: 30 to 86400 seconds")));
+        }
         if let Some(mtu) = s.mtu
             && !(576..=65_535).contains(&mtu)
         {
             return Err(bad("--mtu", format!("{mtu}: 576 to 65535 bytes")));
         }
-        if s.link.is_empty() {
+        if s.link.is_empty() && s.join.is_none() {
             return Err(bad(
                 "--link",
                 "one at least is needed, such as --link qemu:unix:/run/user/1000/vm.sock",
@@ -712,6 +870,8 @@ impl TryFrom<Settings> for Config {
         if lease_time < 60 {
             return Err(bad("--lease-time", format!("{lease_time}: 60 seconds at least")));
         }
+        let vsock_dir = s.vsock_dir.or_else(|| s.state_dir.clone());
+        crate::vsock::check(&s.vsock, &s.vsock_ports, vsock_dir.is_some())?;
         let network = s.network.unwrap_or_else(|| "default".into());
         if network.is_empty() || network.contains(['/', '\0']) || network.starts_with('.') {
             return Err(bad("--network", format!("{network:?} is not a name")));
@@ -735,13 +895,22 @@ impl TryFrom<Settings> for Config {
             ntp: s.ntp_server,
             network,
             api,
+            join: s.join.map(|UnixPath(path)| path),
             ready_fd: s.ready_fd,
             pid_file: s.pid_file,
             log_file: s.log_file,
             log_level: s.log_level.unwrap_or_default(),
             state_dir: s.state_dir,
+            vsock: s.vsock,
+            vsock_ports: s.vsock_ports,
+            vsock_dir,
             host_loopback: s.host_loopback != Some(Switch::Off),
             metadata: s.metadata == Some(Metadata::Allow),
+            ipv6: (s.ipv6 != Some(Ipv6Switch::Off)).then_some(ipv6),
+            udp: UdpConfig {
+                filter: s.udp_filter.map(UdpFilter::from).unwrap_or_default(),
+                idle: std::time::Duration::from_secs(udp_idle.into()),
+            },
             resolv_conf: s.resolv_conf.unwrap_or_else(|| "/etc/resolv.conf".into()),
             hosts_file: match s.hosts_file {
                 Some(p) if p.as_os_str() == "off" => None,
@@ -811,6 +980,19 @@ mod tests {
     }
 
     #[test]
+    fn a_network_has_an_ipv6_prefix_of_its_own_that_stays_the_same() {
+        let of = |extra: &str| settings(&format!("link = [\"qemu:unix:/x\"]\n{extra}")).unwrap().ipv6;
+        let v6 = of("").unwrap();
+        assert_eq!(v6.subnet.to_string(), "fd6b:420b:1fb5::/64");
+        assert_eq!(v6.host_alias.to_string(), "fd6b:420b:1fb5::254");
+        assert!(v6.follows_host && !of("ipv6 = \"on\"").unwrap().follows_host);
+        assert_ne!(of("subnet = \"10.0.0.0/24\"").unwrap().subnet, v6.subnet);
+        assert_eq!(of("ipv6 = \"off\""), None);
+        let given = of("subnet6 = \"2001:db8:1::/64\"").unwrap();
+        assert_eq!(given.gateway.to_string(), "2001:db8:1::1");
+    }
+
+    #[test]
     fn the_command_line_wins_and_lists_append() {
         let file: Settings = toml::from_str("mtu = 1500\npublish = [\"1:1\"]").unwrap();
         let line: Settings = toml::from_str("mtu = 9000\npublish = [\"2:2\"]").unwrap();
@@ -834,6 +1016,10 @@ mod tests {
             ("link = [\"qemu:unix:/x,color=red\"]", "is not an option of a link"),
             ("link = [\"qemu:unix:/x\"]\nmtu = 1", "--mtu: 1: 576"),
             ("link = [\"qemu:unix:/x\"]\nsubnet = \"10.0.0.0/30\"", "--subnet: 10.0.0.0/30"),
+            ("link = [\"qemu:unix:/x\"]\nsubnet6 = \"fd00::/48\"", "--subnet6: fd00::/48"),
+            ("link = [\"qemu:unix:/x\"]\nsubnet6 = \"10.0.0.0/24\"", "--subnet6: 10.0.0.0/24"),
+            ("link = [\"qemu:unix:/x\"]\nudp-idle = 5", "--udp-idle: 5: 30 to 86400"),
+            ("link = [\"qemu:unix:/x\"]\nudp-filter = \"none\"", "unknown variant `none`"),
             ("link = [\"qemu:unix:/x,ip=10.0.0.9\"]", "10.0.0.9 is not in the subnet"),
             ("link = [\"qemu:unix:/x,ip=192.168.127.254\"]", "is the network's own"),
             ("link = [\"qemu:unix:/x\", \"qemu:unix:/x\"]", "the same address or name"),
@@ -843,6 +1029,13 @@ mod tests {
             ("link = [\"qemu:unix:/x\"]\ndns-host = [\"*=1.1.1.1\"]", "is not NAME=IP"),
             ("link = [\"qemu:unix:/x\"]\nstatic-lease = [\"a=b\"]", "is not MAC=IP"),
             ("link = [\"qemu:unix:/x\"]\nlease-time = 5", "--lease-time: 5: 60 seconds at least"),
+            ("link = [\"qemu:unix:/x\"]\nvsock = [\"wire:/x\"]", "is not a kind of vsock"),
+            ("link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\", \"dir:/y\"]", "--vsock: two guests have CID 3"),
+            ("link = [\"qemu:unix:/x\"]\nvsock-ports = [1]", "--vsock-ports: there is no --vsock"),
+            (
+                "link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\"]\nvsock-ports = [1]",
+                "--vsock-ports: they need",
+            ),
             ("link = [\"qemu:unix:/x\"]\nmto = 3", "unknown field `mto`"),
         ] {
             let error = settings(toml).expect_err(toml);

@@ -10,6 +10,16 @@ use mio::net::UdpSocket;
 /// The largest datagram.
 const LARGEST: usize = 65_535;
 
+/// What a socket may hold for us, in bytes, while the data thread is about something else; the kernel gives less where
+/// `net.core.rmem_max` says so.
+const RECEIVE_BUFFER: usize = 1 << 20;
+
+/// Makes a socket patient with bursts, as far as the host lets it.
+pub(crate) fn hold_bursts(socket: &UdpSocket) {
+    // With the default a burst loses datagrams earlier; it still works.
+    let _ = socket2::SockRef::from(socket).set_recv_buffer_size(RECEIVE_BUFFER);
+}
+
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{Receiver, send_segments};
 #[cfg(not(target_os = "linux"))]
@@ -44,12 +54,15 @@ mod linux {
         }
 
         /// Hands what one call brings to `each`. `v6`: the socket is of IPv6. False when there is nothing more for now.
+        ///
+        /// # Errors
+        /// The socket's own, or one that a datagram of ours caused (ICMP), which the call has taken off; there may be more.
         pub(crate) fn receive(
             &mut self,
             socket: &UdpSocket,
             v6: bool,
             mut each: impl FnMut(SocketAddr, &[u8]),
-        ) -> bool {
+        ) -> io::Result<bool> {
             let mut rooms = self.buffer.chunks_exact_mut(LARGEST);
             let mut slices: [[IoSliceMut<'_>; 1]; BATCH] =
                 std::array::from_fn(|_| [IoSliceMut::new(rooms.next().unwrap_or_default())]);
@@ -66,11 +79,11 @@ mod linux {
                         }
                     }
                     // Fewer than asked for: the queue is empty, and news comes as an event.
-                    count == BATCH
+                    Ok(count == BATCH)
                 }
-                Err(nix::Error::EAGAIN) => false,
-                // An error that a datagram of ours caused (ICMP): the call has taken it off, and there may be more.
-                Err(_) => true,
+                Err(nix::Error::EAGAIN) => Ok(false),
+                Err(nix::Error::EINTR) => Ok(true),
+                Err(e) => Err(e.into()),
             }
         }
     }
@@ -111,19 +124,22 @@ mod plain {
         }
 
         /// Hands one datagram to `each`. False when there is nothing more for now.
+        ///
+        /// # Errors
+        /// The socket's.
         pub(crate) fn receive(
             &mut self,
             socket: &UdpSocket,
             _: bool,
             mut each: impl FnMut(SocketAddr, &[u8]),
-        ) -> bool {
+        ) -> io::Result<bool> {
             match socket.recv_from(&mut self.0) {
                 Ok((len, from)) => {
                     each(from, &self.0[..len]);
-                    true
+                    Ok(true)
                 }
-                // Anything else is an error that a datagram of ours caused; the call has taken it off.
-                Err(e) => e.kind() != io::ErrorKind::WouldBlock,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+                Err(e) => Err(e),
             }
         }
     }
@@ -146,12 +162,13 @@ mod tests {
         send_segments(&from, &bytes, 1200, to.local_addr().unwrap()).unwrap();
         let (mut receiver, mut got) = (Receiver::new(), Vec::new());
         // On loopback a datagram is there when `sendmsg` returns.
-        assert!(!receiver.receive(&to, false, |sender, bytes| {
+        let more = receiver.receive(&to, false, |sender, bytes| {
             assert_eq!(sender, from.local_addr().unwrap());
             got.push(bytes.to_vec());
-        }));
+        });
+        assert!(!more.unwrap());
         assert_eq!(got, bytes.chunks(1200).map(<[u8]>::to_vec).collect::<Vec<_>>());
-        assert!(!receiver.receive(&to, false, |_, _| panic!()));
+        assert!(!receiver.receive(&to, false, |_, _| panic!()).unwrap());
     }
 
     #[test]
@@ -166,7 +183,7 @@ mod tests {
                 from.send_to(bytes, to.local_addr().unwrap()).unwrap();
             }
             let mut got = Vec::new();
-            receiver.receive(&to, ip.is_ipv6(), |sender, bytes| got.push((sender, bytes.len())));
+            receiver.receive(&to, ip.is_ipv6(), |sender, bytes| got.push((sender, bytes.len()))).unwrap();
             let sender = from.local_addr().unwrap();
             assert_eq!(got, [(sender, 1), (sender, 0)]);
         }

@@ -1,7 +1,8 @@
 //! Host sockets of TCP flows, and what their errors mean to a guest.
 
 use std::io::{self, Read, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use mio::net::{TcpStream, UnixStream};
@@ -131,19 +132,46 @@ pub struct HostFlow {
     pub ending: bool,
     /// Whether everything it sent has been read.
     pub eof: bool,
+    /// Where to try when this connect is refused: the same port of the other loopback address ([`other_loopback`]).
+    pub fallback: Option<NonZeroU16>,
+}
+
+/// Where what listens on the host's loopback may be as well: most programs listen on 127.0.0.1 alone, and the guest that
+/// comes by the host alias's IPv6 address means the host and not ::1.
+#[must_use]
+pub fn other_loopback(to: SocketAddr) -> Option<NonZeroU16> {
+    (to.ip() == IpAddr::V6(Ipv6Addr::LOCALHOST)).then(|| NonZeroU16::new(to.port())).flatten()
 }
 
 impl HostFlow {
     /// A connection that stands.
     #[must_use]
     pub const fn open(id: FlowId, stream: HostStream) -> Self {
-        Self { id, stream, dialing: false, readable: true, writable: true, ending: false, eof: false }
+        Self {
+            id,
+            stream,
+            dialing: false,
+            readable: true,
+            writable: true,
+            ending: false,
+            eof: false,
+            fallback: None,
+        }
     }
 
     /// A connection on its way.
     #[must_use]
     pub const fn dialing(id: FlowId, stream: HostStream) -> Self {
-        Self { id, stream, dialing: true, readable: false, writable: false, ending: false, eof: false }
+        Self {
+            id,
+            stream,
+            dialing: true,
+            readable: false,
+            writable: false,
+            ending: false,
+            eof: false,
+            fallback: None,
+        }
     }
 }
 

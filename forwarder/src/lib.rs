@@ -15,6 +15,7 @@ pub mod driver;
 pub mod events;
 mod fd;
 pub mod host;
+mod host_errors;
 pub mod link;
 mod log;
 pub mod publish;
@@ -22,6 +23,9 @@ pub mod request;
 pub mod rings;
 pub mod sidecar;
 mod unix_path;
+#[cfg(target_os = "linux")]
+mod vhost_user;
+pub mod vsock;
 
 /// The domain of our own names: `gateway.`, `host.` and the VMs' names lie in it.
 pub const DOMAIN: &str = "portway.internal";

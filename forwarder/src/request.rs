@@ -13,8 +13,10 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
+use portway_netstack::PortId;
 use tokio::sync::oneshot;
 
+use crate::config::LinkConfig;
 use crate::publish::spec::PublishSpec;
 
 /// One thing asked of the data thread.
@@ -66,6 +68,17 @@ pub enum Request {
         /// The domains.
         domains: Vec<String>,
     },
+    /// One more VM, while the network runs. The answer is its link and what was published for it.
+    Join {
+        /// Its link.
+        link: LinkConfig,
+        /// Its ports.
+        publish: Vec<PublishSpec>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(PortId, Vec<PortInfo>), JoinError>>,
+    },
+    /// A VM that came by [`Request::Join`] goes, and with it its link and its ports.
+    Leave(PortId),
     /// Close listeners, reset flows, end the loop.
     Shutdown,
 }
@@ -79,6 +92,26 @@ pub struct DnsTicket {
     pub asked: SocketAddr,
     /// The link the query came from.
     pub port: portway_netstack::PortId,
+}
+
+/// Why a VM cannot join; `to_string()` is the line a user reads.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JoinError {
+    /// Its name is taken.
+    #[error("a VM called {0:?} is on this network already: give this one another --name")]
+    Name(String),
+    /// A link needs a name, by which its ports are known.
+    #[error("a link that joins needs name=")]
+    NoName,
+    /// Its link could not be made.
+    #[error("--link: {0}")]
+    Link(String),
+    /// A port could not be published.
+    #[error("--publish: {0}")]
+    Publish(#[from] PublishError),
+    /// There are as many as may be.
+    #[error("the network has {0} VMs, and no more may join")]
+    Limit(usize),
 }
 
 /// Why a port could not be published or taken away; `to_string()` is the line a user reads.

@@ -3,7 +3,18 @@
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// A path that goes with this value.
+#[derive(Debug)]
+pub(crate) struct Removed(pub(crate) PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        // Somebody may have taken it away: then it is gone already.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
 
 /// Makes way for a socket at `path`: removes one that nobody has. `probe` connects to it as its clients would.
 ///

@@ -14,7 +14,9 @@ fuzz_target!(|data: &[u8]| {
     while let Some((&[a, b], after)) = rest.split_first_chunk::<2>() {
         let len = usize::from(u16::from_be_bytes([a, b])).min(after.len());
         let (frame, next) = after.split_at(len);
-        lab.frame(0, frame);
+        if let portway_netstack::Handled::Whole(whole) = lab.frame(0, frame) {
+            lab.frame(0, &whole);
+        }
         lab.host_sees();
         lab.wires[0].frames.clear();
         rest = next;

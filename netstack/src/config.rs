@@ -1,8 +1,9 @@
 //! What the stack is told when it is made, and the limits of everything a guest can make grow.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::dhcp::StaticLease;
+use crate::ndp;
 use crate::time::Duration;
 use crate::types::{Mac, Subnet};
 
@@ -31,6 +32,10 @@ pub struct StackConfig {
     pub host_loopback: bool,
     /// Whether link-local addresses (cloud metadata, 169.254.0.0/16) may be reached.
     pub metadata: bool,
+    /// IPv6; `None` when it is not spoken.
+    pub ipv6: Option<Ipv6Config>,
+    /// How UDP is carried.
+    pub udp: UdpConfig,
     /// The limits.
     pub limits: Limits,
 }
@@ -39,7 +44,52 @@ impl StackConfig {
     /// Whether `address` is one of ours on the subnet.
     #[must_use]
     pub fn is_ours(&self, address: IpAddr) -> bool {
-        address == IpAddr::V4(self.gateway) || address == IpAddr::V4(self.host_alias)
+        match address {
+            IpAddr::V4(ip) => ip == self.gateway || ip == self.host_alias,
+            IpAddr::V6(ip) => self.ipv6.as_ref().is_some_and(|v6| {
+                ip == v6.gateway || ip == v6.host_alias || ip == ndp::link_local(self.gateway_mac)
+            }),
+        }
+    }
+}
+
+/// IPv6 of the network.
+#[derive(Debug, Clone)]
+pub struct Ipv6Config {
+    /// The guests' /64.
+    pub subnet: Subnet,
+    /// Our address in it: DHCPv6 and DNS server. The router is our link-local address.
+    pub gateway: Ipv6Addr,
+    /// The address behind which the host's loopback stands.
+    pub host_alias: Ipv6Addr,
+    /// Whether the host has a route for IPv6, at the start; [`crate::Netstack::set_ipv6_uplink`] tells later changes.
+    pub uplink: bool,
+}
+
+/// Who may answer a guest's datagrams (RFC 4787 §5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum UdpFilter {
+    /// Any port of an address the guest has sent to.
+    #[default]
+    Address,
+    /// The address and port the guest has sent to.
+    Endpoint,
+    /// Anybody who knows the binding's address.
+    Any,
+}
+
+/// How UDP is carried.
+#[derive(Debug, Clone)]
+pub struct UdpConfig {
+    /// Who may answer.
+    pub filter: UdpFilter,
+    /// A binding ends so long after the guest's last datagram (RFC 4787 REQ-5: not below 2 min, 5 min recommended).
+    pub idle: Duration,
+}
+
+impl Default for UdpConfig {
+    fn default() -> Self {
+        Self { filter: UdpFilter::default(), idle: Duration::from_secs(300) }
     }
 }
 
@@ -68,8 +118,12 @@ pub struct Limits {
     pub dialing_loopback: usize,
     /// UDP NAT bindings per port. At it the idlest binding goes.
     pub udp_bindings: usize,
+    /// Identifiers of echo requests per port that are remembered. At it the idlest goes.
+    pub pings: usize,
     /// Learned Ethernet addresses per port. At it frames from further ones are dropped.
     pub macs: usize,
+    /// Learned IP addresses per port. At it further ones are not remembered: they can open connections, but not be found.
+    pub addresses: usize,
     /// DHCP leases one port has whatever the others do: offered, in use and declined addresses together, fixed ones not
     /// counted. Beyond it a port gets more as long as half of the pool is free, else a client without a lease gets no
     /// answer, so that a guest that asks under many names leaves the pool to the others.
@@ -100,7 +154,9 @@ impl Default for Limits {
             dialing: 1024,
             dialing_loopback: 1024,
             udp_bindings: 4096,
+            pings: 256,
             macs: 1024,
+            addresses: 1024,
             leases: 64,
             outbox_bytes: 256 * 1024,
             resolving: 256,

@@ -58,8 +58,22 @@ reasons! {
     DhcpExhausted "no address is left to lease";
     /// More leases on one link than allowed.
     DhcpLimit "the link holds too many leases";
-    /// A fragment: not reassembled in this release.
-    Fragment "fragments are not reassembled";
+    /// A fragment that cannot be one: no multiple of eight, empty, or beyond 64 KiB.
+    BadFragment "the fragment is malformed";
+    /// A fragment that overlaps another one of its packet, or comes after one that did.
+    FragmentOverlap "the fragment overlaps another";
+    /// A fragment that found no room to wait for the others.
+    FragmentLimit "too many fragments wait for others";
+    /// A packet whose fragments did not all come in time.
+    FragmentTimeout "fragments of the packet are missing";
+    /// A neighbour discovery message that RFC 4861 has us drop.
+    BadNeighbour "the neighbour discovery message is malformed";
+    /// Router advertisements, redirects and answers of DHCPv6 servers from a guest.
+    RogueRouter "a guest is no router and no DHCP server";
+    /// A packet whose hop limit ended here; it was answered.
+    HopLimit "the hop limit is used up";
+    /// An echo that the host may not send on: it has no ping sockets for us.
+    NoPing "the host gives no ping sockets";
     /// TCP data beyond the window we offered.
     BeyondWindow "TCP data lies beyond the window";
     /// A segment of no flow; it was answered with RST.

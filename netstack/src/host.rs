@@ -150,6 +150,26 @@ pub struct Datagram<'f> {
     pub remote: SocketAddr,
     /// The payload.
     pub payload: &'f [u8],
+    /// Routers it may still pass, this one not counted; at least 1.
+    pub hop_limit: u8,
+    /// Whether nobody may fragment it: where it does not fit, the guest is told ([`crate::Netstack::host_fault`]).
+    pub dont_fragment: bool,
+}
+
+/// An echo request of a guest, lent from the link's receive buffer. The answer comes back by
+/// [`crate::Netstack::echo_from_host`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Echo<'f> {
+    /// The guest's identifier stands behind it: one host socket each.
+    pub binding: BindingId,
+    /// Where to, as the host knows it; the port means nothing.
+    pub remote: SocketAddr,
+    /// The whole ICMP message, of either version; the host's socket puts its own identifier into what it sends.
+    pub message: &'f [u8],
+    /// As of a [`Datagram`].
+    pub hop_limit: u8,
+    /// As of a [`Datagram`].
+    pub dont_fragment: bool,
 }
 
 /// The other links a frame goes to.
@@ -162,12 +182,16 @@ pub enum Forward {
 }
 
 /// What the driver still has to do about a frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Handled<'f> {
     /// Nothing.
     Done,
     /// Send a datagram.
     Datagram(Datagram<'f>),
+    /// Send an echo request.
+    Echo(Echo<'f>),
+    /// This was the last fragment of a packet: hand its frame in, from the same port.
+    Whole(Vec<u8>),
     /// Answer a DNS query, by [`crate::Netstack::dns_answer`], when the answer is there.
     Dns {
         /// Who asks.

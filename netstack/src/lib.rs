@@ -1,7 +1,7 @@
 //! The network of a virtual machine as a sans-IO state machine.
 //!
 //! ```text
-//!             handle_frame ──► switch ─┬─► ARP · DHCP · ICMP ────► outbox ─┐
+//!             handle_frame ──► switch ─┬─► ARP NDP DHCP ICMP ─────► outbox ─┐
 //!  link ─────►                         ├─► UDP: NAT bindings ─► Handled    ├─► poll_transmit ─► link
 //!                                      └─► TCP: flow table ─► rings ───────┘
 //!  host ─────► handle_host · to_host · from_host · datagram_from_host · poll_host
@@ -18,9 +18,13 @@
 
 mod config;
 pub mod dhcp;
+pub mod dhcp6;
 mod drop_reason;
+pub mod fragments;
 mod host;
 pub mod icmp;
+mod lru;
+pub mod ndp;
 mod neighbours;
 mod rings;
 pub mod segments;
@@ -34,10 +38,10 @@ mod types;
 pub mod udp;
 pub mod wire;
 
-pub use config::{Limits, PortConfig, StackConfig};
+pub use config::{Ipv6Config, Limits, PortConfig, StackConfig, UdpConfig, UdpFilter};
 pub use drop_reason::{DropCounters, DropReason};
 pub use host::{
-    ConnectError, Datagram, Direction, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,
+    ConnectError, Datagram, Direction, Echo, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,
     HostError, HostEvent, HostTarget, OpenError, Service, UdpPath,
 };
 pub use rings::{RingClass, RingMemory, Rings};

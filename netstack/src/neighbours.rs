@@ -1,15 +1,23 @@
-//! Which guest has which address: what ARP and the frames themselves have told.
+//! Which guest has which address: what ARP, neighbour discovery and the frames themselves have told.
 //!
 //! An address belongs to the port that first used it until that port goes down; frames of other ports that claim
 //! it are dropped. Leases come first: an address leased on one port cannot be claimed on another.
+//!
+//! A guest makes itself as many IPv6 addresses as it likes, and new ones each day (RFC 8981): of one Ethernet address the
+//! [`PER_MAC`] learned last are remembered. Beyond [`crate::Limits::addresses`] of one port further ones work but are not
+//! remembered, so only connections they open do.
 
-use std::collections::HashMap;
-use std::net::IpAddr;
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv6Addr};
 
 use ahash::RandomState;
 
 use crate::drop_reason::DropReason;
 use crate::types::{Mac, PortId};
+
+/// IPv6 addresses of one Ethernet address that are remembered; the one learned first is forgotten first, and learned again
+/// when it is used.
+pub(crate) const PER_MAC: usize = 32;
 
 /// Where an address is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,16 +29,20 @@ pub(crate) struct Neighbour {
 /// The table of all ports.
 pub(crate) struct Neighbours {
     by_ip: HashMap<IpAddr, Neighbour, RandomState>,
+    /// The IPv6 addresses of each Ethernet address, in the order in which they were learned: together those of `by_ip`.
+    of_mac: HashMap<(PortId, Mac), VecDeque<Ipv6Addr>, RandomState>,
+    per_port: Vec<usize>,
     /// The address seen last: a burst of one guest needs no hash.
     last: Option<(IpAddr, Neighbour)>,
     limit: usize,
 }
 
 impl Neighbours {
-    /// `limit` addresses at most; further ones work but are not remembered, so only connections they open do.
+    /// `limit` addresses of one port at most.
     pub(crate) fn new(limit: usize, seed: u64) -> Self {
         let keys = RandomState::with_seeds(!seed, seed, seed.rotate_left(31), seed ^ 0x5bd1_e995);
-        Self { by_ip: HashMap::with_hasher(keys), last: None, limit }
+        let (by_ip, of_mac) = (HashMap::with_hasher(keys.clone()), HashMap::with_hasher(keys));
+        Self { by_ip, of_mac, per_port: Vec::new(), last: None, limit }
     }
 
     /// Notes that `ip` was used by `mac` on `port`. True when that is news.
@@ -42,20 +54,52 @@ impl Neighbours {
         if self.last == Some((ip, new)) {
             return Ok(false);
         }
-        let full = self.by_ip.len() >= self.limit;
-        match self.by_ip.get_mut(&ip) {
-            Some(known) if known.port != port => Err(DropReason::SourceSpoofed),
+        let slot = usize::from(port.0);
+        if self.per_port.len() <= slot {
+            self.per_port.resize(slot + 1, 0);
+        }
+        let before = self.by_ip.get(&ip).copied();
+        match before {
+            Some(known) if known.port != port => return Err(DropReason::SourceSpoofed),
+            Some(known) if known == new => {}
             Some(known) => {
-                let news = *known != new;
-                *known = new;
-                self.last = Some((ip, new));
-                Ok(news)
-            }
-            None if full => Ok(false),
-            None => {
+                self.disown(ip, known);
                 self.by_ip.insert(ip, new);
-                self.last = Some((ip, new));
-                Ok(true)
+                self.own(ip, new);
+            }
+            None => {
+                self.own(ip, new);
+                if self.per_port[slot] >= self.limit {
+                    self.disown(ip, new);
+                    return Ok(false);
+                }
+                self.by_ip.insert(ip, new);
+                self.per_port[slot] += 1;
+            }
+        }
+        self.last = Some((ip, new));
+        Ok(before != Some(new))
+    }
+
+    /// Puts an IPv6 address among those of its Ethernet address, in place of the first when there are enough.
+    fn own(&mut self, ip: IpAddr, at: Neighbour) {
+        let IpAddr::V6(ip) = ip else { return };
+        let addresses = self.of_mac.entry((at.port, at.mac)).or_default();
+        addresses.push_back(ip);
+        if addresses.len() > PER_MAC
+            && let Some(first) = addresses.pop_front()
+            && self.by_ip.remove(&IpAddr::V6(first)).is_some()
+        {
+            self.per_port[usize::from(at.port.0)] -= 1;
+        }
+    }
+
+    fn disown(&mut self, ip: IpAddr, at: Neighbour) {
+        let IpAddr::V6(ip) = ip else { return };
+        if let Some(addresses) = self.of_mac.get_mut(&(at.port, at.mac)) {
+            addresses.retain(|a| *a != ip);
+            if addresses.is_empty() {
+                self.of_mac.remove(&(at.port, at.mac));
             }
         }
     }
@@ -64,13 +108,18 @@ impl Neighbours {
         self.by_ip.get(&ip).copied()
     }
 
-    /// The lowest address in use on `port`.
+    /// The address by which the guest on `port` is reached when nothing else is said: IPv4, else IPv6, else link-local.
     pub(crate) fn first_on(&self, port: PortId) -> Option<IpAddr> {
+        // The order of addresses is this order already: fd00::/8 comes before fe80::/10.
         self.by_ip.iter().filter(|(_, n)| n.port == port).map(|(ip, _)| *ip).min()
     }
 
     pub(crate) fn port_down(&mut self, port: PortId) {
         self.by_ip.retain(|_, n| n.port != port);
+        self.of_mac.retain(|(p, _), _| *p != port);
+        if let Some(n) = self.per_port.get_mut(usize::from(port.0)) {
+            *n = 0;
+        }
         self.last = None;
     }
 }
@@ -78,6 +127,10 @@ impl Neighbours {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn v6(n: usize) -> IpAddr {
+        IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::try_from(n).unwrap()])
+    }
 
     #[test]
     fn an_address_belongs_to_the_port_that_used_it_first_until_that_goes_down() {
@@ -91,10 +144,44 @@ mod tests {
     }
 
     #[test]
-    fn beyond_the_limit_addresses_are_not_remembered() {
+    fn beyond_the_limit_of_a_port_its_addresses_are_not_remembered_and_those_of_others_are() {
         let mut table = Neighbours::new(1, 1);
         assert_eq!(table.learn([10, 0, 0, 1].into(), PortId(0), Mac([2; 6])), Ok(true));
-        assert_eq!(table.learn([10, 0, 0, 2].into(), PortId(0), Mac([2; 6])), Ok(false));
-        assert_eq!(table.get([10, 0, 0, 2].into()), None);
+        for further in [IpAddr::from([10, 0, 0, 2]), v6(1)] {
+            assert_eq!(table.learn(further, PortId(0), Mac([2; 6])), Ok(false));
+            assert_eq!(table.get(further), None);
+        }
+        assert!(table.of_mac.is_empty());
+        assert_eq!(table.learn([10, 0, 0, 3].into(), PortId(1), Mac([4; 6])), Ok(true));
+    }
+
+    #[test]
+    fn rfc_8981_a_guest_with_ever_new_addresses_keeps_the_last_and_takes_no_more_room() {
+        let mut table = Neighbours::new(1000, 1);
+        for n in 0..=3 * PER_MAC {
+            assert_eq!(table.learn(v6(n), PortId(0), Mac([2; 6])), Ok(true));
+        }
+        assert_eq!((table.by_ip.len(), table.per_port[0]), (PER_MAC, PER_MAC));
+        assert!(table.get(v6(2 * PER_MAC)).is_none() && table.get(v6(2 * PER_MAC + 1)).is_some());
+    }
+
+    #[test]
+    fn an_address_that_moves_between_ethernet_addresses_of_a_port_is_counted_once() {
+        let mut table = Neighbours::new(1000, 1);
+        for n in 0..500u16 {
+            let [a, b] = n.to_be_bytes();
+            assert_eq!(table.learn(v6(1), PortId(0), Mac([2, 0, 0, 0, a, b])), Ok(true));
+        }
+        assert_eq!((table.by_ip.len(), table.of_mac.len(), table.per_port[0]), (1, 1, 1));
+    }
+
+    #[test]
+    fn a_guest_is_reached_by_ipv4_then_by_the_prefix_then_by_its_link_local_address() {
+        let mut table = Neighbours::new(8, 1);
+        let order: [IpAddr; 3] = ["fe80::1".parse().unwrap(), v6(1), [10, 0, 0, 1].into()];
+        for ip in order {
+            table.learn(ip, PortId(0), Mac([2; 6])).unwrap();
+            assert_eq!(table.first_on(PortId(0)), Some(ip));
+        }
     }
 }

@@ -4,11 +4,17 @@
 
 mod lab;
 
-use lab::{GATEWAY_MAC, Lab, Seen, mac_of, ms, secs, segment, syn, v4};
+use std::net::SocketAddrV4;
+
+use lab::{GATEWAY_MAC, Lab, Seen, mac_of, ms, secs, segment, syn};
 use portway_netstack::{DropReason, HostCommand, HostEvent, Limits};
 
 const GUEST: &str = "192.168.127.2:40000";
 const FAR: &str = "192.0.2.7:443";
+
+fn v4(text: &str) -> SocketAddrV4 {
+    text.parse().unwrap()
+}
 
 /// The one segment the guest was sent: flags, seq, ack, payload.
 fn one(lab: &mut Lab) -> (&'static str, u32, u32, Vec<u8>) {

@@ -74,14 +74,26 @@ fn a_link_with_all_its_leases_gets_no_offer_and_another_link_does() {
 }
 
 #[test]
-fn echo_is_answered_for_our_own_addresses_and_refused_beyond_them() {
+fn rfc_792_echo_is_answered_for_our_own_addresses_and_handed_out_beyond_them() {
     let mut lab = Lab::new();
     for ours in [1, 254] {
         lab.frame(0, &ping([192, 168, 127, ours]));
         assert!(matches!(&lab.guest_sees()[..], [Seen::Icmp { kind: 0, rest, .. }] if rest == b"ping"));
     }
-    lab.frame(0, &ping([192, 0, 2, 7]));
-    assert!(matches!(lab.guest_sees()[..], [Seen::Icmp { kind: 3, code: 13, .. }]));
+    let frame = ping([192, 0, 2, 7]);
+    let Handled::Echo(echo) = lab.frame(0, &frame) else { panic!("not handed out") };
+    assert_eq!((echo.remote, echo.hop_limit), (addr("192.0.2.7:0"), 63));
+    assert_eq!(echo.message[..2], [8, 0]);
+    // The host's socket has an identifier of its own.
+    lab.stack.echo_from_host(echo.binding, echo.remote, b"\0\0\0\0\x99\x99\0\x01ping", &mut lab.wires[0]);
+    let raw = lab.wires[0].frames[0].clone();
+    assert_eq!(raw[14 + 20 + 4..], *b"\0\x07\0\x01ping");
+    assert!(
+        matches!(&lab.guest_sees()[..], [Seen::Icmp { src, kind: 0, .. }] if src == "192.0.2.7"),
+        "the reply comes from whom the guest asked"
+    );
+    lab.stack.echo_from_host(echo.binding, addr("192.0.2.8:0"), &[0; 8], &mut lab.wires[0]);
+    assert_eq!((lab.guest_sees(), lab.dropped(DropReason::Filtered)), (vec![], 1));
 }
 
 #[test]
@@ -101,8 +113,12 @@ fn a_datagram_goes_out_through_its_binding_and_the_answer_comes_back() {
     let mut lab = Lab::new();
     let mut frame = Vec::new();
     let handled = lab.udp("192.168.127.2:5000", "192.0.2.7:7", b"hi", &mut frame);
-    let Handled::Datagram(Datagram { path: UdpPath::Binding { binding, new: true }, remote, payload: b"hi" }) =
-        handled
+    let Handled::Datagram(Datagram {
+        path: UdpPath::Binding { binding, new: true },
+        remote,
+        payload: b"hi",
+        ..
+    }) = handled
     else {
         panic!("{handled:?}");
     };

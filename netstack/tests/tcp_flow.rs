@@ -18,8 +18,22 @@ fn bytes_of_the_guest_reach_the_host_and_are_acknowledged() {
     assert_eq!(lab.stack.poll_flow(), Some(flow));
     assert_eq!(lab.host_reads(flow), b"GET /");
     assert_eq!(lab.guest_sees(), []);
-    lab.after(ms(1));
+    lab.after(ms(5));
     assert!(matches!(lab.guest_sees()[..], [Seen::Tcp { flags: "A", ack: 1006, .. }, ..]));
+}
+
+/// A guest whose Nagle algorithm holds its second write back until the first is acknowledged (RFC 896) waits once for us, and
+/// not at every request.
+#[test]
+fn after_an_acknowledgment_that_waited_in_vain_the_next_leave_at_once() {
+    let mut lab = Lab::new();
+    let (flow, seq, ack) = lab.open(GUEST, FAR);
+    lab.guest_sends(&segment("PA", GUEST, FAR, seq, ack).with(b"GET /"));
+    lab.host_reads(flow);
+    lab.after(ms(5));
+    lab.guest_sees();
+    lab.guest_sends(&segment("PA", GUEST, FAR, seq + 5, ack).with(b" HTTP"));
+    assert!(matches!(lab.guest_sees()[..], [Seen::Tcp { flags: "A", ack: 1011, .. }, ..]));
 }
 
 #[test]
@@ -204,7 +218,7 @@ fn when_the_host_takes_nothing_the_window_closes_and_nothing_is_lost() {
         let at = seq + u32::try_from(sent).unwrap();
         lab.guest_sends(&segment("A", GUEST, FAR, at, ack).with(&bytes[sent..sent + n]));
         sent += n;
-        lab.after(ms(1)); // a small one waits that long for an answer to go with
+        lab.after(ms(5)); // a small one waits that long for an answer to go with
         let Some(Seen::Tcp { ack: acknowledged, window: w, .. }) = lab.guest_sees().pop() else { panic!() };
         assert_eq!(acknowledged, seq + u32::try_from(sent).unwrap(), "every segment is acknowledged");
         // The guest's SYN had no window scale, so what it is told is bytes.

@@ -7,6 +7,7 @@ mod lab;
 use std::net::SocketAddr;
 
 use lab::{Lab, Seen, addr, ms};
+use portway_netstack::icmp::{Fault, Unreachable};
 use portway_netstack::udp::BindingId;
 use portway_netstack::{Datagram, DropReason, Handled, HostCommand, Limits, UdpPath};
 
@@ -61,12 +62,123 @@ fn the_metadata_address_is_prohibited() {
 }
 
 #[test]
-fn a_datagram_beyond_the_mtu_or_a_full_link_is_dropped_and_counted() {
+fn rfc_791_3_2_a_datagram_beyond_the_mtu_leaves_in_fragments_up_to_65507_bytes() {
+    let mut lab = Lab::new();
+    for (guest, far, most) in [(GUEST, FAR, 65_507), ("[fd00:77::2]:5000", "[2001:db8::7]:9000", 65_527)] {
+        let header = if guest.starts_with('[') { 48 } else { 20 };
+        let (binding, _) = binding(&mut lab, guest, far);
+        assert!(matches!(answered(&mut lab, binding, far, &[0; 1452])[..], [Seen::Udp { .. }]));
+        let seen = answered(&mut lab, binding, far, &vec![7; most]);
+        let mut next = 0;
+        for (n, fragment) in seen.iter().enumerate() {
+            let Seen::Fragment { offset, more, len } = fragment else { panic!("{fragment:?}") };
+            assert_eq!((*offset, *more), (next, n + 1 < seen.len()));
+            assert!(len + header <= 1500);
+            next += len;
+        }
+        assert_eq!(next, 8 + most);
+    }
+}
+
+#[test]
+fn a_datagram_for_a_full_link_is_dropped_and_counted() {
     let mut lab = Lab::new();
     let (binding, _) = binding(&mut lab, GUEST, FAR);
-    assert_eq!(answered(&mut lab, binding, FAR, &[0; 1472]).len(), 1);
-    assert_eq!(answered(&mut lab, binding, FAR, &[0; 1473]), []);
     lab.wires[0].room = 0;
     assert_eq!(answered(&mut lab, binding, FAR, b"x"), []);
-    assert_eq!((lab.dropped(DropReason::TooBig), lab.dropped(DropReason::LinkFull)), (1, 1));
+    lab.wires[0].room = 1;
+    assert_eq!(answered(&mut lab, binding, FAR, &[0; 3000]).len(), 1);
+    assert_eq!(lab.dropped(DropReason::LinkFull), 2);
+}
+
+/// A datagram with a hop limit.
+fn with_hops(lab: &mut Lab, from: &str, to: &str, hop_limit: u8) -> Option<(BindingId, SocketAddr, u8)> {
+    let (from, to) = (addr(from), addr(to));
+    let mut frame = Vec::new();
+    let b = lab::ip(lab::mac_of(0), from.ip(), to.ip(), hop_limit).udp(from.port(), to.port());
+    b.write(&mut frame, b"probe").unwrap();
+    match lab.frame(0, &frame) {
+        Handled::Datagram(Datagram { path: UdpPath::Binding { binding, .. }, remote, hop_limit, .. }) => {
+            Some((binding, remote, hop_limit))
+        }
+        _ => None,
+    }
+}
+
+#[test]
+fn the_gateway_is_the_first_hop_and_the_hops_behind_it_are_told_by_their_names() {
+    let mut lab = Lab::new();
+    for (guest, far, hop, kind) in
+        [(GUEST, FAR, "198.51.100.1", 11), ("[fd00:77::2]:5000", "[2001:db8::7]:9000", "2001:db8:1::1", 3)]
+    {
+        assert_eq!(with_hops(&mut lab, guest, far, 1), None);
+        let gateway = if guest.starts_with('[') { lab::GATEWAY6 } else { lab::GATEWAY };
+        let [Seen::Icmp { src, kind: k, code: 0, .. }] = &lab.guest_sees()[..] else { panic!() };
+        assert_eq!((src.as_str(), *k), (gateway, kind));
+        let (binding, remote, hop_limit) = with_hops(&mut lab, guest, far, 3).unwrap();
+        assert_eq!(hop_limit, 2);
+        let reporter = Some(hop.parse().unwrap());
+        lab.stack.host_fault(lab.now, binding, remote, reporter, Fault::HopLimit, b"probe");
+        let [Seen::Icmp { src, kind: k, rest, .. }] = &lab.guest_sees()[..] else { panic!() };
+        assert_eq!((src.as_str(), *k), (hop, kind));
+        // The guest's own packet is quoted: by it the program knows what the error is about.
+        let ip = if guest.starts_with('[') { 40 } else { 20 };
+        assert_eq!(rest[ip..ip + 4], [0x13, 0x88, 0x23, 0x28]);
+        assert_eq!(&rest[ip + 8..], b"probe");
+    }
+    assert_eq!(lab.dropped(DropReason::HopLimit), 2);
+}
+
+#[test]
+fn what_the_host_learns_of_a_datagram_reaches_the_guest() {
+    let mut lab = Lab::new();
+    let (alias, remote) = binding(&mut lab, GUEST, "192.168.127.254:9000");
+    let refused = Fault::Unreachable(Unreachable::Port);
+    lab.stack.host_fault(lab.now, alias, remote, Some([127, 0, 0, 1].into()), refused, b"x");
+    // A connected socket of the guest's gets ECONNREFUSED: the error names the address it knows.
+    let [Seen::Icmp { src, kind: 3, code: 3, rest, .. }] = &lab.guest_sees()[..] else { panic!() };
+    assert_eq!((src.as_str(), &rest[16..20]), ("192.168.127.254", &[192, 168, 127, 254][..]));
+    let (far, remote) = binding(&mut lab, GUEST, FAR);
+    for (fault, code) in [
+        (Fault::Unreachable(Unreachable::Network), 0),
+        (Fault::Unreachable(Unreachable::Prohibited), 13),
+        (Fault::TooBig(1400), 4),
+    ] {
+        lab.stack.host_fault(lab.now, far, remote, None, fault, b"x");
+        let seen = lab.guest_sees();
+        assert!(matches!(&seen[..], [Seen::Icmp { kind: 3, code: c, .. }] if *c == code), "{seen:?}");
+    }
+    // About somebody the guest never sent to, or by a router that claims an address of ours.
+    lab.stack.host_fault(lab.now, far, addr("203.0.113.9:1"), None, refused, b"x");
+    assert_eq!((lab.guest_sees(), lab.dropped(DropReason::Filtered)), (vec![], 1));
+    lab.stack.host_fault(lab.now, far, remote, Some([192, 168, 127, 3].into()), refused, b"x");
+    assert!(matches!(&lab.guest_sees()[..], [Seen::Icmp { src, .. }] if src == lab::GATEWAY));
+}
+
+#[test]
+fn errors_of_the_host_are_limited_as_answers_are() {
+    let mut lab = Lab::new();
+    let (binding, remote) = binding(&mut lab, GUEST, FAR);
+    for _ in 0..1200 {
+        lab.stack.host_fault(lab.now, binding, remote, None, Fault::HopLimit, b"");
+    }
+    assert_eq!((lab.guest_sees().len(), lab.dropped(DropReason::RateLimited)), (1000, 200));
+}
+
+#[test]
+fn rfc_791_dont_fragment_is_handed_on() {
+    let mut lab = Lab::new();
+    let mut frame = Vec::new();
+    // etherparse sets DF; a router would clear it nowhere.
+    for (field, expected) in [(0x40, true), (0x00, false)] {
+        let b = lab::ip(lab::mac_of(0), addr(GUEST).ip(), addr(FAR).ip(), 64).udp(5000, 9000);
+        frame.clear();
+        b.write(&mut frame, b"x").unwrap();
+        frame[20] = field;
+        frame[24..26].fill(0);
+        let sum = portway_netstack::wire::checksum(&[&frame[14..34]]).to_be_bytes();
+        frame[24..26].copy_from_slice(&sum);
+        let Handled::Datagram(d) = lab.frame(0, &frame) else { panic!() };
+        assert_eq!(d.dont_fragment, expected);
+    }
 }

@@ -5,7 +5,8 @@
 #   PREFIX-kernel       the cloud kernel of this host's distribution, from its package
 #   PREFIX-initrd.img   busybox, dropbear, portway-agent as /init, guest-probe, the kernel modules they need
 #   PREFIX-cmdline      the kernel's command line
-# Beside them: id_ed25519, the key that may log in as root, and known_hosts for ports 2222 and any other.
+# Beside them: id_ed25519, the key that may log in as root, known_hosts for ports 2222 and any other, and ipxe.lkrn,
+# iPXE as a kernel, for a guest that boots from the network.
 #
 # Needs no root: only cargo, apt-get download, dpkg, ssh-keygen, a static busybox and dropbear. The kernel package is
 # fetched once; the rest is quick and made anew, so the guest always has the agent of this tree.
@@ -54,6 +55,13 @@ if [ ! -e "$packages/complete" ]; then
   done
   rm -rf "$packages/debs"
   touch "$packages/complete"
+fi
+if [ ! -e "$dir/ipxe.lkrn" ]; then
+  mkdir -p "$packages/ipxe"
+  (cd "$packages/ipxe" && apt-get -q -o APT::Sandbox::User=root download ipxe > ../log 2>&1) \
+    || { cat "$packages/log" >&2; die "cannot download ipxe: run apt-get update as root"; }
+  dpkg -x "$packages/ipxe"/ipxe_*.deb "$packages/ipxe"
+  cp "$(find "$packages/ipxe" -name ipxe.lkrn | head -1)" "$dir/ipxe.lkrn"
 fi
 kernel=$(find "$packages/boot" -name 'vmlinuz-*' | head -1)
 [ -n "$kernel" ] || die "no kernel in $packages: remove that directory and try again"
@@ -129,7 +137,11 @@ add_module() { # NAME
   for needed in $(tr '\0' '\n' < "$to" | sed -n 's/^depends=//p' | tr ',' ' '); do add_module "$needed"; done
   echo "/lib/modules/$1.ko" >> "$r/etc/portway/modules"
 }
-for module in virtio_pci virtio_net af_packet evdev button; do add_module $module; done
+# Disks, CDs with metadata, shares, Ignition's configuration: what `portway run` can give a guest.
+for module in virtio_pci virtio_net vmw_vsock_virtio_transport af_packet evdev button \
+  virtio_blk virtio_scsi sr_mod isofs virtiofs qemu_fw_cfg; do
+  add_module $module
+done
 
 # --- the three files --------------------------------------------------------------------------------------------
 (cd "$r" && find . | "$busybox" cpio -o -H newc -R 0:0 2> /dev/null | gzip -1) > "$prefix-initrd.img.new"

@@ -62,6 +62,19 @@ pub fn guest_image() -> Result<PathBuf> {
     Ok(prefix)
 }
 
+/// The directory with the guest in its other forms, made if it is not there: see `tests/guest/media.sh`.
+///
+/// # Errors
+/// When they cannot be made.
+pub fn media() -> Result<PathBuf> {
+    let prefix = guest_image()?;
+    let dir = prefix.parent().context("the image lies in a directory")?.join("media");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/media.sh");
+    let status = Command::new(script).arg(&prefix).arg(&dir).status().context("tests/guest/media.sh")?;
+    ensure!(status.success(), "tests/guest/media.sh failed");
+    Ok(dir)
+}
+
 /// A VM that runs; killed when dropped.
 #[derive(Debug)]
 pub struct Vm {
@@ -79,6 +92,15 @@ impl Vm {
     /// # Errors
     /// When it does not come up; the console's last lines are in the error.
     pub fn boot(dir: &Path, arguments: &[&str]) -> Result<Self> {
+        let image = guest_image()?.display().to_string();
+        Self::boot_image(dir, &[arguments, &[&image]].concat())
+    }
+
+    /// As [`Self::boot`], with an image among the arguments.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn boot_image(dir: &Path, arguments: &[&str]) -> Result<Self> {
         let image = guest_image()?;
         let (console, api) = (dir.join("console.log"), dir.join("api.sock"));
         let output = File::create(&console)?;
@@ -89,7 +111,7 @@ impl Vm {
             .arg("--api")
             .arg(format!("unix:{}", api.display()))
             .args(arguments)
-            .arg(&image)
+            .env("XDG_RUNTIME_DIR", dir)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)

@@ -1,26 +1,63 @@
 //! What `portway run` was asked to do.
 
 use std::ffi::OsString;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::{Accel, BootImage, Net};
+use crate::{Accel, Arch, BootImage, Data, DiskSpec, Mac, Net, Share, SharedNetwork};
+
+/// Where the VM's console is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Console {
+    /// On our stdin and stdout.
+    #[default]
+    Stdio,
+    /// On a socket of the state directory, for `portway console`.
+    Socket,
+}
 
 /// A VM to run with its network. Plain data: the command line makes it, `run` checks it.
 #[derive(Debug, Clone)]
 pub struct LaunchConfig {
     /// What the VM boots.
     pub image: BootImage,
+    /// Whether it boots by UEFI, where its files do not say so.
+    pub uefi: bool,
+    /// The firmware; `None` looks where distributions put it.
+    pub firmware: Option<PathBuf>,
+    /// What the guest's instructions are.
+    pub arch: Arch,
     /// Virtual CPUs.
     pub cpus: u16,
     /// Memory in MiB.
     pub mem_mib: u32,
-    /// KVM, TCG, or whichever works.
+    /// KVM, HVF, TCG, or whichever works.
     pub accel: Accel,
+    /// Disks, in the order the guest sees them, after the one it boots.
+    pub disks: Vec<DiskSpec>,
+    /// Whether everything the guest writes to disks is forgotten at the end.
+    pub disposable: bool,
+    /// LinuxKit's metadata.
+    pub data: Option<Data>,
+    /// A directory of cloud-init's files (NoCloud).
+    pub cloud_init: Option<PathBuf>,
+    /// An Ignition configuration.
+    pub ignition: Option<PathBuf>,
+    /// Directories of the host in the guest.
+    pub shares: Vec<Share>,
+    /// The program that serves them; `None` looks for it.
+    pub virtiofsd: Option<PathBuf>,
+    /// Further devices, in QEMU's words.
+    pub devices: Vec<OsString>,
     /// Publish specs, handed to the sidecar as they are; it is the one that parses them.
     pub publish: Vec<String>,
     /// How frames reach the sidecar.
     pub net: Net,
+    /// The VM's Ethernet address; `None`: the one of the state directory.
+    pub mac: Option<Mac>,
+    /// The VM's address; `None`: the next free one.
+    pub ip: Option<Ipv4Addr>,
     /// The link's MTU in bytes. The guest learns it from virtio (`host_mtu`) and from DHCP.
     pub mtu: u16,
     /// Where the VM's Ethernet address, the logs and the sidecar's leases live; made if absent. One VM at a time.
@@ -29,6 +66,8 @@ pub struct LaunchConfig {
     pub name: String,
     /// The control API's socket.
     pub api: PathBuf,
+    /// The network it shares with others; `None`: one of its own.
+    pub shared: Option<SharedNetwork>,
     /// The program that is the sidecar when called with `serve`; `portway` itself as a rule.
     pub sidecar: PathBuf,
     /// Further arguments of `serve`, such as `--dns-upstream`.
@@ -37,6 +76,10 @@ pub struct LaunchConfig {
     pub qemu: Option<PathBuf>,
     /// Further arguments of QEMU, after ours.
     pub qemu_args: Vec<OsString>,
+    /// Where the console is.
+    pub console: Console,
+    /// Where running VMs are listed; `None`: this one is not.
+    pub registry: Option<PathBuf>,
     /// How long the guest has to power off after SIGTERM or SIGINT before it is killed.
     pub stop_timeout: Duration,
 }
@@ -53,19 +96,35 @@ impl LaunchConfig {
     pub fn new(image: BootImage, name: String, state_dir: PathBuf, api: PathBuf, sidecar: PathBuf) -> Self {
         Self {
             image,
+            uefi: false,
+            firmware: None,
+            arch: Arch::HOST,
             cpus: 1,
             mem_mib: 1024,
             accel: Accel::Auto,
+            disks: Vec::new(),
+            disposable: false,
+            data: None,
+            cloud_init: None,
+            ignition: None,
+            shares: Vec::new(),
+            virtiofsd: None,
+            devices: Vec::new(),
             publish: Vec::new(),
             net: Net::Auto,
+            mac: None,
+            ip: None,
             mtu: Self::DEFAULT_MTU,
             state_dir,
             name,
             api,
+            shared: None,
             sidecar,
             serve_args: Vec::new(),
             qemu: None,
             qemu_args: Vec::new(),
+            console: Console::Stdio,
+            registry: None,
             stop_timeout: Self::DEFAULT_STOP_TIMEOUT,
         }
     }

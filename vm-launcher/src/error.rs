@@ -20,15 +20,39 @@ pub enum LaunchError {
         /// What to do.
         advice: &'static str,
     },
-    /// A number that makes no VM.
+    /// The kernel is not one that this guest can boot.
+    #[error("kernel {}: {reason}", path.display())]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what to do.
+        reason: String,
+    },
+    /// Something asked for that cannot be: the setting, the value, what to do.
     #[error("{0}")]
     Setting(String),
+    /// A disk could not be made or read.
+    #[error("--disk {}: {reason}", path.display())]
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
     /// There is no QEMU.
-    #[error("QEMU is missing ({0}): apt-get install qemu-system-x86, or give its path with --qemu")]
-    NoQemu(String),
-    /// `--accel kvm` and no KVM.
-    #[error("KVM cannot be used: {0}; --accel tcg works everywhere, more slowly")]
-    NoKvm(String),
+    #[error("QEMU is missing ({why}): apt-get install {package}, or give its path with --qemu")]
+    NoQemu {
+        /// What was looked for.
+        why: String,
+        /// The package that has it.
+        package: &'static str,
+    },
+    /// There is no vfkit.
+    #[error("vfkit is missing ({0}): brew install vfkit, or give its path with --vfkit")]
+    NoVfkit(String),
+    /// An accelerator was asked for that cannot be had.
+    #[error("--accel {0} cannot be used: {1}; --accel tcg works everywhere, more slowly")]
+    NoAccel(&'static str, String),
     /// The state directory cannot be used.
     #[error("state directory {}: {reason}", path.display())]
     State {
@@ -69,9 +93,35 @@ pub enum LaunchError {
         /// The last lines of its log.
         log: String,
     },
-    /// QEMU failed, or was killed by somebody else.
-    #[error("QEMU ended ({status}), so the network was ended too:\n{log}")]
-    QemuDied {
+    /// A network that VMs share did not take this one.
+    #[error("network {network}: {reason}")]
+    NotJoined {
+        /// Its name.
+        network: String,
+        /// Its own words.
+        reason: String,
+    },
+    /// A network that VMs share ended under a running VM, which was then ended too.
+    #[error("the network ended, so the VM was ended too:\n{log}")]
+    NetworkLost {
+        /// The last lines of its log.
+        log: String,
+    },
+    /// Who serves a share ended under a running VM, which was then ended too.
+    #[error("virtiofsd of {tag} ended ({status}), so the VM was ended too:\n{log}")]
+    ShareDied {
+        /// The share.
+        tag: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// The last lines of its log.
+        log: String,
+    },
+    /// The hypervisor failed, or was killed by somebody else.
+    #[error("{program} ended ({status}), so the network was ended too:\n{log}")]
+    VmDied {
+        /// Which.
+        program: &'static str,
         /// How it ended.
         status: ExitStatus,
         /// The last lines of what it said.
@@ -98,8 +148,8 @@ impl LaunchError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Setting(_) => 2,
-            Self::SidecarNotReady { status, .. } | Self::QemuDied { status, .. } => {
+            Self::Setting(_) | Self::NotJoined { .. } => 2,
+            Self::SidecarNotReady { status, .. } | Self::VmDied { status, .. } => {
                 status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0).unwrap_or(1)
             }
             _ => 1,

@@ -1,103 +1,291 @@
 //! QEMU's command line, for 7.2 (Debian 12) and newer.
 //!
-//! The link is the inherited end of a socketpair (`-netdev stream,addr.type=fd`), and so is QMP: no paths, which
-//! have length limits and permissions. The console is the serial port on stdio; Ctrl-A x ends QEMU, as its own
-//! `-nographic` has it.
+//! The link, QMP, the console's log and virtiofs come as inherited descriptors: no paths, which have length limits and
+//! permissions. The console is the serial port: on stdio, where Ctrl-A x ends QEMU as its own `-nographic` has it, or on a
+//! socket of the state directory.
+//!
+//! The devices of a machine, in the order the guest sees them: the disk it boots or its squashfs, then `--disk` in order
+//! (virtio-blk, `/dev/vda` …); a CD it boots (AHCI on a PC, which every kernel knows); CDs of metadata (virtio-scsi,
+//! `/dev/sr0` …); virtio-net, virtio-rng, a balloon, virtiofs.
 
-use std::env;
 use std::ffi::{OsStr, OsString};
-use std::os::fd::RawFd;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use crate::image::Boot;
+use crate::accel::{self, Host, Kind};
+use crate::boot::{Boot, Firmware};
+use crate::disk::Format;
+use crate::hypervisor::{Control, Hypervisor};
+use crate::machine::Machine;
+use crate::net::{self, Card};
+use crate::qmp::Qmp;
 use crate::sidecar::Link;
-use crate::state::Mac;
-use crate::{LaunchConfig, LaunchError};
+use crate::state::StateDir;
+use crate::{Arch, LaunchConfig, LaunchError, programs};
 
-/// What connects QEMU with the sidecar and with us.
-#[derive(Debug, Clone)]
+/// What connects QEMU with the sidecar, with us, and with those who serve it. Descriptors are inherited.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Wires {
-    pub(crate) link: Link,
-    /// Inherited.
-    pub(crate) qmp: RawFd,
+    /// `None` when the card is no sidecar's.
+    pub(crate) link: Option<Link>,
+    /// The control channel.
+    pub(crate) qmp: Option<RawFd>,
+    /// A listening socket on which others may speak QMP.
+    pub(crate) monitor: Option<RawFd>,
+    /// A listening socket for the console; `None`: stdio.
+    pub(crate) console: Option<RawFd>,
+    /// Where everything on the console is written too.
+    pub(crate) console_log: Option<RawFd>,
+    /// Tag and socket of each share.
+    pub(crate) shares: Vec<(String, RawFd)>,
 }
 
-/// The machine QEMU has for this host's architecture.
-struct Machine {
-    program: &'static str,
-    kind: &'static str,
+/// QEMU, found.
+#[derive(Debug)]
+pub(crate) struct Qemu {
+    program: PathBuf,
 }
 
-const MACHINE: Machine = if cfg!(target_arch = "aarch64") {
-    Machine { program: "qemu-system-aarch64", kind: "virt" }
-} else {
-    Machine { program: "qemu-system-x86_64", kind: "q35" }
-};
-
-/// Finds QEMU: where it was said to be, else in `PATH`.
-pub(crate) fn find(asked: Option<&Path>) -> Result<PathBuf, LaunchError> {
-    match asked {
-        Some(path) if path.is_file() => Ok(path.to_owned()),
-        Some(path) => Err(LaunchError::NoQemu(format!("{} is not a file", path.display()))),
-        None => in_path(&env::var_os("PATH").unwrap_or_default(), MACHINE.program)
-            .ok_or_else(|| LaunchError::NoQemu(format!("no {} in PATH", MACHINE.program))),
+impl Qemu {
+    /// Finds QEMU: where it was said to be, else in `PATH`.
+    pub(crate) fn find(config: &LaunchConfig) -> Result<Self, LaunchError> {
+        let fail = |why: String| LaunchError::NoQemu { why, package: config.arch.package() };
+        let program = config.arch.qemu();
+        let program = match &config.qemu {
+            Some(path) if path.is_file() => path.clone(),
+            Some(path) => return Err(fail(format!("{} is not a file", path.display()))),
+            None => programs::in_path(program).ok_or_else(|| fail(format!("no {program} in PATH")))?,
+        };
+        Ok(Self { program })
     }
 }
 
-fn in_path(path: &OsStr, program: &str) -> Option<PathBuf> {
-    env::split_paths(path).map(|dir| dir.join(program)).find(|file| file.is_file())
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        "QEMU"
+    }
+
+    fn program(&self) -> &Path {
+        &self.program
+    }
+
+    fn check(&self, _: &LaunchConfig, _: &Boot) -> Result<(), LaunchError> {
+        Ok(())
+    }
+
+    fn accel(&self, config: &LaunchConfig) -> Result<accel::Choice, LaunchError> {
+        config.accel.choose(&Host::detect(), config.arch)
+    }
+
+    fn net(&self, config: &LaunchConfig, accel: Kind) -> net::Choice {
+        config.net.choose(accel == Kind::Kvm, &self.program)
+    }
+
+    fn arguments(&self, config: &LaunchConfig, machine: &Machine, wires: &Wires) -> Vec<OsString> {
+        arguments(config, machine, wires)
+    }
+
+    fn takes_sockets(&self) -> bool {
+        true
+    }
+
+    fn control(&self, _: &StateDir) -> io::Result<(Box<dyn Control>, Option<OwnedFd>)> {
+        let (ours, qemus) = UnixStream::pair()?;
+        Ok((Box::new(Qmp::new(ours)?), Some(qemus.into())))
+    }
+}
+
+/// The words of a command line.
+struct Words(Vec<OsString>);
+
+impl Words {
+    fn one(&mut self, word: impl AsRef<OsStr>) {
+        self.0.push(word.as_ref().to_owned());
+    }
+
+    fn option(&mut self, name: &str, value: impl AsRef<OsStr>) {
+        self.one(name);
+        self.one(value);
+    }
 }
 
 /// The arguments of QEMU.
-pub(crate) fn arguments(
-    config: &LaunchConfig,
-    boot: &Boot,
-    kvm: bool,
-    mac: Mac,
-    wires: &Wires,
-) -> Vec<OsString> {
-    let mut args: Vec<OsString> = Vec::new();
-    let mut add = |words: &[&OsStr]| args.extend(words.iter().map(OsString::from));
-    let s = OsStr::new;
+pub(crate) fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires) -> Vec<OsString> {
+    let mut words = Words(Vec::new());
     // Nothing we did not ask for: no default devices, no configuration of the user's, no window.
-    add(&[s("-nodefaults"), s("-no-user-config"), s("-display"), s("none")]);
-    let shared = matches!(wires.link, Link::VhostUser(_));
-    let machine =
-        if shared { format!("{},memory-backend=ram", MACHINE.kind) } else { MACHINE.kind.to_owned() };
-    add(&[s("-name"), s(&escaped(&config.name)), s("-machine"), s(&machine)]);
-    match kvm {
-        true => add(&[s("-accel"), s("kvm"), s("-cpu"), s("host")]),
-        false => add(&[s("-accel"), s("tcg,thread=multi"), s("-cpu"), s("max")]),
+    words.one("-nodefaults");
+    words.one("-no-user-config");
+    words.option("-display", "none");
+    words.option("-name", escaped(&config.name));
+    // Who serves the card or a share maps the guest's memory: it has to be a file, if one without a name.
+    let shared = machine.card == Card::VhostUser || !wires.shares.is_empty();
+    let mut kind = config.arch.machine().to_owned();
+    if shared {
+        kind += ",memory-backend=ram";
     }
-    add(&[s("-smp"), s(&config.cpus.to_string()), s("-m"), s(&format!("{}M", config.mem_mib))]);
-    add(&[s("-kernel"), boot.kernel.as_os_str()]);
-    if let Some(initrd) = &boot.initrd {
-        add(&[s("-initrd"), initrd.as_os_str()]);
+    if !matches!(machine.boot, Boot::Kernel { .. }) && config.arch == Arch::X86_64 {
+        // The firmware and the boot loader are on the serial console too.
+        kind += ",graphics=off";
     }
-    if !boot.cmdline.is_empty() {
-        add(&[s("-append"), s(&boot.cmdline)]);
+    words.option("-machine", kind);
+    let accel = if machine.accel == Kind::Tcg { "tcg,thread=multi" } else { machine.accel.name() };
+    words.option("-accel", accel);
+    words.option("-cpu", if machine.accel == Kind::Tcg { "max" } else { "host" });
+    words.option("-smp", config.cpus.to_string());
+    words.option("-m", format!("{}M", config.mem_mib));
+    if shared {
+        words.option("-object", format!("memory-backend-memfd,id=ram,size={}M,share=on", config.mem_mib));
     }
-    match &wires.link {
-        Link::Socket(fd) => {
-            add(&[s("-netdev"), s(&format!("stream,id=net0,server=off,addr.type=fd,addr.str={fd}"))]);
+    boot(&mut words, config, machine);
+    disks(&mut words, config, machine);
+    network(&mut words, config, machine, wires.link.as_ref());
+    words.option("-object", "rng-random,id=rng0,filename=/dev/urandom");
+    words.option("-device", "virtio-rng-pci,rng=rng0");
+    words.option("-device", "virtio-balloon-pci,deflate-on-oom=on");
+    for (n, (tag, socket)) in wires.shares.iter().enumerate() {
+        words.option("-chardev", format!("socket,id=fs{n},fd={socket}"));
+        words.option("-device", format!("vhost-user-fs-pci,chardev=fs{n},tag={tag}"));
+    }
+    if let Some(path) = &config.ignition {
+        words.option("-fw_cfg", with_path("name=opt/com.coreos/config,file=", path, ""));
+    }
+    for device in &config.devices {
+        words.option("-device", device);
+    }
+    console(&mut words, wires);
+    if let Some(fd) = wires.qmp {
+        words.option("-chardev", format!("socket,id=qmp,fd={fd}"));
+        words.option("-mon", "chardev=qmp,mode=control");
+    }
+    if let Some(fd) = wires.monitor {
+        words.option("-chardev", format!("socket,id=monitor,fd={fd},server=on,wait=off"));
+        words.option("-mon", "chardev=monitor,mode=control");
+    }
+    words.0.extend(config.qemu_args.iter().cloned());
+    words.0
+}
+
+fn boot(words: &mut Words, config: &LaunchConfig, machine: &Machine) {
+    let firmware = match &machine.boot {
+        Boot::Kernel { kernel, initrd, cmdline, .. } => {
+            words.option("-kernel", kernel);
+            if let Some(initrd) = initrd {
+                words.option("-initrd", initrd);
+            }
+            if !cmdline.is_empty() {
+                words.option("-append", cmdline);
+            }
+            return;
         }
-        Link::VhostUser(path) => {
-            // The sidecar maps the guest's memory: it has to be a file, if one without a name.
-            let memory = format!("memory-backend-memfd,id=ram,size={}M,share=on", config.mem_mib);
-            add(&[s("-object"), s(&memory)]);
-            let socket = format!("socket,id=link,path={}", escaped(&path.to_string_lossy()));
-            add(&[s("-chardev"), s(&socket), s("-netdev"), s("vhost-user,id=net0,chardev=link")]);
+        Boot::Cd { firmware, .. } | Boot::Disk { firmware, .. } => firmware,
+    };
+    match firmware {
+        Firmware::Default => {}
+        Firmware::Single(path) => words.option("-bios", path),
+        Firmware::Flash { code, .. } => {
+            words.option("-drive", with_path("if=pflash,unit=0,format=raw,readonly=on,file=", code, ""));
+            if let Some(vars) = &machine.vars {
+                let forget = if config.disposable { ",snapshot=on" } else { "" };
+                words.option("-drive", with_path("if=pflash,unit=1,format=raw,file=", vars, forget));
+            }
+        }
+    }
+}
+
+fn disks(words: &mut Words, config: &LaunchConfig, machine: &Machine) {
+    let forget = if config.disposable { ",snapshot=on" } else { "" };
+    let mut count = 0;
+    let mut disk = |words: &mut Words, path: &Path, format: Format, read_only: bool, first: bool| {
+        let mode = if read_only { ",readonly=on" } else { forget };
+        let drive = format!("if=none,id=disk{count},format={format}{mode},discard=unmap,file=");
+        words.option("-drive", with_path(&drive, path, ""));
+        let order = if first { ",bootindex=0" } else { "" };
+        words.option("-device", format!("virtio-blk-pci,drive=disk{count}{order}"));
+        count += 1;
+    };
+    match &machine.boot {
+        Boot::Kernel { root: Some(root), .. } => disk(words, root, Format::Raw, true, false),
+        Boot::Disk { disk: path, format, .. } => disk(words, path, *format, false, true),
+        Boot::Kernel { .. } | Boot::Cd { .. } => {}
+    }
+    for d in &machine.disks {
+        disk(words, &d.path, d.format, d.read_only, false);
+    }
+    let boots = match &machine.boot {
+        Boot::Cd { iso, .. } => Some(iso),
+        _ => None,
+    };
+    // An Arm machine has no AHCI, and its firmware knows virtio-scsi.
+    let on_ahci = config.arch == Arch::X86_64;
+    if !machine.cds.is_empty() || (boots.is_some() && !on_ahci) {
+        words.option("-device", "virtio-scsi-pci,id=scsi0");
+    }
+    let drive = |id: &str| format!("if=none,id={id},format=raw,media=cdrom,readonly=on,file=");
+    if let Some(iso) = boots {
+        words.option("-drive", with_path(&drive("boot"), iso, ""));
+        let device = if on_ahci { "ide-cd,bus=ide.0" } else { "scsi-cd,bus=scsi0.0" };
+        words.option("-device", format!("{device},drive=boot,bootindex=0"));
+    }
+    for (n, cd) in machine.cds.iter().enumerate() {
+        words.option("-drive", with_path(&drive(&format!("cd{n}")), cd, ""));
+        words.option("-device", format!("scsi-cd,bus=scsi0.0,drive=cd{n}"));
+    }
+}
+
+fn network(words: &mut Words, config: &LaunchConfig, machine: &Machine, link: Option<&Link>) {
+    match (&machine.card, link) {
+        (Card::Tap(name), _) => {
+            words.option("-netdev", format!("tap,id=net0,ifname={name},script=no,downscript=no"));
+        }
+        (Card::Bridge(name), _) => words.option("-netdev", format!("bridge,id=net0,br={name}")),
+        (_, None) => return,
+        (_, Some(Link::Inherited(fd))) => {
+            words.option("-netdev", format!("stream,id=net0,server=off,addr.type=fd,addr.str={fd}"));
+        }
+        (Card::VhostUser, Some(Link::Path(path))) => {
+            words.option("-chardev", with_path("socket,id=link,path=", path, ""));
+            words.option("-netdev", "vhost-user,id=net0,chardev=link");
+        }
+        (_, Some(Link::Path(path))) => {
+            words.option(
+                "-netdev",
+                with_path("stream,id=net0,server=off,addr.type=unix,addr.path=", path, ""),
+            );
         }
     }
     // romfile=: nobody boots from the network here, and the option ROM is a package of its own.
-    let device = format!("virtio-net-pci,netdev=net0,mac={mac},host_mtu={},romfile=", config.mtu);
-    add(&[s("-device"), s(&device)]);
-    add(&[s("-chardev"), s("stdio,id=console,mux=on,signal=off")]);
-    add(&[s("-serial"), s("chardev:console"), s("-mon"), s("chardev=console,mode=readline")]);
-    add(&[s("-chardev"), s(&format!("socket,id=qmp,fd={}", wires.qmp))]);
-    add(&[s("-mon"), s("chardev=qmp,mode=control")]);
-    args.extend(config.qemu_args.iter().cloned());
-    args
+    let mtu = if link.is_some() { format!(",host_mtu={}", config.mtu) } else { String::new() };
+    words.option("-device", format!("virtio-net-pci,netdev=net0,mac={}{mtu},romfile=", machine.mac));
+}
+
+fn console(words: &mut Words, wires: &Wires) {
+    // A pipe cannot be truncated or sought in, and QEMU does neither.
+    let log = wires.console_log.map_or_else(String::new, |fd| format!(",logfile=/dev/fd/{fd},logappend=on"));
+    match wires.console {
+        None => {
+            words.option("-chardev", format!("stdio,id=console,mux=on,signal=off{log}"));
+            words.option("-serial", "chardev:console");
+            words.option("-mon", "chardev=console,mode=readline");
+        }
+        Some(fd) => {
+            words.option("-chardev", format!("socket,id=console,fd={fd},server=on,wait=off{log}"));
+            words.option("-serial", "chardev:console");
+        }
+    }
+}
+
+/// A path between two pieces of an option's value.
+fn with_path(before: &str, path: &Path, after: &str) -> OsString {
+    let mut value = OsString::from(before);
+    match path.to_str() {
+        Some(text) => value.push(escaped(text)),
+        // A comma among bytes that are no UTF-8 cannot be written twice without a look at them all.
+        None => value.push(path),
+    }
+    value.push(after);
+    value
 }
 
 /// A comma in a value is written twice in QEMU's options.
@@ -106,84 +294,4 @@ fn escaped(value: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::BootImage;
-
-    fn config() -> LaunchConfig {
-        let image = BootImage::Prefix("/images/demo".into());
-        let mut config = LaunchConfig::new(image, "demo".into(), "/s".into(), "/a".into(), "/p".into());
-        config.cpus = 2;
-        config.mem_mib = 512;
-        config
-    }
-
-    fn boot() -> Boot {
-        Boot {
-            kernel: "/images/demo-kernel".into(),
-            initrd: Some("/images/demo-initrd.img".into()),
-            cmdline: "console=ttyS0 quiet".into(),
-        }
-    }
-
-    fn line(config: &LaunchConfig, boot: &Boot, kvm: bool) -> String {
-        let mac = "52:00:00:00:00:07".parse().expect("a MAC");
-        let wires = Wires { link: Link::Socket(5), qmp: 7 };
-        let words = arguments(config, boot, kvm, mac, &wires);
-        words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\n")
-    }
-
-    #[test]
-    #[cfg(target_arch = "x86_64")]
-    fn the_whole_command_line_under_tcg() {
-        let expected = "-nodefaults\n-no-user-config\n-display\nnone\n-name\ndemo\n-machine\nq35\n\
-            -accel\ntcg,thread=multi\n-cpu\nmax\n-smp\n2\n-m\n512M\n\
-            -kernel\n/images/demo-kernel\n-initrd\n/images/demo-initrd.img\n-append\nconsole=ttyS0 quiet\n\
-            -netdev\nstream,id=net0,server=off,addr.type=fd,addr.str=5\n\
-            -device\nvirtio-net-pci,netdev=net0,mac=52:00:00:00:00:07,host_mtu=65520,romfile=\n\
-            -chardev\nstdio,id=console,mux=on,signal=off\n\
-            -serial\nchardev:console\n-mon\nchardev=console,mode=readline\n\
-            -chardev\nsocket,id=qmp,fd=7\n-mon\nchardev=qmp,mode=control";
-        assert_eq!(line(&config(), &boot(), false), expected);
-    }
-
-    #[test]
-    fn vhost_user_shares_the_guests_memory() {
-        let mac = "52:00:00:00:00:07".parse().expect("a MAC");
-        let wires = Wires { link: Link::VhostUser("/run/a,b".into()), qmp: 7 };
-        let words = arguments(&config(), &boot(), true, mac, &wires);
-        let line = words.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ");
-        for part in [
-            ",memory-backend=ram ",
-            "-object memory-backend-memfd,id=ram,size=512M,share=on -chardev socket,id=link,path=/run/a,,b \
-             -netdev vhost-user,id=net0,chardev=link ",
-            "host_mtu=65520",
-        ] {
-            assert!(line.contains(part), "{part} is not in {line}");
-        }
-    }
-
-    #[test]
-    fn kvm_takes_the_hosts_cpu() {
-        let line = line(&config(), &boot(), true);
-        assert!(line.contains("-accel\nkvm\n-cpu\nhost"), "{line}");
-    }
-
-    #[test]
-    fn what_is_absent_has_no_option_and_the_users_arguments_come_last() {
-        let mut config = config();
-        config.qemu_args = vec!["-snapshot".into()];
-        config.name = "a,b".into();
-        let bare = Boot { initrd: None, cmdline: String::new(), ..boot() };
-        let line = line(&config, &bare, false);
-        assert!(!line.contains("-initrd") && !line.contains("-append"), "{line}");
-        assert!(line.contains("-name\na,,b\n") && line.ends_with("\n-snapshot"), "{line}");
-    }
-
-    #[test]
-    fn a_missing_qemu_says_what_to_install() {
-        let error = find(Some(Path::new("/nonexistent/qemu"))).expect_err("it is not there").to_string();
-        assert!(error.contains("apt-get install qemu-system-x86"), "{error}");
-        assert_eq!(in_path(OsStr::new("/nonexistent"), "qemu"), None);
-    }
-}
+mod tests;

@@ -1,13 +1,17 @@
 //! QEMU's control channel (QMP: JSON, one message a line), as far as a clean end needs it.
 //!
 //! We say `qmp_capabilities` at once and `system_powerdown` when the VM is to end; QEMU tells in `SHUTDOWN` why
-//! it ended. Everything else is read and dropped, so that QEMU never waits for us.
+//! it ended. Its answer to the first command is the sign that the machine is made and runs. Everything else is read and dropped,
+//! so that QEMU never waits for us.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use serde_json::Value;
+
+use crate::hypervisor::Control;
 
 /// Bytes of one message at most; QEMU's are a few hundred.
 const MESSAGE_MAX: usize = 64 * 1024;
@@ -18,6 +22,8 @@ pub(crate) struct Qmp {
     stream: UnixStream,
     partial: Vec<u8>,
     open: bool,
+    /// QEMU answers once its devices are made.
+    answered: bool,
     shutdown: Option<String>,
 }
 
@@ -26,26 +32,38 @@ impl Qmp {
     pub(crate) fn new(mut stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
-        Ok(Self { stream, partial: Vec::new(), open: true, shutdown: None })
+        Ok(Self { stream, partial: Vec::new(), open: true, answered: false, shutdown: None })
     }
 
-    /// Presses the guest's power button.
-    pub(crate) fn power_down(&mut self) -> io::Result<()> {
+    fn feed(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            if byte == b'\n' {
+                self.hear();
+                self.partial.clear();
+            } else if self.partial.len() < MESSAGE_MAX {
+                self.partial.push(byte);
+            }
+        }
+    }
+}
+
+impl Qmp {
+    fn hear(&mut self) {
+        let Ok(message) = serde_json::from_slice::<Value>(&self.partial) else { return };
+        self.answered |= message.get("return").is_some();
+        if message.get("event").is_some_and(|event| event == "SHUTDOWN") {
+            let reason = message.pointer("/data/reason").and_then(Value::as_str).unwrap_or("no reason given");
+            self.shutdown = Some(reason.to_owned());
+        }
+    }
+}
+
+impl Control for Qmp {
+    fn power_down(&mut self) -> io::Result<()> {
         self.stream.write_all(b"{\"execute\":\"system_powerdown\"}\n")
     }
 
-    /// Whether QEMU still holds its end.
-    pub(crate) fn is_open(&self) -> bool {
-        self.open
-    }
-
-    /// Why the machine stopped, in QEMU's word: `guest-shutdown`, `host-signal`, `host-qmp-quit` …
-    pub(crate) fn shutdown_reason(&self) -> Option<&str> {
-        self.shutdown.as_deref()
-    }
-
-    /// Reads what has arrived.
-    pub(crate) fn read(&mut self) {
+    fn look(&mut self) {
         let mut buffer = [0; 4096];
         while self.open {
             match self.stream.read(&mut buffer) {
@@ -59,30 +77,21 @@ impl Qmp {
         }
     }
 
-    fn feed(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            if byte == b'\n' {
-                if let Some(reason) = shutdown_reason(&self.partial) {
-                    self.shutdown = Some(reason);
-                }
-                self.partial.clear();
-            } else if self.partial.len() < MESSAGE_MAX {
-                self.partial.push(byte);
-            }
-        }
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        self.open.then(|| self.stream.as_fd())
     }
-}
 
-impl AsFd for Qmp {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+    fn look_at(&self) -> Option<Instant> {
+        None
     }
-}
 
-fn shutdown_reason(message: &[u8]) -> Option<String> {
-    let message: Value = serde_json::from_slice(message).ok()?;
-    (message.get("event")? == "SHUTDOWN")
-        .then(|| message.pointer("/data/reason")?.as_str().map(str::to_owned))?
+    fn is_running(&self) -> bool {
+        self.answered
+    }
+
+    fn shutdown_reason(&self) -> Option<&str> {
+        self.shutdown.as_deref()
+    }
 }
 
 #[cfg(test)]
@@ -93,11 +102,17 @@ mod tests {
     fn the_reason_is_read_from_the_shutdown_event_in_any_pieces() {
         let (ours, mut qemus) = UnixStream::pair().expect("a socketpair");
         let mut qmp = Qmp::new(ours).expect("a fresh channel");
-        qemus.write_all(b"{\"QMP\": {}}\r\nnonsense\n{\"event\": \"SHUTDOWN\", \"data\"").expect("writing");
-        qmp.read();
+        qemus.write_all(b"{\"QMP\": {}}\r\n").expect("writing");
+        qmp.look();
+        assert!(!qmp.is_running());
+        qemus
+            .write_all(b"{\"return\": {}}\r\nnonsense\n{\"event\": \"SHUTDOWN\", \"data\"")
+            .expect("writing");
+        qmp.look();
+        assert!(qmp.is_running());
         assert_eq!(qmp.shutdown_reason(), None);
         qemus.write_all(b": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\r\n").expect("writing");
-        qmp.read();
+        qmp.look();
         assert_eq!(qmp.shutdown_reason(), Some("guest-shutdown"));
     }
 
@@ -111,7 +126,7 @@ mod tests {
         let expected = "{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"system_powerdown\"}\n";
         assert_eq!(said.get(..len), Some(expected.as_bytes()));
         drop(qemus);
-        qmp.read();
-        assert!(!qmp.is_open());
+        qmp.look();
+        assert!(qmp.source().is_none());
     }
 }

@@ -2,33 +2,47 @@
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::LaunchConfig;
+use crate::net::Card;
+use crate::{LaunchConfig, SharedNetwork};
 
-/// Where the sidecar's link is.
-#[derive(Debug, Clone)]
+/// Where sidecar and VM meet.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Link {
-    /// An inherited stream socket.
-    Socket(RawFd),
-    /// The vhost-user socket it listens on.
-    VhostUser(PathBuf),
+    /// Each has inherited its end of a socketpair.
+    Inherited(RawFd),
+    /// The sidecar listens here.
+    Path(PathBuf),
+}
+
+/// The link in the words of `--link`.
+pub(crate) fn link_spec(config: &LaunchConfig, card: &Card, link: &Link) -> OsString {
+    let kind = match card {
+        Card::VhostUser => "vhost-user",
+        Card::Datagrams => "dgram",
+        _ => "qemu",
+    };
+    let mut spec = match link {
+        Link::Inherited(fd) => OsString::from(format!("{kind}:fd:{fd}")),
+        Link::Path(path) => {
+            let mut spec = OsString::from(format!("{kind}:unix:"));
+            spec.push(path);
+            spec
+        }
+    };
+    spec.push(format!(",name={},mtu={}", config.name, config.mtu));
+    if let Some(ip) = config.ip {
+        spec.push(format!(",ip={ip}"));
+    }
+    spec
 }
 
 /// The arguments of the sidecar: `serve` and what it needs to be this VM's network.
-pub(crate) fn arguments(config: &LaunchConfig, link: &Link, ready: RawFd) -> Vec<OsString> {
+pub(crate) fn arguments(config: &LaunchConfig, card: &Card, link: &Link, ready: RawFd) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec!["serve".into()];
     let mut option = |name: &str, value: OsString| args.extend([name.into(), value]);
-    let mut place = match link {
-        Link::Socket(fd) => OsString::from(format!("qemu:fd:{fd}")),
-        Link::VhostUser(path) => {
-            let mut place = OsString::from("vhost-user:unix:");
-            place.push(path);
-            place
-        }
-    };
-    place.push(format!(",name={},mtu={}", config.name, config.mtu));
-    option("--link", place);
+    option("--link", link_spec(config, card, link));
     let mut api = OsString::from("unix:");
     api.push(&config.api);
     option("--api", api);
@@ -37,6 +51,26 @@ pub(crate) fn arguments(config: &LaunchConfig, link: &Link, ready: RawFd) -> Vec
     for spec in &config.publish {
         option("--publish", spec.into());
     }
+    args.extend(config.serve_args.iter().cloned());
+    args
+}
+
+/// The arguments of a sidecar that several VMs share.
+pub(crate) fn shared_arguments(
+    config: &LaunchConfig,
+    shared: &SharedNetwork,
+    join: &Path,
+    ready: RawFd,
+) -> Vec<OsString> {
+    let unix = |path: &Path| {
+        let mut place = OsString::from("unix:");
+        place.push(path);
+        place
+    };
+    let mut args: Vec<OsString> = vec!["serve".into(), "--network".into(), shared.name.clone().into()];
+    args.extend(["--join".into(), unix(join), "--api".into(), unix(&config.api)]);
+    args.extend(["--state-dir".into(), shared.state_dir.clone().into()]);
+    args.extend(["--ready-fd".into(), ready.to_string().into()]);
     args.extend(config.serve_args.iter().cloned());
     args
 }
@@ -55,9 +89,17 @@ mod tests {
         config.serve_args = vec!["--dns-upstream".into(), "127.0.0.1:5353".into()];
         let expected = "serve --link qemu:fd:5,name=demo,mtu=65520 --api unix:/run/a.sock --state-dir /state \
             --ready-fd 6 --publish 2222:22/tcp --publish 8080:80 --dns-upstream 127.0.0.1:5353";
-        let words = arguments(&config, &Link::Socket(5), 6);
+        let words = arguments(&config, &Card::Socket, &Link::Inherited(5), 6);
         assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
-        let words = arguments(&config, &Link::VhostUser("/run/vm".into()), 6);
+        let words = arguments(&config, &Card::VhostUser, &Link::Path("/run/vm".into()), 6);
         assert_eq!(words[2], "vhost-user:unix:/run/vm,name=demo,mtu=65520");
+        config.ip = Some("192.168.127.9".parse().expect("an address"));
+        let shared = SharedNetwork { name: "dev".into(), state_dir: "/n".into() };
+        let words = shared_arguments(&config, &shared, Path::new("/run/j"), 6);
+        let expected = "serve --network dev --join unix:/run/j --api unix:/run/a.sock --state-dir /n --ready-fd 6 \
+            --dns-upstream 127.0.0.1:5353";
+        assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
+        let spec = link_spec(&config, &Card::Datagrams, &Link::Inherited(5));
+        assert_eq!(spec, "dgram:fd:5,name=demo,mtu=65520,ip=192.168.127.9");
     }
 }

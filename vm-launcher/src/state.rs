@@ -1,55 +1,64 @@
 //! The VM's state directory: one VM at a time, its Ethernet address, the logs of the two processes.
 
-use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::LaunchError;
+use crate::{LaunchError, Mac, sys};
 
 /// Bytes of a log's end that are looked at, and lines of it that are told.
 const TAIL_BYTES: u64 = 8192;
 const TAIL_LINES: usize = 12;
 
-/// An Ethernet address of a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Mac([u8; 6]);
+/// The launcher's process id, and the lock.
+pub(crate) const PID: &str = "pid";
+/// The socket on which QEMU takes QMP from anyone of this user.
+pub(crate) const QMP: &str = "qmp.sock";
+/// The socket of the console, when it is not a terminal's.
+pub(crate) const CONSOLE: &str = "console.sock";
+/// What was written on the console.
+pub(crate) const CONSOLE_LOG: &str = "console.log";
+/// How the last run ended: its exit code and a line.
+pub(crate) const END: &str = "end";
+/// Where QEMU keeps what a disposable VM writes.
+pub(crate) const TMP: &str = "tmp";
+/// How long the guard of a launcher that was killed may take over its cleaning.
+const GUARD_PATIENCE: Duration = Duration::from_secs(8);
+/// How often the lock is tried meanwhile.
+const GUARD_POLL: Duration = Duration::from_millis(20);
 
-impl Mac {
-    /// Makes random bytes an address that no manufacturer has given out: locally administered, unicast.
-    fn local(mut bytes: [u8; 6]) -> Self {
-        bytes[0] = (bytes[0] & 0xfc) | 0x02;
-        Self(bytes)
-    }
-}
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl FromStr for Mac {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bytes: Option<Vec<u8>> = text
-            .split(':')
-            .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2))
-            .collect();
-        let bytes: [u8; 6] = bytes
-            .and_then(|bytes| bytes.try_into().ok())
-            .ok_or("not an Ethernet address such as 52:54:00:12:34:56")?;
-        if bytes[0] & 1 == 1 {
-            return Err("a group address cannot be a VM's own");
+/// Takes the lock. Its owner may be gone while that one's guard still cleans up, which is worth waiting for.
+fn take(mut file: File, path: &Path) -> Result<Flock<File>, LaunchError> {
+    let fail = |reason: String| LaunchError::State { path: path.to_owned(), reason };
+    let deadline = Instant::now() + GUARD_PATIENCE;
+    loop {
+        let (back, errno) = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err(refused) => refused,
+        };
+        file = back;
+        if errno != Errno::EWOULDBLOCK {
+            return Err(fail(format!("cannot lock it: {errno}")));
         }
-        Ok(Self(bytes))
+        let mut owner = String::new();
+        file.rewind()
+            .and_then(|()| file.read_to_string(&mut owner))
+            .map_err(|error| fail(error.to_string()))?;
+        let owner = owner.trim();
+        let gone = owner.parse().is_ok_and(|pid| !sys::runs(pid));
+        if !gone || Instant::now() >= deadline {
+            return Err(fail(format!(
+                "in use by process {owner}: stop that VM, or give this one its own --state-dir"
+            )));
+        }
+        thread::sleep(GUARD_POLL);
     }
 }
 
@@ -57,7 +66,7 @@ impl FromStr for Mac {
 #[derive(Debug)]
 pub(crate) struct StateDir {
     path: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl StateDir {
@@ -69,7 +78,7 @@ impl StateDir {
             .mode(0o700)
             .create(path)
             .map_err(|error| fail(path, format!("cannot make it: {error}")))?;
-        let lock = path.join("lock");
+        let lock = path.join(PID);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -78,28 +87,35 @@ impl StateDir {
             .mode(0o600)
             .open(&lock)
             .map_err(|error| fail(&lock, error.to_string()))?;
-        let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(mut file, errno)| {
-            let mut owner = String::new();
-            match errno {
-                Errno::EWOULDBLOCK if file.read_to_string(&mut owner).is_ok() => {
-                    let owner = owner.trim();
-                    fail(
-                        path,
-                        format!(
-                            "in use by process {owner}: stop that VM, or give this one its own --state-dir"
-                        ),
-                    )
-                }
-                errno => fail(path, format!("cannot lock it: {errno}")),
-            }
-        })?;
+        let mut lock = take(file, path)?;
         // Who holds it, for the message above.
         let noted = lock
             .set_len(0)
             .and_then(|()| lock.rewind())
             .and_then(|()| writeln!(lock, "{}", std::process::id()));
         noted.map_err(|error| fail(path, error.to_string()))?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
+        let state = Self { path: path.to_owned(), lock };
+        state.clear();
+        Ok(state)
+    }
+
+    /// Removes what a run that was cut short has left: nobody else can be at it now.
+    fn clear(&self) {
+        for name in [QMP, CONSOLE, END] {
+            // What is not there needs no removal, and what cannot be removed is told when it is made anew.
+            let _ = fs::remove_file(self.path.join(name));
+        }
+        let _ = fs::remove_dir_all(self.path.join(TMP));
+    }
+
+    /// The directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Another descriptor of the lock, which is free when all of them are closed.
+    pub(crate) fn lock(&self) -> io::Result<OwnedFd> {
+        self.lock.as_fd().try_clone_to_owned()
     }
 
     /// The VM's Ethernet address: the same at every start, so that its lease is the same too.
@@ -139,6 +155,25 @@ impl StateDir {
     }
 }
 
+/// Writes a file of the state directory, for this user alone, and whole or not at all.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut new = path.to_owned().into_os_string();
+    new.push(".new");
+    let written = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)
+        .and_then(|mut file| file.write_all(bytes))
+        .and_then(|()| fs::rename(&new, path));
+    if written.is_err() {
+        // The error told is the first; a piece of a file helps nobody.
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
+
 /// What one process says, in a file.
 #[derive(Debug)]
 pub(crate) struct Log {
@@ -154,7 +189,12 @@ impl Log {
 
     /// The last lines, or where the log is if it has none.
     pub(crate) fn tail(&self) -> String {
-        let text = File::open(&self.path).and_then(|mut file| {
+        Self::tail_of(&self.path)
+    }
+
+    /// The last lines of the log at `path`.
+    pub(crate) fn tail_of(path: &Path) -> String {
+        let text = File::open(path).and_then(|mut file| {
             let len = file.metadata()?.len();
             file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))?;
             let mut bytes = Vec::new();
@@ -163,16 +203,21 @@ impl Log {
         });
         match text {
             Ok(text) if text.trim().is_empty() => {
-                format!("it said nothing ({} is empty)", self.path.display())
+                format!("it said nothing ({} is empty)", path.display())
             }
             Ok(text) => last_lines(&text),
-            Err(error) => format!("{} cannot be read: {error}", self.path.display()),
+            Err(error) => format!("{} cannot be read: {error}", path.display()),
         }
     }
 
     /// The last line, without the name of the program that everything we say begins with.
     pub(crate) fn last_words(&self) -> String {
-        let tail = self.tail();
+        Self::last_words_of(&self.path)
+    }
+
+    /// The last line of the log at `path`.
+    pub(crate) fn last_words_of(path: &Path) -> String {
+        let tail = Self::tail_of(path);
         let line = tail.lines().last().unwrap_or_default();
         line.strip_prefix("portway: ").unwrap_or(line).to_owned()
     }
@@ -189,11 +234,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_ethernet_address_is_kept_and_is_nobodys() {
+    fn the_ethernet_address_is_kept() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let state = StateDir::open(dir.path()).expect("it can be locked");
         let mac = state.mac().expect("a new address");
-        assert_eq!(mac.0[0] & 3, 2, "locally administered, unicast");
         assert_eq!(state.mac().expect("the kept one"), mac);
     }
 

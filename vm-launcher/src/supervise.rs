@@ -1,260 +1,274 @@
 //! The life of a VM and its network.
 //!
 //! ```text
-//! sidecar ─ "ready" ─► QEMU ─► running ─┬─ QEMU ends ───────────────► sidecar ended ─► the VM's exit code
-//!                                       ├─ SIGTERM, INT, HUP ─► power button ─► deadline ─► killed
-//!                                       └─ sidecar ends ──────► power button ─► deadline ─► killed, and why
+//! guard ─► sidecar ─ "ready" ─► virtiofsd ─► QEMU ─► running ─┬─ QEMU ends ───────────► the rest ended ─► the VM's exit code
+//!                                                             ├─ SIGTERM, INT, HUP ─► power button ─► deadline ─► killed
+//!                                                             ├─ SIGQUIT ───────────► killed
+//!                                                             └─ another child ends ► power button ─► deadline ─► killed, and why
 //! ```
 //! One thread, one poll; nothing sleeps. A second signal does not wait for the deadline.
 
 use std::fmt::Display;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::pipe2;
+use nix::sys::signal::Signal;
 
-use crate::accel::{Choice, Host};
-use crate::image::Boot;
+use crate::config::Console;
+use crate::console_log::ConsoleLog;
+use crate::guard::Guard;
+use crate::hypervisor::{Control, Hypervisor};
+use crate::machine::{Machine, Plan};
+use crate::net::Card;
+use crate::network::Network;
 use crate::process::{Process, timeout};
-use crate::qmp::Qmp;
-use crate::state::{Log, Mac, StateDir};
+use crate::qemu::Wires;
+use crate::registry::Registration;
+use crate::share::Daemon;
+use crate::sidecar::Link;
+use crate::signals::Signals;
+use crate::sockets::Listening;
+use crate::state::{self, Log, StateDir};
 use crate::terminal::Terminal;
-use crate::{LaunchConfig, LaunchError, net, qemu, sidecar, sys};
+use crate::{LaunchConfig, LaunchError, sockets, sys};
 
-/// How long the sidecar has to be ready; it takes milliseconds.
-const READY_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a process has between SIGTERM and SIGKILL.
-const END_PATIENCE: Duration = Duration::from_secs(3);
-/// How long QEMU has to be seen ending when the sidecar ended first: the end of QEMU ends the link, and the
+pub(crate) const END_PATIENCE: Duration = Duration::from_secs(3);
+/// How long QEMU has to be seen ending when another child ended first: the end of QEMU ends the link, and the
 /// sidecar may be quicker to go than the kernel is to take QEMU down.
 const QEMU_FIRST: Duration = Duration::from_millis(250);
 
+/// What `run` tells while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// The network takes requests on its API socket; the VM has not started.
+    NetworkReady,
+    /// The machine is made, and its processors run.
+    Running,
+}
+
 /// Runs the VM and its network until the VM ends, and answers the VM's exit code: 0 after a clean power-down.
 ///
-/// `on_ready` is called once, when the network takes requests on its API socket and before the VM starts.
+/// `tell` is called once for each [`Event`], in order.
 ///
-/// Blocks the calling thread, and blocks SIGTERM, SIGINT and SIGHUP in it: call it from the main thread, before
+/// Blocks the calling thread, and blocks SIGTERM, SIGINT, SIGHUP and SIGQUIT in it: call it from the main thread, before
 /// there are others. The children are bound to this thread's life.
 ///
 /// # Errors
-/// What was wrong before anything started, or which of the two processes failed and its last words. When this
-/// returns, neither runs.
-pub fn run(config: &LaunchConfig, on_ready: impl FnOnce()) -> Result<u8, LaunchError> {
-    check(config)?;
-    let boot = config.image.resolve()?;
-    let program = qemu::find(config.qemu.as_deref())?;
-    let accel = config.accel.choose(&Host::detect())?;
-    let state = StateDir::open(&config.state_dir)?;
-    let mac = state.mac()?;
+/// What was wrong before anything started, or which of the processes failed and its last words. When this
+/// returns, none runs.
+pub fn run(config: &LaunchConfig, mut tell: impl FnMut(Event)) -> Result<u8, LaunchError> {
+    let plan = Plan::new(config)?;
     let signals = Signals::block().map_err(|error| LaunchError::system("cannot block signals", error))?;
-    let terminal = Terminal::remember()
-        .map_err(|error| LaunchError::system("cannot read the terminal's settings", error))?;
-    let net = config.net.choose(accel.kvm, &program);
-    let ends = match net.vhost_user {
-        true => None,
-        false => {
-            Some(UnixStream::pair().map_err(|error| LaunchError::system("cannot make a socketpair", error))?)
-        }
+    let state = StateDir::open(&config.state_dir)?;
+    let ended = run_in(config, &plan, &state, &signals, &mut tell);
+    let (code, words) = match &ended {
+        Ok(code) => (*code, "the VM powered off".to_owned()),
+        Err(error) => (error.exit_code(), error.to_string()),
     };
-    let (network_end, vm_end) = ends.map(|(ours, vms)| (OwnedFd::from(ours), OwnedFd::from(vms))).unzip();
-
-    let mut network = Network::start(config, &state, network_end)?;
-    network.await_ready(&signals)?;
-    on_ready();
-    say(format_args!("accelerator: {} ({})", if accel.kvm { "kvm" } else { "tcg" }, accel.reason));
-    say(format_args!(
-        "network card: {} ({})",
-        if net.vhost_user { "vhost-user" } else { "socket" },
-        net.reason
-    ));
-    let vm = Vm::start(config, &program, &boot, &accel, mac, &state, vm_end, &terminal)?;
-    Supervisor { config, signals, network, vm, ending: None }.run()
+    let noted = state::write_private(&state.path().join(state::END), format!("{code} {words}\n").as_bytes());
+    if let Err(error) = noted {
+        say(format_args!("the end cannot be noted in the state directory: {error}"));
+    }
+    ended
 }
 
-/// What can be known to be wrong without looking at the machine.
-fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
-    let setting = |text: String| Err(LaunchError::Setting(text));
-    // The name is a DNS label (RFC 1123 §2.1), and a part of --link, where a comma would end it.
-    let label = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-    if config.name.is_empty() || config.name.len() > 63 || !config.name.bytes().all(label) {
-        return setting(format!(
-            "a VM cannot be called {:?}: letters, digits and - only, at most 63",
-            config.name
-        ));
+fn run_in(
+    config: &LaunchConfig,
+    plan: &Plan,
+    state: &StateDir,
+    signals: &Signals,
+    tell: &mut impl FnMut(Event),
+) -> Result<u8, LaunchError> {
+    let terminal = Terminal::remember()
+        .map_err(|error| LaunchError::system("cannot read the terminal's settings", error))?;
+    let mut guard = Guard::start(&config.sidecar, state, &terminal)?;
+    guard.end_note(&state.path().join(state::END));
+    let (machine, notes) = plan.prepare(config, state)?;
+    let _registered = Registration::make(config, &plan.accel, &mut guard)?;
+    for note in notes {
+        say(note);
     }
-    if config.cpus == 0 {
-        return setting("a VM needs at least one CPU: --cpus 1".into());
+
+    let mut network = None;
+    let mut vm_end = None;
+    if machine.card.needs_sidecar() {
+        let (made, end) = Network::start(config, &machine, state, signals, &mut guard)?;
+        tell(Event::NetworkReady);
+        (network, vm_end) = (Some(made), Some(end));
     }
-    if config.mem_mib < 32 {
-        return setting(format!("{} MiB of memory boot no Linux: --mem 256 or more", config.mem_mib));
-    }
-    Ok(())
+    say(format_args!("accelerator: {} ({})", plan.accel.kind.name(), plan.accel.reason));
+    say(format_args!("network card: {} ({})", machine.card.name(), plan.net.reason));
+    let shares = shares(config, plan, state, &mut guard)?;
+    let vm = Vm::start(config, &*plan.hypervisor, &machine, state, vm_end, &shares, &terminal, &mut guard)?;
+    drop(shares.sockets);
+    let told_running = false;
+    Supervisor { config, signals, network, shares: shares.served, vm, ending: None, told_running }.run(tell)
 }
 
 /// One line for the user. The console is on stdout, so this goes to stderr; that may be closed, and then there is
 /// nobody to tell.
-fn say(line: impl Display) {
+pub(crate) fn say(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "portway: {line}");
 }
 
-/// The signals that end the VM, as a file descriptor; the mask is put back when this is dropped.
-struct Signals {
-    fd: SignalFd,
-    before: SigSet,
+/// The VM's end of its link.
+pub(crate) enum VmEnd {
+    /// To be inherited.
+    Socket(OwnedFd),
+    /// To be connected to.
+    Path(std::path::PathBuf),
 }
 
-impl Signals {
-    fn block() -> io::Result<Self> {
-        let set: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-        let before = SigSet::thread_get_mask()?;
-        set.thread_block()?;
-        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        Ok(Self { fd, before })
-    }
-
-    fn next(&self) -> io::Result<Option<Signal>> {
-        let Some(info) = self.fd.read_signal()? else { return Ok(None) };
-        Ok(i32::try_from(info.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok()))
-    }
-}
-
-impl Drop for Signals {
-    fn drop(&mut self) {
-        // It was the mask of this thread a moment ago, so it can be again.
-        let _ = self.before.thread_set_mask();
-    }
-}
-
-/// A process's end of the link.
-fn link_of(config: &LaunchConfig, end: Option<&OwnedFd>) -> sidecar::Link {
-    match end {
-        Some(end) => sidecar::Link::Socket(sys::number(end)),
-        None => sidecar::Link::VhostUser(net::socket(config)),
-    }
-}
-
-/// The sidecar.
-struct Network {
+/// A process that serves a share.
+struct Serving {
     process: Process,
-    ready: OwnedFd,
     log: Log,
+    tag: String,
 }
 
-impl Network {
-    fn start(config: &LaunchConfig, state: &StateDir, link: Option<OwnedFd>) -> Result<Self, LaunchError> {
-        let (ready, told) =
-            pipe2(OFlag::O_CLOEXEC).map_err(|errno| LaunchError::system("cannot make a pipe", errno))?;
-        let log = state.log("sidecar.log")?;
-        let mut command = Command::new(&config.sidecar);
-        let writer = || log.writer().map_err(|error| LaunchError::system("cannot share a log", error));
-        command
-            .args(sidecar::arguments(config, &link_of(config, link.as_ref()), sys::number(&told)))
-            .stdin(Stdio::null());
-        command.stdout(writer()?).stderr(writer()?);
-        // A group of its own: Ctrl-C in the terminal is for us, and the network is needed until the guest is down.
-        command.process_group(0);
-        // SIGTERM, so that it closes its sockets in order when we are killed.
-        sys::prepare(&mut command, link.into_iter().chain([told]).collect(), Signal::SIGTERM);
-        Ok(Self { process: Process::start(command)?, ready, log })
-    }
-
-    /// Waits for `ready`, for the end of the sidecar, or for a signal.
-    fn await_ready(&mut self, signals: &Signals) -> Result<(), LaunchError> {
-        let failed = |error: io::Error| LaunchError::system("cannot wait for the network", error);
-        let deadline = Instant::now() + READY_PATIENCE;
-        let mut told = Vec::new();
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(LaunchError::SidecarSilent { after: READY_PATIENCE, log: self.log.tail() });
-            }
-            let mut waited = [
-                PollFd::new(signals.fd.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.ready.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut waited, timeout(left)) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(failed(errno.into())),
-            }
-            let readable = waited[1].any().unwrap_or(false);
-            if let Some(signal) = signals.next().map_err(failed)? {
-                return Err(LaunchError::Interrupted(signal.as_str()));
-            }
-            if !readable {
-                continue;
-            }
-            let mut buffer = [0; 64];
-            let read = nix::unistd::read(&self.ready, &mut buffer).map_err(|errno| failed(errno.into()))?;
-            told.extend_from_slice(buffer.get(..read).unwrap_or_default());
-            if told.starts_with(b"ready\n") {
-                return Ok(());
-            }
-            if read == 0 || told.len() > buffer.len() {
-                // Closed without the word: it is about to end. If not, it is made to.
-                let status = match self.process.wait(END_PATIENCE).map_err(failed)? {
-                    Some(status) => status,
-                    None => self.process.end(END_PATIENCE).map_err(failed)?,
-                };
-                return Err(LaunchError::SidecarNotReady { status, reason: self.log.last_words() });
-            }
-        }
-    }
+/// The shares: who serves them, and QEMU's ends.
+struct Shares {
+    served: Vec<Serving>,
+    sockets: Vec<(String, OwnedFd)>,
 }
 
-/// QEMU.
+fn shares(
+    config: &LaunchConfig,
+    plan: &Plan,
+    state: &StateDir,
+    guard: &mut Guard,
+) -> Result<Shares, LaunchError> {
+    let mut made = Shares { served: Vec::new(), sockets: Vec::new() };
+    let Some(daemon) = &plan.virtiofsd else { return Ok(made) };
+    let failed = |error: io::Error| LaunchError::system("cannot make a socket for virtiofsd", error);
+    for (n, share) in config.shares.iter().enumerate() {
+        let path = state.path().join(format!("virtiofs{n}.sock"));
+        guard.file(&path);
+        let (listener, socket) = sockets::nameless(&path).map_err(failed)?;
+        let listener = OwnedFd::from(listener);
+        let log = state.log(&format!("virtiofs{n}.log"))?;
+        let process = start_daemon(daemon, share, listener, &log)?;
+        guard.watch(&process, false);
+        made.served.push(Serving { process, log, tag: share.tag(n) });
+        made.sockets.push((share.tag(n), socket.into()));
+    }
+    Ok(made)
+}
+
+fn start_daemon(
+    daemon: &Daemon,
+    share: &crate::Share,
+    listener: OwnedFd,
+    log: &Log,
+) -> Result<Process, LaunchError> {
+    let writer = || log.writer().map_err(|error| LaunchError::system("cannot share a log", error));
+    let mut command = Command::new(daemon.program());
+    command.args(daemon.arguments(share, sys::number(&listener))).stdin(Stdio::null());
+    command.stdout(writer()?).stderr(writer()?).process_group(0);
+    sys::prepare(&mut command, vec![listener], Signal::SIGKILL);
+    Process::start(command)
+}
+
+/// The hypervisor.
 struct Vm {
     process: Process,
-    qmp: Qmp,
+    control: Box<dyn Control>,
     log: Log,
+    console_log: ConsoleLog,
+    name: &'static str,
+    _sockets: Vec<Listening>,
 }
 
 impl Vm {
     #[expect(clippy::too_many_arguments, reason = "each is one checked part of the machine, used once, here")]
     fn start(
         config: &LaunchConfig,
-        program: &Path,
-        boot: &Boot,
-        accel: &Choice,
-        mac: Mac,
+        hypervisor: &dyn Hypervisor,
+        machine: &Machine,
         state: &StateDir,
-        link: Option<OwnedFd>,
+        link: Option<VmEnd>,
+        shares: &Shares,
         terminal: &Terminal,
+        guard: &mut Guard,
     ) -> Result<Self, LaunchError> {
-        let failed = |error: io::Error| LaunchError::system("cannot make the control channel of QEMU", error);
-        let (ours, qemus) = UnixStream::pair().map_err(failed)?;
-        let qmp = Qmp::new(ours).map_err(failed)?;
-        let qemus = OwnedFd::from(qemus);
-        let log = state.log("qemu.log")?;
-        let wires = qemu::Wires { link: link_of(config, link.as_ref()), qmp: sys::number(&qemus) };
-        let mut command = Command::new(program);
-        command
-            .args(qemu::arguments(config, boot, accel.kvm, mac, &wires))
-            .stderr(log.writer().map_err(failed)?);
-        if !terminal.is_there() {
+        let failed = |error: io::Error| LaunchError::system("cannot make a channel for the VM", error);
+        for path in hypervisor.leaves(state) {
+            guard.file(&path);
+        }
+        let (control, theirs) = hypervisor.control(state).map_err(failed)?;
+        let mut inherited = Vec::new();
+        let mut inherit = |fd: OwnedFd| {
+            let number = sys::number(&fd);
+            inherited.push(fd);
+            number
+        };
+        let mut wires = Wires {
+            link: link.map(|end| match end {
+                VmEnd::Socket(fd) => Link::Inherited(inherit(fd)),
+                VmEnd::Path(path) => Link::Path(path),
+            }),
+            ..Wires::default()
+        };
+        wires.qmp = theirs.map(&mut inherit);
+        let mut listening = Vec::new();
+        let mut listen = |name: &str, guard: &mut Guard| {
+            let path = state.path().join(name);
+            guard.file(&path);
+            let socket = Listening::at(&path)?;
+            let fd = socket.listener.as_fd().try_clone_to_owned()?;
+            listening.push(socket);
+            io::Result::Ok(fd)
+        };
+        if hypervisor.takes_sockets() {
+            wires.monitor = Some(inherit(listen(state::QMP, guard).map_err(failed)?));
+            if config.console == Console::Socket {
+                wires.console = Some(inherit(listen(state::CONSOLE, guard).map_err(failed)?));
+            }
+        }
+        let (console_log, pipe) =
+            ConsoleLog::start(&state.path().join(state::CONSOLE_LOG)).map_err(failed)?;
+        wires.console_log = Some(inherit(pipe));
+        for (tag, socket) in &shares.sockets {
+            let socket = socket.try_clone().map_err(failed)?;
+            wires.shares.push((tag.clone(), inherit(socket)));
+        }
+        let log = state.log("vm.log")?;
+        let mut command = Command::new(hypervisor.program());
+        command.args(hypervisor.arguments(config, machine, &wires)).stderr(log.writer().map_err(failed)?);
+        if config.disposable {
+            let tmp = state.path().join(state::TMP);
+            guard.directory(&tmp);
+            std::fs::create_dir_all(&tmp).map_err(failed)?;
+            command.env("TMPDIR", tmp);
+        }
+        if config.console == Console::Socket || !terminal.is_there() {
             // No console to type on; and with it no reason to be in the terminal's foreground, where Ctrl-C would
             // end QEMU before the guest is down.
             command.stdin(Stdio::null()).process_group(0);
         }
-        sys::prepare(&mut command, link.into_iter().chain([qemus]).collect(), Signal::SIGKILL);
-        Ok(Self { process: Process::start(command)?, qmp, log })
+        if config.console == Console::Socket {
+            // Whoever reads what we say until the machine runs must not have to wait for the hypervisor's end.
+            command.stdout(log.writer().map_err(failed)?);
+        }
+        sys::prepare(&mut command, inherited, Signal::SIGKILL);
+        let process = Process::start(command)?;
+        guard.watch(&process, false);
+        Ok(Self { process, control, log, console_log, name: hypervisor.name(), _sockets: listening })
     }
 }
 
 /// Why the VM is being ended.
 enum Cause {
     Signal,
-    /// The sidecar ended, like this.
-    Network(ExitStatus),
+    /// A child ended, and this is what is told of it.
+    Child(LaunchError),
 }
 
 /// The VM has been told to power off.
@@ -265,7 +279,7 @@ struct Ending {
 
 /// How the VM ended.
 enum End {
-    /// QEMU ended by itself.
+    /// The hypervisor ended by itself.
     ByItself(ExitStatus),
     /// We killed it, because.
     Killed(String),
@@ -273,62 +287,78 @@ enum End {
 
 struct Supervisor<'a> {
     config: &'a LaunchConfig,
-    signals: Signals,
-    network: Network,
+    signals: &'a Signals,
+    network: Option<Network>,
+    shares: Vec<Serving>,
     vm: Vm,
     ending: Option<Ending>,
+    told_running: bool,
 }
 
 impl Supervisor<'_> {
-    fn run(mut self) -> Result<u8, LaunchError> {
+    fn run(mut self, tell: &mut impl FnMut(Event)) -> Result<u8, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot wait for the VM", error);
         let end = loop {
-            if let Some(end) = self.turn().map_err(failed)? {
+            if let Some(end) = self.turn(tell).map_err(failed)? {
                 break end;
             }
         };
-        self.vm.qmp.read();
-        self.network.process.end(END_PATIENCE).map_err(failed)?;
-        if let Some(Ending { cause: Cause::Network(status), .. }) = self.ending {
-            return Err(LaunchError::SidecarDied { status, log: self.network.log.tail() });
+        self.vm.control.look();
+        self.vm.console_log.read();
+        drop(self.network.take());
+        for mut share in self.shares {
+            share.process.end(END_PATIENCE).map_err(failed)?;
+        }
+        if let Some(Ending { cause: Cause::Child(error), .. }) = self.ending {
+            return Err(error);
         }
         match end {
             End::ByItself(status) if status.success() => {
                 say(format_args!(
                     "the VM ended ({})",
-                    self.vm.qmp.shutdown_reason().unwrap_or("no reason given")
+                    self.vm.control.shutdown_reason().unwrap_or("no reason given")
                 ));
                 Ok(0)
             }
-            End::ByItself(status) => Err(LaunchError::QemuDied { status, log: self.vm.log.tail() }),
+            End::ByItself(status) => {
+                Err(LaunchError::VmDied { program: self.vm.name, status, log: self.vm.log.tail() })
+            }
             End::Killed(reason) => Err(LaunchError::Killed(reason)),
         }
     }
 
-    fn turn(&mut self) -> io::Result<Option<End>> {
+    fn turn(&mut self, tell: &mut impl FnMut(Event)) -> io::Result<Option<End>> {
         self.poll()?;
-        self.vm.qmp.read();
+        self.vm.control.look();
+        self.vm.console_log.read();
         if let Some(status) = self.vm.process.ended()? {
             return Ok(Some(End::ByItself(status)));
         }
+        if self.vm.control.is_running() && !std::mem::replace(&mut self.told_running, true) {
+            tell(Event::Running);
+        }
         while let Some(signal) = self.signals.next()? {
-            if self.ending.is_some() {
+            if signal == Signal::SIGQUIT || self.ending.is_some() {
                 self.vm.process.kill()?;
-                return Ok(Some(End::Killed(format!("{signal} came while it was powering off"))));
+                let why =
+                    if self.ending.is_some() { " came while it was powering off" } else { " asks for that" };
+                return Ok(Some(End::Killed(format!("{signal}{why}"))));
             }
             let patience = self.config.stop_timeout.as_secs_f32();
             say(format_args!("{signal}: powering the VM off (within {patience} s; again to kill it)"));
             self.begin_ending(Cause::Signal);
         }
-        if self.ending.is_none()
-            && self.vm.qmp.shutdown_reason().is_none()
-            && let Some(network) = self.network.process.ended()?
+        if self.watches_children()
+            && let Some(error) = self.child_that_ended()?
         {
             if let Some(status) = self.vm.process.wait(QEMU_FIRST)? {
                 return Ok(Some(End::ByItself(status)));
             }
-            say(format_args!("the network ended ({network}): powering the VM off"));
-            self.begin_ending(Cause::Network(network));
+            say(format_args!(
+                "{}: powering the VM off",
+                error.to_string().lines().next().unwrap_or_default()
+            ));
+            self.begin_ending(Cause::Child(error));
         }
         if self.ending.as_ref().is_some_and(|ending| Instant::now() >= ending.deadline) {
             self.vm.process.kill()?;
@@ -339,31 +369,59 @@ impl Supervisor<'_> {
         Ok(None)
     }
 
+    /// Once the VM is ending, the end of what serves it is nothing new.
+    fn watches_children(&self) -> bool {
+        self.ending.is_none() && self.vm.control.shutdown_reason().is_none()
+    }
+
+    fn child_that_ended(&mut self) -> io::Result<Option<LaunchError>> {
+        if let Some(error) = self.network.as_mut().map(Network::ended).transpose()?.flatten() {
+            return Ok(Some(error));
+        }
+        for share in &mut self.shares {
+            if let Some(status) = share.process.ended()? {
+                let (tag, log) = (share.tag.clone(), share.log.tail());
+                return Ok(Some(LaunchError::ShareDied { tag, status, log }));
+            }
+        }
+        Ok(None)
+    }
+
     /// Presses the power button and sets the deadline. QEMU that does not listen any more is killed by that.
     fn begin_ending(&mut self, cause: Cause) {
-        if let Err(error) = self.vm.qmp.power_down() {
-            say(format_args!("QEMU does not take the power button: {error}"));
+        if let Err(error) = self.vm.control.power_down() {
+            say(format_args!("{} does not take the power button: {error}", self.vm.name));
         }
         self.ending = Some(Ending { cause, deadline: Instant::now() + self.config.stop_timeout });
     }
 
     fn poll(&mut self) -> io::Result<()> {
-        let left =
-            self.ending.as_ref().map(|ending| ending.deadline.saturating_duration_since(Instant::now()));
-        let mut waited = vec![
-            PollFd::new(self.signals.fd.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.vm.process.as_fd(), PollFlags::POLLIN),
-        ];
-        if self.vm.qmp.is_open() {
-            waited.push(PollFd::new(self.vm.qmp.as_fd(), PollFlags::POLLIN));
+        let deadlines = [self.ending.as_ref().map(|ending| ending.deadline), self.vm.control.look_at()];
+        let next = deadlines.into_iter().flatten().min();
+        let left = next.map(|at| at.saturating_duration_since(Instant::now()));
+        let mut waited: Vec<BorrowedFd<'_>> = vec![self.signals.as_fd(), self.vm.process.as_fd()];
+        waited.extend(self.vm.control.source());
+        waited.extend(self.vm.console_log.source());
+        if self.watches_children() {
+            // A pidfd stays readable, so it is looked at only while its end is news.
+            waited.extend(self.network.as_ref().map(AsFd::as_fd));
+            waited.extend(self.shares.iter().map(|share| share.process.as_fd()));
         }
-        // Once the VM is ending, the sidecar's end is nothing new, and its pidfd would stay readable.
-        if self.ending.is_none() && self.vm.qmp.shutdown_reason().is_none() {
-            waited.push(PollFd::new(self.network.process.as_fd(), PollFlags::POLLIN));
-        }
+        let mut waited: Vec<PollFd<'_>> =
+            waited.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut waited, left.map_or(PollTimeout::NONE, timeout)) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// A pair of sockets for the two ends of a link.
+pub(crate) fn pair(card: &Card) -> io::Result<(OwnedFd, OwnedFd)> {
+    if *card == Card::Datagrams {
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair()?;
+        return Ok((ours.into(), theirs.into()));
+    }
+    let (ours, theirs) = UnixStream::pair()?;
+    Ok((ours.into(), theirs.into()))
 }

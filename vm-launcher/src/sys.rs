@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal};
-use nix::unistd::{Pid, getpid, getppid};
+use nix::unistd::{ForkResult, Pid, getpid, getppid, setsid};
 
 /// A file descriptor that becomes readable when the process ends.
 pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
@@ -19,6 +19,13 @@ pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
     // SAFETY: the kernel just gave us this descriptor; nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether there is a process of this number that has not ended. One that nobody has waited for yet has.
+pub(crate) fn runs(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name stands in parentheses and may have some of its own (proc_pid_stat(5)).
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
 /// Prepares a child: it keeps `inherited` open across exec under the same numbers, blocks no signal (we do), and
@@ -39,6 +46,41 @@ pub(crate) fn prepare(command: &mut Command, inherited: Vec<OwnedFd>, orphaned: 
     // SAFETY: between fork and exec the closure calls only fcntl, sigemptyset, pthread_sigmask, prctl and getppid,
     // all async-signal-safe, and allocates nothing (errors are plain error numbers).
     unsafe { command.pre_exec(in_child) };
+}
+
+/// Prepares a child that outlives us: in a session of its own, with `inherited` open across exec.
+pub(crate) fn prepare_session(command: &mut Command, inherited: Vec<OwnedFd>) {
+    let in_child = move || {
+        for fd in &inherited {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        SigSet::empty().thread_set_mask()?;
+        setsid()?;
+        Ok(())
+    };
+    // SAFETY: as above; setsid is async-signal-safe too.
+    unsafe { command.pre_exec(in_child) };
+}
+
+/// Sends a signal to the process of a pidfd, which no other process can have become.
+pub(crate) fn pidfd_signal(fd: &OwnedFd, signal: Signal) -> io::Result<()> {
+    let none = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: pidfd_send_signal(2) takes three integers and a pointer that may be null.
+    let sent =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd.as_raw_fd(), signal as libc::c_int, none, 0) };
+    Errno::result(sent).map(drop)?;
+    Ok(())
+}
+
+/// Goes on in a child and in the parent, which is told the child's pid.
+///
+/// The process must have one thread: in the child there would be only this one, with the locks of the others.
+pub(crate) fn fork() -> io::Result<Option<Pid>> {
+    // SAFETY: by the caller's word there is no other thread, so the child may do all that we may.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child)),
+        ForkResult::Child => Ok(None),
+    }
 }
 
 /// The number a descriptor will have in the child, which is the one it has here.

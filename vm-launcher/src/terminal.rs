@@ -1,9 +1,11 @@
 //! The terminal as it was.
 //!
 //! QEMU makes the terminal raw for the serial console, and puts it back when it ends well. When it is killed it
-//! cannot; so the launcher remembers the terminal before QEMU starts and puts it back on every way out.
+//! cannot; so the launcher remembers the terminal before QEMU starts and puts it back on every way out. When the launcher
+//! is killed too, the guard does it.
 
 use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
 
@@ -16,6 +18,11 @@ impl Terminal {
     pub(crate) fn remember() -> io::Result<Self> {
         let stdin = io::stdin();
         Ok(Self(if stdin.is_terminal() { Some(tcgetattr(&stdin)?) } else { None }))
+    }
+
+    /// Another descriptor of it.
+    pub(crate) fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        self.0.as_ref().map(|_| io::stdin().as_fd().try_clone_to_owned()).transpose()
     }
 
     /// Whether stdin is a terminal.

@@ -14,6 +14,8 @@ use portway_launcher::{Accel, BootImage, LaunchConfig, LaunchError, Net, run};
 
 /// What every fake begins with: the value of an argument, by pattern, and a note of its pid.
 const PRELUDE: &str = r#"#!/bin/bash
+# The guard, which is the sidecar's program: the real one is tested with the real program (tests/tests/launch.rs).
+[ "$1" = __guard ] && exec cat > /dev/null
 after() { local want=$1 last; shift; for word; do [ "$last" = "$want" ] && { echo "$word"; return; }; last=$word; done; }
 note() { echo "$2" > "$DIR/$1.new" && mv "$DIR/$1.new" "$DIR/$1"; }
 "#;
@@ -66,7 +68,7 @@ impl Lab {
     }
 
     fn run(&self) -> Result<u8, LaunchError> {
-        run(&self.config, || {})
+        run(&self.config, |_| {})
     }
 
     /// Runs in a thread of its own, waits until QEMU has begun, and does `then` with the thread and QEMU's pid.
@@ -75,7 +77,7 @@ impl Lab {
         let config = self.config.clone();
         let running = thread::spawn(move || {
             tell.send(pthread_self()).expect("the test waits for it");
-            run(&config, || {})
+            run(&config, |_| {})
         });
         let launcher = told.recv().expect("the thread has begun");
         self.await_note("qemu");
@@ -175,7 +177,7 @@ fn a_qemu_that_fails_is_told_with_its_last_words_and_its_code() {
 #[test]
 fn a_network_that_dies_takes_the_vm_with_it_and_says_why() {
     let lab =
-        Lab::new(&GOOD_SIDECAR.replace("note sidecar $$", "note sidecar $$; echo panicked >&2"), GOOD_QEMU);
+        Lab::new(&GOOD_SIDECAR.replace("note sidecar $$", "echo panicked >&2; note sidecar $$"), GOOD_QEMU);
     let error = lab
         .run_and(|lab, _| kill(lab.pid("sidecar"), Signal::SIGKILL).expect("it is there"))
         .expect_err("the network died");
@@ -221,7 +223,7 @@ fn launcher_to_be_killed() {
         LaunchConfig::new(image, "demo".into(), dir.join("state"), dir.join("api"), dir.join("sidecar.sh"));
     config.qemu = Some(dir.join("qemu.sh"));
     config.net = Net::Socket;
-    let _ = run(&config, || {});
+    let _ = run(&config, |_| {});
 }
 
 #[test]

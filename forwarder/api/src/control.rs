@@ -186,3 +186,25 @@ pub struct NetworkInfo {
     /// The domain of our own names.
     pub domain: String,
 }
+
+/// What a VM's launcher says on the socket of `--join`, as one line of JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JoinRequest {
+    /// The VM's link, in the grammar of `--link`, with a name.
+    pub link: String,
+    /// Its ports, in the grammar of `--publish`; without a guest they are this VM's.
+    #[serde(default)]
+    pub publish: Vec<String>,
+}
+
+/// The answer, as one line of JSON. The VM is on the network for as long as the connection stays.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinAnswer {
+    /// What was published.
+    #[serde(default)]
+    pub ports: Vec<PortInfo>,
+    /// Why the VM has not joined.
+    #[serde(default)]
+    pub error: Option<String>,
+}

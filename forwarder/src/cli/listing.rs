@@ -2,6 +2,7 @@
 #![allow(clippy::print_stderr, reason = "this is where the program speaks")]
 
 use portway_api::control::{DnsRecord, FlowInfo, LeaseInfo, PortInfo, Stats};
+use portway_launcher::VmInfo;
 use serde::Serialize;
 
 /// One line to standard output.
@@ -52,6 +53,26 @@ fn host_end(p: &PortInfo) -> String {
 
 pub(super) fn published(p: &PortInfo) -> String {
     format!("published {} {} -> {}:{}", p.proto, host_end(p), p.guest, p.guest_port)
+}
+
+pub(super) fn vms(vms: &[VmInfo], now_s: u64) {
+    let rows: Vec<Vec<String>> = vms
+        .iter()
+        .map(|vm| {
+            let console = if vm.detached { "portway console" } else { "its terminal" };
+            vec![
+                vm.name.clone(),
+                vm.pid.to_string(),
+                format!("{} {}", vm.arch, vm.accel),
+                vm.cpus.to_string(),
+                format!("{} MiB", vm.mem_mib),
+                format!("{} s", now_s.saturating_sub(vm.started_s)),
+                console.into(),
+                vm.state_dir.display().to_string(),
+            ]
+        })
+        .collect();
+    table(&["NAME", "PID", "MACHINE", "CPUS", "MEMORY", "UP", "CONSOLE", "STATE"], &rows);
 }
 
 pub(super) fn unpublished(p: &PortInfo) -> String {

@@ -11,6 +11,7 @@ mod dns;
 mod listing;
 mod owner;
 mod run;
+mod vms;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -36,6 +37,20 @@ struct Cli {
 enum Command {
     /// Start a VM with its network
     Run(Box<run::RunArgs>),
+    /// List the VMs that run
+    Vms {
+        /// How to print
+        #[arg(long, value_enum, default_value_t = Format::Table)]
+        format: Format,
+    },
+    /// Press a VM's power button and wait for its end
+    Stop(vms::Which),
+    /// End a VM at once
+    Kill(vms::Which),
+    /// The console of a VM that runs in the background; Ctrl-] leaves it
+    Console(vms::Which),
+    /// Wait for a VM's end; the exit code is the VM's
+    Wait(vms::Which),
     /// The network alone, for any hypervisor
     Serve {
         #[command(flatten)]
@@ -106,6 +121,9 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         // A child of a tap link, which opens a device elsewhere: see there.
         let done = crate::link::tap::child(args.get(2..).unwrap_or_default());
         return if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    if args.get(1).is_some_and(|a| a == portway_launcher::GUARD) {
+        return portway_launcher::guard();
     }
     let cli = match Cli::try_parse_from(normalise(args)) {
         Ok(cli) => cli,
@@ -183,6 +201,11 @@ fn normalise(args: Vec<OsString>) -> Vec<OsString> {
 fn execute(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Run(args) => run::run(*args),
+        Command::Vms { format } => vms::list(format),
+        Command::Stop(which) => vms::stop(&which),
+        Command::Kill(which) => vms::kill(&which),
+        Command::Console(which) => vms::console(&which),
+        Command::Wait(which) => vms::wait(&which),
         Command::Serve { settings, config, check_config } => {
             let settings = match config {
                 Some(path) => settings.over(Settings::from_file(&path).map_err(Failure::usage)?),

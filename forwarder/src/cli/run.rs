@@ -5,13 +5,17 @@
 )]
 
 use std::ffi::OsString;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use portway_api::control::PortInfo;
-use portway_launcher::{Accel, BootImage, LaunchConfig, Net};
+use portway_launcher::{
+    Accel, Arch, BootImage, Console, Data, DiskSpec, Event, LaunchConfig, LaunchError, Leave, Mac, Net,
+    Share, SharedNetwork, Side,
+};
 
 use super::{Failure, listing};
 use crate::config::{UnixPath, runtime_socket};
@@ -21,18 +25,53 @@ use crate::publish::spec::PublishSpec;
 /// The options of `run`.
 #[derive(Debug, clap::Args)]
 pub(super) struct RunArgs {
-    /// The prefix of IMAGE-kernel, IMAGE-initrd.img and IMAGE-cmdline, as LinuxKit names them
+    /// A disk or ISO file, or the prefix of IMAGE-kernel, IMAGE-initrd.img and IMAGE-cmdline, as LinuxKit names them
     #[arg(value_name = "IMAGE", required_unless_present = "kernel", conflicts_with = "kernel")]
     image: Option<PathBuf>,
+    #[command(flatten)]
+    boot: BootArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    network: NetworkArgs,
+    #[command(flatten)]
+    life: LifeArgs,
+}
+
+/// What boots.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Boot")]
+struct BootArgs {
     /// The kernel, when it is not one of IMAGE's
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// The initial RAM disk that goes with --kernel
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    /// The initial RAM disk that goes with --kernel; with --squashfs one that loads what the kernel lacks
+    #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The command line that goes with --kernel
-    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
-    cmdline: String,
+    /// The command line that goes with --kernel [default: console= of the serial port]
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    cmdline: Option<String>,
+    /// Boot IMAGE-kernel with IMAGE-squashfs.img as its root
+    #[arg(long, conflicts_with_all = ["kernel", "iso", "uefi"])]
+    squashfs: bool,
+    /// Boot IMAGE, IMAGE.iso or IMAGE-efi.iso as a CD
+    #[arg(long, conflicts_with = "kernel")]
+    iso: bool,
+    /// Boot by UEFI, where the image does not say so itself
+    #[arg(long, conflicts_with = "kernel")]
+    uefi: bool,
+    /// The firmware, such as OVMF_CODE.fd [default: where distributions put it]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "squashfs"])]
+    fw: Option<PathBuf>,
+}
+
+/// The machine and its devices.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Machine")]
+struct MachineArgs {
+    /// The guest's architecture [default: this machine's]
+    #[arg(long, value_enum)]
+    arch: Option<ArchArg>,
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u16,
@@ -42,21 +81,66 @@ pub(super) struct RunArgs {
     /// What runs the guest's instructions
     #[arg(long, value_enum, default_value_t = AccelArg::Auto)]
     accel: AccelArg,
+    /// A disk, [file=]PATH[,size=N[G|M]][,format=raw|qcow2]; one with a size is made if it is not there; repeatable
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<DiskSpec>,
+    /// Forget at the end what the guest has written to disks
+    #[arg(long)]
+    disposable: bool,
+    /// Metadata for the guest: LinuxKit's CD with the file /config
+    #[arg(long, value_name = "TEXT", conflicts_with = "data_file")]
+    data: Option<String>,
+    /// As --data, from a file
+    #[arg(long, value_name = "FILE")]
+    data_file: Option<PathBuf>,
+    /// A CD for cloud-init (NoCloud) with the files of DIR: user-data and others
+    #[arg(long, value_name = "DIR")]
+    cloud_init: Option<PathBuf>,
+    /// An Ignition configuration
+    #[arg(long, value_name = "FILE")]
+    ignition: Option<PathBuf>,
+    /// A directory of this host in the guest: DIR[,tag=NAME], mounted there with -t virtiofs; repeatable
+    #[arg(long, value_name = "DIR")]
+    virtiofs: Vec<Share>,
+    /// The virtiofsd to use [default: in PATH, or where distributions put it]
+    #[arg(long, value_name = "FILE")]
+    virtiofsd: Option<PathBuf>,
+    /// A further device, in QEMU's words; repeatable
+    #[arg(long, value_name = "DEVICE")]
+    device: Vec<OsString>,
+    /// The QEMU to use [default: this machine's in PATH]
+    #[arg(long, value_name = "FILE")]
+    qemu: Option<PathBuf>,
+    /// One more argument for QEMU; repeatable
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    qemu_arg: Vec<OsString>,
+}
+
+/// The network.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Network")]
+struct NetworkArgs {
     /// Publish a port of the VM: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
     #[arg(long, short, value_name = "SPEC")]
     publish: Vec<PublishSpec>,
     /// How the VM's network card reaches the network
     #[arg(long, value_enum, default_value_t = NetArg::Auto)]
     net: NetArg,
+    /// LinuxKit's word for the network: user, vpnkit, docker-for-mac, vmnet (all: Portway's), none, tap,NAME, bridge,NAME
+    #[arg(long, value_name = "WORD", conflicts_with = "net", value_parser = Net::networking)]
+    networking: Option<Net>,
+    /// The VM's Ethernet address [default: kept in the state directory]
+    #[arg(long, value_name = "MAC")]
+    mac: Option<Mac>,
+    /// The VM's address on its network [default: the next free one]
+    #[arg(long, value_name = "IP")]
+    ip: Option<Ipv4Addr>,
     /// The largest IP packet on the link
     #[arg(long, value_name = "BYTES", default_value_t = LaunchConfig::DEFAULT_MTU, value_parser = clap::value_parser!(u16).range(576..))]
     mtu: u16,
-    /// The VM's name, also in DNS [default: from IMAGE]
+    /// Start or join the network of this name, which several VMs share [default: a network of its own, called default]
     #[arg(long, value_name = "NAME")]
-    name: Option<String>,
-    /// The network's name; its control socket is $XDG_RUNTIME_DIR/portway/NAME.sock
-    #[arg(long, value_name = "NAME", default_value = "default")]
-    network: String,
+    network: Option<String>,
     /// The network's control socket, when it is to have one of its own
     #[arg(long, value_name = "unix:PATH")]
     api: Option<UnixPath>,
@@ -66,26 +150,44 @@ pub(super) struct RunArgs {
     /// A name of our own, NAME=IP; repeatable
     #[arg(long, value_name = "NAME=IP")]
     dns_host: Vec<String>,
+}
+
+/// Start and end.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Life")]
+struct LifeArgs {
+    /// The VM's name, also in DNS [default: from IMAGE]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     /// Where the VM's Ethernet address, leases and logs are kept [default: IMAGE-state]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", visible_alias = "state")]
     state_dir: Option<PathBuf>,
-    /// The QEMU to use [default: this machine's in PATH]
-    #[arg(long, value_name = "FILE")]
-    qemu: Option<PathBuf>,
-    /// One more argument for QEMU; repeatable
-    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
-    qemu_arg: Vec<OsString>,
+    /// Answer when the VM runs and leave it running: see vms, console, stop, kill, wait
+    #[arg(long, visible_alias = "detached")]
+    detach: bool,
     /// Seconds the guest has to power off after SIGTERM or SIGINT
     #[arg(long, value_name = "SECONDS", default_value_t = LaunchConfig::DEFAULT_STOP_TIMEOUT.as_secs())]
     stop_timeout: u64,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum ArchArg {
+    /// 64-bit PC.
+    #[value(name = "x86_64", alias = "amd64")]
+    X86_64,
+    /// 64-bit Arm.
+    #[value(name = "aarch64", alias = "arm64")]
+    Aarch64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum AccelArg {
-    /// KVM where it works, else TCG.
+    /// KVM or HVF where it works, else TCG.
     Auto,
-    /// The host's virtualization.
+    /// Linux's virtualization.
     Kvm,
+    /// macOS's virtualization.
+    Hvf,
     /// QEMU's translator.
     Tcg,
 }
@@ -98,6 +200,8 @@ enum NetArg {
     VhostUser,
     /// A socketpair, with large frames.
     Socket,
+    /// No network card.
+    None,
 }
 
 impl From<NetArg> for Net {
@@ -106,6 +210,7 @@ impl From<NetArg> for Net {
             NetArg::Auto => Self::Auto,
             NetArg::VhostUser => Self::VhostUser,
             NetArg::Socket => Self::Socket,
+            NetArg::None => Self::None,
         }
     }
 }
@@ -115,52 +220,142 @@ impl From<AccelArg> for Accel {
         match arg {
             AccelArg::Auto => Self::Auto,
             AccelArg::Kvm => Self::Kvm,
+            AccelArg::Hvf => Self::Hvf,
             AccelArg::Tcg => Self::Tcg,
         }
     }
 }
 
+impl From<ArchArg> for Arch {
+    fn from(arg: ArchArg) -> Self {
+        match arg {
+            ArchArg::X86_64 => Self::X86_64,
+            ArchArg::Aarch64 => Self::Aarch64,
+        }
+    }
+}
+
 pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
+    let detach = args.life.detach;
     let config = config(args)?;
-    let api = config.api.clone();
-    let ended = portway_launcher::run(&config, || show_ports(&api));
-    ended.map(ExitCode::from).map_err(|error| Failure { code: error.exit_code(), line: error.to_string() })
+    let mut leave = None;
+    if detach {
+        match portway_launcher::detach(&config.state_dir).map_err(failure)? {
+            Side::Front(Ok(())) => {
+                listing::say(&config.name);
+                return Ok(ExitCode::SUCCESS);
+            }
+            Side::Front(Err(code)) => return Ok(ExitCode::from(code)),
+            Side::Launcher(launcher) => leave = Some(launcher),
+        }
+    }
+    let ended = portway_launcher::run(&config, |event| match event {
+        Event::NetworkReady => show_ports(&config.api),
+        Event::Running => {
+            if let Some(Err(error)) = leave.take().map(Leave::leave) {
+                listing::complain(&error.to_string());
+            }
+        }
+    });
+    ended.map(ExitCode::from).map_err(failure)
+}
+
+pub(super) fn failure(error: LaunchError) -> Failure {
+    Failure { code: error.exit_code(), line: error.to_string() }
+}
+
+/// Where running VMs are listed.
+pub(super) fn registry() -> Result<PathBuf, Failure> {
+    let socket = runtime_socket("default").map_err(Failure::usage)?;
+    Ok(socket.with_file_name("vms"))
+}
+
+fn image(prefix: Option<PathBuf>, boot: &BootArgs, arch: Arch) -> Result<(PathBuf, BootImage), Failure> {
+    if boot.initrd.is_some() && boot.kernel.is_none() && !boot.squashfs {
+        return Err(Failure::usage("--initrd goes with --kernel or --squashfs"));
+    }
+    match (prefix, &boot.kernel) {
+        (_, Some(kernel)) => {
+            let cmdline = boot.cmdline.clone().unwrap_or_else(|| format!("console={}", arch.console()));
+            let image = BootImage::Files { kernel: kernel.clone(), initrd: boot.initrd.clone(), cmdline };
+            Ok((kernel.clone(), image))
+        }
+        (Some(prefix), None) if boot.squashfs => {
+            let image = BootImage::Squashfs { prefix: prefix.clone(), initrd: boot.initrd.clone() };
+            Ok((prefix, image))
+        }
+        (Some(prefix), None) if boot.iso => Ok((prefix.clone(), BootImage::Iso(prefix))),
+        (Some(prefix), None) => Ok((prefix.clone(), BootImage::Prefix(prefix))),
+        (None, None) => Err(Failure::usage("IMAGE is missing (see portway run --help)")),
+    }
 }
 
 fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
-    let api = match args.api {
+    let RunArgs { image: prefix, boot, machine, network, life } = args;
+    if let Some(name) = &network.network
+        && (name.is_empty() || name.contains(['/', '\0']) || name.starts_with('.'))
+    {
+        return Err(Failure::usage(format!("--network {name:?} is not a name, such as --network dev")));
+    }
+    let named = network.network.clone().unwrap_or_else(|| "default".into());
+    let api = match network.api {
         Some(UnixPath(path)) => path,
-        None => runtime_socket(&args.network).map_err(Failure::usage)?,
+        None => runtime_socket(&named).map_err(Failure::usage)?,
     };
+    if network.network.is_none() && std::os::unix::net::UnixStream::connect(&api).is_ok() {
+        return Err(Failure::usage(format!(
+            "{}: a network runs there already: VMs that are all started with --network NAME share one",
+            api.display()
+        )));
+    }
+    let shared = network.network.map(|name| SharedNetwork { state_dir: network_state(&name), name });
     let sidecar = std::env::current_exe().map_err(|error| {
         Failure::failed(format!("cannot find this program to start the network: {error}"))
     })?;
-    let (base, image) = match (args.image, args.kernel) {
-        (_, Some(kernel)) => {
-            let image =
-                BootImage::Files { kernel: kernel.clone(), initrd: args.initrd, cmdline: args.cmdline };
-            (kernel, image)
-        }
-        (Some(prefix), None) => (prefix.clone(), BootImage::Prefix(prefix)),
-        (None, None) => return Err(Failure::usage("IMAGE is missing (see portway run --help)")),
-    };
-    let name = args.name.unwrap_or_else(|| name_of(&base));
-    let state_dir = args.state_dir.unwrap_or_else(|| state_beside(&base));
+    let arch = machine.arch.map_or(Arch::HOST, Arch::from);
+    let (base, image) = image(prefix, &boot, arch)?;
+    let name = life.name.unwrap_or_else(|| name_of(&base));
+    let state_dir = life.state_dir.unwrap_or_else(|| state_beside(&base));
     let mut config = LaunchConfig::new(image, name, state_dir, api, sidecar);
-    config.cpus = args.cpus;
-    config.mem_mib = args.mem;
-    config.accel = args.accel.into();
-    config.publish = args.publish.iter().map(ToString::to_string).collect();
-    config.net = args.net.into();
-    config.mtu = args.mtu;
-    config.qemu = args.qemu;
-    config.qemu_args = args.qemu_arg;
-    config.stop_timeout = Duration::from_secs(args.stop_timeout);
-    config.serve_args = vec!["--network".into(), args.network.into()];
-    for (option, values) in [("--dns-upstream", args.dns_upstream), ("--dns-host", args.dns_host)] {
+    config.uefi = boot.uefi;
+    config.firmware = boot.fw;
+    config.arch = arch;
+    config.cpus = machine.cpus;
+    config.mem_mib = machine.mem;
+    config.accel = machine.accel.into();
+    config.disks = machine.disk;
+    config.disposable = machine.disposable;
+    config.data = machine.data.map(Data::Text).or(machine.data_file.map(Data::File));
+    config.cloud_init = machine.cloud_init;
+    config.ignition = machine.ignition;
+    config.shares = machine.virtiofs;
+    config.virtiofsd = machine.virtiofsd;
+    config.devices = machine.device;
+    config.qemu = machine.qemu;
+    config.qemu_args = machine.qemu_arg;
+    config.publish = network.publish.iter().map(ToString::to_string).collect();
+    config.net = network.networking.unwrap_or_else(|| network.net.into());
+    config.mac = network.mac;
+    config.ip = network.ip;
+    config.mtu = network.mtu;
+    config.console = if life.detach { Console::Socket } else { Console::Stdio };
+    config.registry = Some(registry()?);
+    config.stop_timeout = Duration::from_secs(life.stop_timeout);
+    if shared.is_none() {
+        config.serve_args = vec!["--network".into(), named.into()];
+    }
+    config.shared = shared;
+    for (option, values) in [("--dns-upstream", network.dns_upstream), ("--dns-host", network.dns_host)] {
         config.serve_args.extend(values.into_iter().flat_map(|value| [option.into(), value.into()]));
     }
     Ok(config)
+}
+
+/// Where a network that VMs share keeps its leases and its log: $XDG_STATE_HOME, else ~/.local/state.
+fn network_state(name: &str) -> PathBuf {
+    let set = |key: &str| std::env::var_os(key).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = set("XDG_STATE_HOME").or_else(|| set("HOME").map(|home| home.join(".local/state")));
+    base.unwrap_or_else(std::env::temp_dir).join("portway/networks").join(name)
 }
 
 /// A DNS label from a file's name: `images/my_os.v2` is called `my-os-v2`.

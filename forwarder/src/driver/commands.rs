@@ -1,11 +1,12 @@
 //! What the stack asks of the host.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroU16;
 
 use portway_netstack::{FlowId, HostCommand, HostEvent, HostTarget, Service};
 
 use super::{Driver, Slow};
-use crate::host::{HostFlow, HostStream, connect_error};
+use crate::host::{HostFlow, HostStream, connect_error, other_loopback};
 
 impl Driver {
     /// Runs every command that waits.
@@ -43,16 +44,29 @@ impl Driver {
         self.flows.get_mut(id.slot())?.take_if(|f| f.id == id)
     }
 
-    fn connect(&mut self, flow: FlowId, to: SocketAddr) {
+    pub(super) fn connect(&mut self, flow: FlowId, to: SocketAddr) {
+        let fallback = other_loopback(to);
         match HostStream::connect(to, self.keep_alive) {
             Ok(stream) => {
                 // Loopback answers inside `connect`: the flow is served at once, without waiting for the event.
-                self.adopt(HostFlow::dialing(flow, stream));
+                self.adopt(HostFlow { fallback, ..HostFlow::dialing(flow, stream) });
             }
-            Err(error) => {
-                self.stack.handle_host(self.now, HostEvent::Failed { flow, error: connect_error(&error) });
-            }
+            Err(error) => self.not_connected(flow, fallback, &error),
         }
+    }
+
+    /// A connect has failed: the other loopback address is tried, or the guest told.
+    pub(super) fn not_connected(
+        &mut self,
+        flow: FlowId,
+        fallback: Option<NonZeroU16>,
+        error: &std::io::Error,
+    ) {
+        if let Some(port) = fallback {
+            self.connect(flow, SocketAddr::from((Ipv4Addr::LOCALHOST, port.get())));
+            return;
+        }
+        self.stack.handle_host(self.now, HostEvent::Failed { flow, error: connect_error(error) });
     }
 
     /// The other end of the flow is a stream that the control thread serves.

@@ -6,12 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use portway_netstack::{FlowId, HostEvent};
 
 use super::{Driver, Entrance, Kind, token};
-use crate::host::{HostFlow, HostStream, connect_error};
+use crate::host::{HostFlow, HostStream};
 use crate::publish::Listener;
 
-/// Bytes one flow may move in one direction before the next has its turn.
+/// Bytes one flow may send to its host before the next has its turn.
 const TURN: usize = 1 << 20;
-/// Bytes of one `recv`. Small enough to stay in a core's second-level cache until the link has them.
+/// Bytes one flow may take from its host before they are on the link: as many as a core's second-level cache keeps
+/// between the `recv`, the copy into the link's buffer and the `write`.
 const RECV: usize = 256 * 1024;
 
 /// What came of one system call inside a ring's closure.
@@ -38,9 +39,9 @@ impl Driver {
                     self.stack.handle_host(self.now, HostEvent::Connected { flow: id });
                 }
                 Some(Err(error)) => {
+                    let fallback = flow.fallback;
                     self.flows[id.slot()] = None;
-                    self.stack
-                        .handle_host(self.now, HostEvent::Failed { flow: id, error: connect_error(&error) });
+                    self.not_connected(id, fallback, &error);
                     return true;
                 }
             }
@@ -67,7 +68,7 @@ impl Driver {
             }
         }
         let mut read = 0;
-        while flow.readable && !flow.eof && !failed && read < TURN {
+        while flow.readable && !flow.eof && !failed && read < RECV {
             let mut outcome = Outcome::Idle;
             let lent = stack.from_host(now, id, |space| {
                 outcome = from_host(flow, space);
@@ -89,7 +90,7 @@ impl Driver {
             self.stack.handle_host(now, HostEvent::Reset { flow: id });
             return true;
         }
-        if moved >= TURN || read >= TURN {
+        if moved >= TURN || read >= RECV {
             self.ready.push_back(id);
         }
         moved + read > 0

@@ -12,11 +12,15 @@
 //! There is no lock, no channel of buffers and no allocation per packet. Slow things happen in the control thread; they
 //! come in as [`Request`]s and go out as [`Slow`]s.
 
+mod alarm;
 mod backlog;
 mod commands;
 mod flows;
+mod join;
 mod names;
+mod ping;
 mod requests;
+mod routes;
 mod udp;
 
 use std::collections::VecDeque;
@@ -27,8 +31,10 @@ use std::time::Instant as Clock;
 use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
+use self::alarm::Alarm;
 use self::backlog::Backlog;
 pub use self::backlog::Waiting;
+use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
@@ -69,6 +75,9 @@ const TURNS: usize = 8;
 /// VMs beyond the first that the listeners of `vpnkit` links may have together.
 const ARRIVALS: usize = 64;
 
+/// How long those who wait to be accepted wait for a descriptor to come free.
+const STARVED: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// What a token stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -77,9 +86,10 @@ enum Kind {
     Flow,
     Binding,
     Listener,
+    Routes,
 }
 
-const KINDS: [Kind; 5] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener];
+const KINDS: [Kind; 6] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener, Kind::Routes];
 
 /// Bits of a token that say the kind.
 const TOKEN_SHIFT: u32 = 3;
@@ -94,6 +104,8 @@ fn kind_of(token: Token) -> Option<(Kind, usize)> {
 
 /// The token of the waker of `Requests`.
 pub const WAKER: Token = token(Kind::Waker, 0);
+/// The token of the [`Alarm`].
+const ALARM: Token = token(Kind::Waker, 1);
 
 /// One socket of a published port.
 struct Entrance {
@@ -106,6 +118,7 @@ struct Entrance {
 /// The data thread's state.
 pub struct Driver {
     poll: Poll,
+    alarm: Alarm,
     stack: Netstack,
     started: Clock,
     now: Instant,
@@ -117,6 +130,8 @@ pub struct Driver {
     /// Flows with news from their sockets.
     ready: VecDeque<FlowId>,
     udp: UdpSockets,
+    /// News of the host's routes, where guests' depend on them.
+    routes: Option<Routes>,
     published: Vec<Option<Published>>,
     entrances: Vec<Option<Entrance>>,
     /// Entrances that may have somebody waiting.
@@ -131,6 +146,8 @@ pub struct Driver {
     /// Where leases are told. Only the newest matters, so a slow reader misses nothing but what is over.
     leases: tokio::sync::watch::Sender<LeaseBook>,
     events: EventQueue,
+    /// Whether VMs may still come when there is none.
+    joinable: bool,
     ending: bool,
 }
 
@@ -159,8 +176,18 @@ impl Driver {
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
+            ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || routes::has_ipv6())),
+            udp: config.udp.clone(),
             limits: config.limits.clone(),
         };
+        let watched = config.ipv6.as_ref().filter(|v6| v6.follows_host);
+        let routes = watched.and_then(|_| match Routes::watch(poll.registry(), token(Kind::Routes, 0)) {
+            Ok(routes) => Some(routes),
+            Err(error) => {
+                tracing::warn!(%error, "changes of the host's routes are not seen: IPv6 stays as it is now");
+                None
+            }
+        });
         let started = Clock::now();
         let mut stack = Netstack::new(stack, Box::new(MappedRings::new()), seed);
         let mut links = Vec::new();
@@ -177,6 +204,7 @@ impl Driver {
             links.push(made);
         }
         Ok(Self {
+            alarm: Alarm::new(poll.registry(), ALARM)?,
             poll,
             stack,
             started,
@@ -186,6 +214,7 @@ impl Driver {
             flows: Vec::new(),
             ready: VecDeque::new(),
             udp: UdpSockets::new(),
+            routes,
             published: Vec::new(),
             entrances: Vec::new(),
             ready_entrances: Vec::new(),
@@ -196,6 +225,7 @@ impl Driver {
             keep_alive: config.limits.tcp_keepalive,
             leases: tokio::sync::watch::Sender::default(),
             events: EventQueue::default(),
+            joinable: config.join.is_some(),
             ending: false,
         })
     }
@@ -226,11 +256,9 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && !(self.links.iter().all(|l| l.ended)) {
-            match self
-                .poll
-                .poll(&mut events, if busy { Some(std::time::Duration::ZERO) } else { self.timeout() })
-            {
+        while !self.ending && (self.joinable || !self.links.iter().all(|l| l.ended)) {
+            let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
+            match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
@@ -249,22 +277,28 @@ impl Driver {
     }
 
     fn tick(&mut self) {
-        self.now =
-            Instant::from_micros(u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX));
+        self.now = self.instant(Clock::now());
     }
 
-    fn timeout(&self) -> Option<std::time::Duration> {
-        let stack = self.stack.poll_timeout().map(|at| at.since(self.now));
-        let now = Clock::now();
-        let links =
-            self.links.iter().filter_map(Link::wants_tick).map(|at| at.saturating_duration_since(now));
-        let starved = self.starved.then_some(std::time::Duration::from_millis(100));
-        stack.into_iter().chain(links).chain(starved).min()
+    /// A point of the host's clock as the stack counts.
+    fn instant(&self, at: Clock) -> Instant {
+        let since = at.saturating_duration_since(self.started);
+        Instant::from_micros(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// How long the poll may sleep.
+    fn patience(&mut self) -> Option<std::time::Duration> {
+        let ticks = self.links.iter().filter_map(Link::wants_tick);
+        let starved = self.starved.then_some(Clock::now() + STARVED);
+        let host = ticks.chain(starved).min().map(|at| self.instant(at));
+        let at = self.stack.poll_timeout().into_iter().chain(host).min();
+        self.alarm.sleep_until(self.now, at)
     }
 
     fn note(&mut self, event: &mio::event::Event) {
         let Some((kind, n)) = kind_of(event.token()) else { return };
         match kind {
+            Kind::Waker if event.token() == ALARM => self.alarm.rang(),
             Kind::Waker => self.answer_requests(),
             Kind::Link => {
                 let n = n / Tokens::COUNT;
@@ -288,7 +322,13 @@ impl Driver {
                     self.ready.push_back(id);
                 }
             }
-            Kind::Binding => self.udp.note(n),
+            Kind::Binding => self.udp.note(n, event.is_error()),
+            Kind::Routes => {
+                if let Some(routes) = &self.routes {
+                    routes.drain();
+                    self.stack.set_ipv6_uplink(routes::has_ipv6());
+                }
+            }
             Kind::Listener => {
                 if let Some(Some(entrance)) = self.entrances.get_mut(n)
                     && !std::mem::replace(&mut entrance.ready, true)
@@ -367,28 +407,38 @@ impl Driver {
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
         let (entrances, backlog) = (&self.entrances, &self.backlog);
-        let state = link.receive(|frame, offload| match stack.handle_frame(now, port, frame) {
-            Handled::Done => {}
-            Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
-            Handled::Dns { guest, asked, query } => {
-                // At the limit the query is dropped: the guest asks again.
-                if let Some(waiting) = backlog.admit(port) {
-                    let ticket = DnsTicket { guest, asked, port };
-                    let _ = slow.try_send(Slow::Dns(ticket, query.to_vec(), waiting));
-                }
+        let state = link.receive(|frame, offload| {
+            let (whole, mut handled);
+            handled = stack.handle_frame(now, port, frame);
+            if let Handled::Whole(packet) = handled {
+                whole = packet;
+                handled = stack.handle_frame(now, port, &whole);
             }
-            Handled::Forward(to) => {
-                for other in before.iter_mut().chain(after.iter_mut()) {
-                    if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
-                        let target = other.port;
-                        if let Some(sink) = other.sink() {
-                            stack.forward(now, (port, target), frame, offload, sink);
+            match handled {
+                Handled::Done | Handled::Whole(_) => {}
+                Handled::Echo(echo) => udp.ping(registry, &echo),
+                Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
+                Handled::Dns { guest, asked, query } => {
+                    // At the limit the query is dropped: the guest asks again.
+                    if let Some(waiting) = backlog.admit(port) {
+                        let ticket = DnsTicket { guest, asked, port };
+                        let _ = slow.try_send(Slow::Dns(ticket, query.to_vec(), waiting));
+                    }
+                }
+                Handled::Forward(to) => {
+                    for other in before.iter_mut().chain(after.iter_mut()) {
+                        if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
+                            let target = other.port;
+                            if let Some(sink) = other.sink() {
+                                stack.forward(now, (port, target), frame, offload, sink);
+                            }
                         }
                     }
                 }
             }
         });
         udp.flush();
+        self.tell_faults();
         if state == LinkState::Gone {
             self.take_down(n);
         } else if let Some(hello) = self.links[n].take_hello() {

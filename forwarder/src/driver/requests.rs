@@ -46,12 +46,19 @@ impl Driver {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::Join { link, publish, reply } => {
+                    // One who has gone meanwhile does not stay.
+                    if let Err(Ok((port, _))) = reply.send(self.join(&link, publish)) {
+                        self.leave(port);
+                    }
+                }
+                Request::Leave(port) => self.leave(port),
                 Request::Shutdown => self.ending = true,
             }
         }
     }
 
-    fn publish(&mut self, spec: &PublishSpec) -> Vec<Result<PortInfo, PublishError>> {
+    pub(super) fn publish(&mut self, spec: &PublishSpec) -> Vec<Result<PortInfo, PublishError>> {
         (0..spec.count).map(|n| self.publish_one(spec, n)).collect()
     }
 
@@ -128,7 +135,7 @@ impl Driver {
         Ok(infos)
     }
 
-    fn close_entrances(&mut self, published: usize) {
+    pub(super) fn close_entrances(&mut self, published: usize) {
         for (n, at) in (0u32..).zip(&mut self.entrances) {
             if at.take_if(|e| e.published == published).is_some() {
                 self.stack.listener_closed(n);
@@ -172,13 +179,41 @@ impl Driver {
             expires_in_s: l.remaining.map(|d| d.as_secs()),
             fixed: l.fixed,
         };
-        all.map(info).collect()
+        let v6 = self.stack.leases6(self.now).into_iter().map(|l| LeaseInfo {
+            ip: l.ip.to_string(),
+            mac: l.mac.to_string(),
+            name: self.lease6_name(&l).map(|(name, _)| name),
+            expires_in_s: Some(l.remaining.as_secs()),
+            fixed: false,
+        });
+        all.map(info).chain(v6).collect()
+    }
+
+    /// The name of a guest by its IPv6 lease: its link's, the one its IPv4 lease has, or what it sent; and whether it is
+    /// that last one.
+    fn lease6_name(&self, lease: &portway_netstack::dhcp6::Lease6Report) -> Option<(String, bool)> {
+        let v4 = self.stack.leases(self.now).into_iter().find(|l| l.mac == lease.mac);
+        let link = self.links.iter().find(|l| Some(l.port) == lease.port).and_then(|l| l.name.clone());
+        let given = link.or_else(|| v4.and_then(|l| l.name));
+        given.map(|name| (name, false)).or_else(|| lease.name.clone().map(|name| (name, true)))
     }
 
     /// Tells the control thread which leases there are, and which names they give.
     pub(super) fn tell_leases(&mut self) {
         let leases = self.stack.leases(self.now);
-        let names = names::of(&leases, self.link_configs.iter().filter_map(|l| l.name.as_deref()));
+        let links = || self.link_configs.iter().filter_map(|l| l.name.as_deref());
+        let mut names = names::of(&leases, links());
+        let of_v4 = names.len();
+        for lease in self.stack.leases6(self.now) {
+            let Some((name, own)) = self.lease6_name(&lease) else { continue };
+            // One address of each version, of the same machine; a link's name is nobody else's.
+            let owner = names.iter().find(|(known, _)| *known == name).map(|(_, ip)| *ip);
+            let same = owner.is_none_or(|ip| leases.iter().any(|l| l.mac == lease.mac && ip == l.ip));
+            let free = !own || links().all(|link| link != name);
+            if same && free && !names[of_v4..].iter().any(|(known, _)| *known == name) {
+                names.push((name, lease.ip.into()));
+            }
+        }
         let before = self.leases.send_replace(LeaseBook { leases: leases.clone(), names });
         // What is new, or was renewed.
         for lease in leases.iter().filter(|l| l.remaining.is_some()) {
@@ -222,7 +257,7 @@ impl Driver {
 
     fn stats(&self) -> Stats {
         let counters = self.stack.counters();
-        let links = self.links.iter().map(|l| {
+        let links = self.links.iter().filter(|l| !l.ended).map(|l| {
             let c = l.counters();
             LinkStats {
                 name: l.label(),

@@ -1,38 +1,174 @@
-//! Datagrams between guests and host sockets.
+//! Datagrams and echo requests between guests and host sockets.
 //!
-//! One unconnected socket per NAT binding; its kernel address is the binding's for as long as it lives. Datagrams of a
-//! published port's clients come and go through that port's own socket.
+//! One unconnected socket per binding; its kernel address is the binding's for as long as it lives. Datagrams of a
+//! published port's clients come and go through that port's own socket. Echo requests go through ping sockets ([`super::ping`]).
 //!
 //! Both ways go in batches. To the host, datagrams of one binding to one place that come one after the other and have
 //! the same size leave in one system call, as segments (`UDP_SEGMENT`, `udp(7)`); from the host, `recvmmsg(2)`.
+//!
+//! What the network says of a guest's packet, or the kernel when it is sent, goes back to the guest as ICMP. A host that gives
+//! no sockets, or sockets that only fail (after a sleep, say), are not asked in a loop: [`Backoff`], [`FAILURES`].
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant as Clock};
 
 use mio::net::UdpSocket;
 use mio::{Interest, Registry};
+use portway_netstack::icmp::Fault;
 use portway_netstack::udp::BindingId;
-use portway_netstack::{Datagram, UdpPath};
+use portway_netstack::{Datagram, Echo, UdpPath};
 
+use super::ping::{self, Ping};
 use super::{Driver, Entrance, Kind, token};
-use crate::datagrams::{Receiver, send_segments};
+use crate::datagrams::{Receiver, hold_bursts, send_segments};
+use crate::host_errors::{self, Report};
 use crate::publish::Listener;
 
 /// Batches taken from one socket before the next has its turn.
 const TURN: usize = 4;
+/// Calls that fail one after the other before a socket is given up; the guest's next packet makes another.
+const FAILURES: u8 = 16;
+/// Faults of one batch of frames that guests are told of.
+const FAULTS: usize = 256;
+
+/// Keeps a host that gives no sockets from being asked for each packet.
+#[derive(Debug, Default)]
+struct Backoff {
+    until: Option<Clock>,
+    wait: Duration,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(50);
+    const MOST: Duration = Duration::from_secs(5);
+
+    fn admits(&self, now: Clock) -> bool {
+        self.until.is_none_or(|until| until <= now)
+    }
+
+    fn failed(&mut self, now: Clock) {
+        self.wait = if self.wait.is_zero() { Self::FIRST } else { (self.wait * 2).min(Self::MOST) };
+        self.until = Some(now + self.wait);
+    }
+
+    fn succeeded(&mut self) {
+        *self = Self::default();
+    }
+}
 
 struct BindingSocket {
     id: BindingId,
     socket: UdpSocket,
     v6: bool,
+    /// What it is when it is not for datagrams.
+    ping: Option<Ping>,
     /// Whether the kernel and the route take segments; not asked again after the first refusal.
     segments: bool,
+    /// As they are set.
+    hop_limit: u8,
+    dont_fragment: bool,
+    /// Whether its error queue may have something.
+    errors: bool,
+    /// Calls that failed since one did not.
+    failures: u8,
+}
+
+impl BindingSocket {
+    /// Makes the next packets leave as the guest sent them.
+    fn prepare(&mut self, hop_limit: u8, dont_fragment: bool) -> io::Result<()> {
+        if self.hop_limit != hop_limit {
+            host_errors::hop_limit(&self.socket, self.v6, hop_limit)?;
+            self.hop_limit = hop_limit;
+        }
+        if self.dont_fragment != dont_fragment {
+            host_errors::fragmenting(&self.socket, self.v6, !dont_fragment)?;
+            self.dont_fragment = dont_fragment;
+        }
+        Ok(())
+    }
+
+    /// Sends one packet; what the network said of earlier ones, and the kernel of this one, goes to `faults`.
+    fn send(&mut self, payload: &[u8], remote: SocketAddr, faults: &mut Vec<HostFault>) {
+        for _ in 0..2 {
+            let Err(error) = self.socket.send_to(payload, remote) else {
+                self.failures = 0;
+                return;
+            };
+            if error.kind() == io::ErrorKind::WouldBlock {
+                // No room: what is lost is lost, as on a wire.
+                return;
+            }
+            let (mut mine, mut earlier) = (None, false);
+            self.drain(
+                |report| match report.reporter {
+                    None => mine = Some(report.fault),
+                    Some(_) => earlier = true,
+                },
+                faults,
+            );
+            let fault = mine.or_else(|| if earlier { None } else { host_errors::refused(&error) });
+            if let Some(fault) = fault {
+                tracing::debug!(%error, %remote, "a datagram was not sent");
+                push(faults, HostFault::new(self.id, remote, None, fault, payload));
+                return;
+            }
+            // The error was an earlier packet's, and says nothing about this one.
+        }
+        self.failures = self.failures.saturating_add(1);
+    }
+
+    /// Takes what is in the error queue: what routers and peers said goes to `faults`, and everything is shown to `each`.
+    fn drain(&mut self, mut each: impl FnMut(&Report), faults: &mut Vec<HostFault>) {
+        let (id, ping) = (self.id, self.ping.as_ref());
+        host_errors::drain(&self.socket, |report| {
+            each(&report);
+            let ours = ping.is_none_or(|p| p.is_ours(&report.payload));
+            if report.reporter.is_some() && ours {
+                push(faults, HostFault::new(id, report.to, report.reporter, report.fault, &report.payload));
+            }
+        });
+        self.errors = false;
+    }
+}
+
+/// What a guest is to be told.
+pub(super) struct HostFault {
+    binding: BindingId,
+    remote: SocketAddr,
+    reporter: Option<IpAddr>,
+    fault: Fault,
+    payload: Vec<u8>,
+}
+
+impl HostFault {
+    /// More of a packet than any ICMP error quotes.
+    const QUOTED: usize = 1280;
+
+    fn new(
+        binding: BindingId,
+        remote: SocketAddr,
+        reporter: Option<IpAddr>,
+        fault: Fault,
+        payload: &[u8],
+    ) -> Self {
+        let payload = payload.get(..Self::QUOTED).unwrap_or(payload).to_vec();
+        Self { binding, remote, reporter, fault, payload }
+    }
+}
+
+fn push(faults: &mut Vec<HostFault>, fault: HostFault) {
+    if faults.len() < FAULTS {
+        faults.push(fault);
+    }
 }
 
 /// Datagrams that leave together.
 struct Segments {
     binding: BindingId,
     remote: SocketAddr,
+    hop_limit: u8,
+    dont_fragment: bool,
     /// Bytes of each; the last may have fewer.
     size: usize,
     count: usize,
@@ -46,10 +182,12 @@ impl Segments {
     const BYTES: usize = 65_507;
 
     /// Whether a datagram of `len` bytes may join.
-    fn takes(&self, binding: BindingId, remote: SocketAddr, len: usize) -> bool {
+    fn takes(&self, binding: BindingId, datagram: &Datagram<'_>) -> bool {
+        let len = datagram.payload.len();
         self.count > 0
             && self.count < Self::MOST
-            && (self.binding, self.remote) == (binding, remote)
+            && (self.binding, self.remote) == (binding, datagram.remote)
+            && (self.hop_limit, self.dont_fragment) == (datagram.hop_limit, datagram.dont_fragment)
             && len <= self.size
             && len > 0
             && self.bytes.len() == self.count * self.size
@@ -65,27 +203,44 @@ pub(super) struct UdpSockets {
     ready: Vec<usize>,
     receiver: Receiver,
     waiting: Option<Segments>,
+    faults: Vec<HostFault>,
+    /// Echo requests the host does not send on: bindings, and where they went.
+    refused: Vec<(BindingId, SocketAddr, Vec<u8>)>,
+    backoff: Backoff,
+    ping: ping::Permission,
 }
 
 impl UdpSockets {
     pub(super) fn new() -> Self {
-        Self { sockets: Vec::new(), ready: Vec::new(), receiver: Receiver::new(), waiting: None }
+        Self {
+            sockets: Vec::new(),
+            ready: Vec::new(),
+            receiver: Receiver::new(),
+            waiting: None,
+            faults: Vec::new(),
+            refused: Vec::new(),
+            backoff: Backoff::default(),
+            ping: ping::Permission::default(),
+        }
     }
 
-    pub(super) fn note(&mut self, slot: usize) {
+    pub(super) fn note(&mut self, slot: usize, error: bool) {
+        if error && let Some(Some(at)) = self.sockets.get_mut(slot) {
+            at.errors = true;
+        }
         if !self.ready.contains(&slot) {
             self.ready.push(slot);
         }
     }
 
-    /// Sends a guest's datagram, now or with the next [`Self::flush`]. What the host refuses is lost, as datagrams are.
+    /// Sends a guest's datagram, now or with the next [`Self::flush`].
     pub(super) fn send(
         &mut self,
         registry: &Registry,
         datagram: &Datagram<'_>,
         entrances: &[Option<Entrance>],
     ) {
-        let Datagram { remote, payload, path, .. } = *datagram;
+        let Datagram { remote, payload, path, hop_limit, dont_fragment } = *datagram;
         match path {
             UdpPath::Client { listener, client } => {
                 if let Some(Some(Entrance { listener: Listener::Udp(socket, _), .. })) =
@@ -96,9 +251,7 @@ impl UdpSockets {
                 }
             }
             UdpPath::Binding { binding, .. } => {
-                if let Some(waiting) =
-                    self.waiting.as_mut().filter(|w| w.takes(binding, remote, payload.len()))
-                {
+                if let Some(waiting) = self.waiting.as_mut().filter(|w| w.takes(binding, datagram)) {
                     waiting.bytes.extend_from_slice(payload);
                     waiting.count += 1;
                     return;
@@ -106,12 +259,17 @@ impl UdpSockets {
                 self.flush();
                 if let Err(error) = self.socket(registry, binding, remote) {
                     tracing::debug!(%error, %remote, "a datagram was not sent");
+                    if let Some(fault) = host_errors::refused(&error) {
+                        push(&mut self.faults, HostFault::new(binding, remote, None, fault, payload));
+                    }
                     return;
                 }
                 let mut bytes = self.waiting.take().map(|w| w.bytes).unwrap_or_default();
                 bytes.clear();
                 bytes.extend_from_slice(payload);
-                self.waiting = Some(Segments { binding, remote, size: payload.len(), count: 1, bytes });
+                let size = payload.len();
+                self.waiting =
+                    Some(Segments { binding, remote, hop_limit, dont_fragment, size, count: 1, bytes });
             }
         }
     }
@@ -125,14 +283,25 @@ impl UdpSockets {
             return;
         }
         let (bytes, remote) = (&waiting.bytes[..], waiting.remote);
+        if let Err(error) = at.prepare(waiting.hop_limit, waiting.dont_fragment) {
+            tracing::debug!(%error, %remote, "a datagram was not sent");
+            return;
+        }
         if count > 1 && at.segments {
             match send_segments(&at.socket, bytes, waiting.size, remote) {
-                Ok(()) => return,
+                Ok(()) => {
+                    at.failures = 0;
+                    return;
+                }
                 // No room: what is lost is lost, as on a wire.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                // An error of an earlier datagram (ICMP) says nothing about these; a kernel or a route that takes no
-                // segments (EINVAL, EIO, EMSGSIZE) will not take the next either.
-                Err(e) => at.segments = e.kind() == io::ErrorKind::ConnectionRefused,
+                Err(_) => {
+                    // An error of an earlier datagram (ICMP) says nothing about these; a kernel or a route that takes no
+                    // segments (EINVAL, EIO, EMSGSIZE) will not take the next either.
+                    let mut earlier = false;
+                    at.drain(|report| earlier |= report.reporter.is_some(), &mut self.faults);
+                    at.segments = earlier;
+                }
             }
         }
         // Without bytes there is one datagram all the same.
@@ -140,28 +309,90 @@ impl UdpSockets {
         for _ in 0..count {
             let (datagram, after) = rest.split_at(waiting.size.min(rest.len()));
             rest = after;
-            if let Err(error) = at.socket.send_to(datagram, remote) {
-                tracing::debug!(%error, %remote, "a datagram was not sent");
+            at.send(datagram, remote, &mut self.faults);
+        }
+        self.give_up(waiting_slot(&self.waiting));
+    }
+
+    /// Sends a guest's echo request.
+    pub(super) fn ping(&mut self, registry: &Registry, echo: &Echo<'_>) {
+        let Echo { binding, remote, message, hop_limit, dont_fragment } = *echo;
+        let slot = binding.slot();
+        self.make_room(slot);
+        if self.sockets[slot].as_ref().is_none_or(|s| s.id != binding) {
+            if !self.backoff.admits(Clock::now()) {
+                return;
             }
+            let made = self.ping.open(remote.is_ipv6(), slot).and_then(|(mut socket, ping)| {
+                registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
+                host_errors::watch(&socket, remote.is_ipv6())?;
+                Ok((socket, ping))
+            });
+            match made {
+                Ok((socket, ping)) => {
+                    self.backoff.succeeded();
+                    self.sockets[slot] = Some(BindingSocket::new(binding, socket, remote, Some(ping)));
+                }
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                    self.refused.push((binding, remote, message.to_vec()));
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "an echo request was not sent");
+                    self.backoff.failed(Clock::now());
+                    return;
+                }
+            }
+        }
+        let Some(at) = self.sockets[slot].as_mut() else { return };
+        if let Err(error) = at.prepare(hop_limit, dont_fragment) {
+            tracing::debug!(%error, %remote, "an echo request was not sent");
+            return;
+        }
+        let marked = at.ping.as_ref().and_then(|p| p.marked(message, remote.is_ipv6()));
+        at.send(marked.as_deref().unwrap_or(message), remote, &mut self.faults);
+        self.give_up(Some(slot));
+    }
+
+    /// Closes a socket that only fails.
+    fn give_up(&mut self, slot: Option<usize>) {
+        if let Some(at) = slot.and_then(|slot| self.sockets.get_mut(slot))
+            && at.take_if(|s| s.failures >= FAILURES).is_some()
+        {
+            tracing::debug!("a socket only failed and was closed");
         }
     }
 
-    fn socket(&mut self, registry: &Registry, id: BindingId, remote: SocketAddr) -> io::Result<&UdpSocket> {
-        let slot = id.slot();
+    fn make_room(&mut self, slot: usize) {
         if self.sockets.len() <= slot {
             self.sockets.resize_with(slot + 1, || None);
         }
-        let at = &mut self.sockets[slot];
-        if at.as_ref().is_none_or(|s| s.id != id) {
-            let any = match remote {
-                SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-                SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
-            };
-            let mut socket = UdpSocket::bind(any)?;
-            registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
-            *at = Some(BindingSocket { id, socket, v6: remote.is_ipv6(), segments: true });
+    }
+
+    fn socket(&mut self, registry: &Registry, id: BindingId, remote: SocketAddr) -> io::Result<()> {
+        let slot = id.slot();
+        self.make_room(slot);
+        if self.sockets[slot].as_ref().is_some_and(|s| s.id == id) {
+            return Ok(());
         }
-        at.as_ref().map(|s| &s.socket).ok_or_else(|| io::ErrorKind::NotFound.into())
+        // Only where there were failures is the clock asked.
+        if self.backoff.until.is_some() && !self.backoff.admits(Clock::now()) {
+            return Err(io::Error::other("the host gave no socket a moment ago"));
+        }
+        let any = match remote {
+            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        };
+        let made = UdpSocket::bind(any).and_then(|mut socket| {
+            hold_bursts(&socket);
+            host_errors::watch(&socket, remote.is_ipv6())?;
+            registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
+            Ok(socket)
+        });
+        let socket = made.inspect_err(|_| self.backoff.failed(Clock::now()))?;
+        self.backoff.succeeded();
+        self.sockets[slot] = Some(BindingSocket::new(id, socket, remote, None));
+        Ok(())
     }
 
     pub(super) fn close(&mut self, id: BindingId) {
@@ -171,27 +402,77 @@ impl UdpSockets {
     }
 }
 
+fn waiting_slot(waiting: &Option<Segments>) -> Option<usize> {
+    waiting.as_ref().map(|w| w.binding.slot())
+}
+
+impl BindingSocket {
+    fn new(id: BindingId, socket: UdpSocket, remote: SocketAddr, ping: Option<Ping>) -> Self {
+        let v6 = remote.is_ipv6();
+        // Values no packet has: the first sets them.
+        let (hop_limit, dont_fragment) = (0, false);
+        Self { id, socket, v6, ping, segments: true, hop_limit, dont_fragment, errors: false, failures: 0 }
+    }
+}
+
 impl Driver {
+    /// Tells guests what became of their packets.
+    pub(super) fn tell_faults(&mut self) {
+        for f in self.udp.faults.drain(..) {
+            self.stack.host_fault(self.now, f.binding, f.remote, f.reporter, f.fault, &f.payload);
+        }
+        for (binding, remote, message) in self.udp.refused.drain(..) {
+            self.stack.echo_refused(self.now, binding, remote, &message);
+        }
+    }
+
     /// Takes datagrams from every socket that has some. True when there may be more.
     pub(super) fn receive_datagrams(&mut self) -> bool {
         let mut moved = false;
         for slot in std::mem::take(&mut self.udp.ready) {
             moved |= self.receive_binding(slot);
         }
+        if moved || !self.udp.faults.is_empty() {
+            self.tell_faults();
+        }
         moved
     }
 
     fn receive_binding(&mut self, slot: usize) -> bool {
-        let UdpSockets { sockets, receiver, ready, .. } = &mut self.udp;
-        let Some(Some(at)) = sockets.get(slot) else { return false };
+        let UdpSockets { sockets, receiver, ready, faults, .. } = &mut self.udp;
+        let Some(Some(at)) = sockets.get_mut(slot) else { return false };
+        let told = faults.len();
+        if at.errors {
+            at.drain(|_| {}, faults);
+        }
         let Some(port) = self.stack.port_of_binding(at.id) else { return false };
         let Some(sink) = Self::sink(&mut self.links, port) else { return false };
         for n in 0..TURN {
-            let more = receiver.receive(&at.socket, at.v6, |from, bytes| {
-                self.stack.datagram_from_host(at.id, from, bytes, sink)
+            let (id, v6, ping) = (at.id, at.v6, at.ping.as_ref());
+            let received = receiver.receive(&at.socket, at.v6, |from, bytes| match ping {
+                None => self.stack.datagram_from_host(id, from, bytes, sink),
+                Some(ping) => {
+                    if let Some(message) = ping.reply(bytes, v6) {
+                        self.stack.echo_from_host(id, from, message, sink);
+                    }
+                }
             });
-            if !more {
-                return n > 0;
+            match received {
+                Ok(more) => {
+                    at.failures = 0;
+                    if !more {
+                        return n > 0 || faults.len() > told;
+                    }
+                }
+                Err(_) => {
+                    // What an earlier packet of ours caused, mostly: the queue says it better.
+                    at.drain(|_| {}, faults);
+                    at.failures = at.failures.saturating_add(1);
+                    if at.failures >= FAILURES {
+                        self.udp.give_up(Some(slot));
+                        return true;
+                    }
+                }
             }
         }
         ready.push(slot);
@@ -209,8 +490,9 @@ impl Driver {
         };
         let listener = u32::try_from(n).unwrap_or(u32::MAX);
         let (stack, links, now) = (&mut self.stack, &mut self.links, self.now);
+        let mut failures = 0;
         for n in 0..TURN {
-            let more = self.udp.receiver.receive(socket, *v6, |client, bytes| {
+            let received = self.udp.receiver.receive(socket, *v6, |client, bytes| {
                 port.accepted += 1;
                 let Some(ip) = guest else { return };
                 let Some(known) = stack.port_of_guest(ip) else { return };
@@ -218,11 +500,42 @@ impl Driver {
                 let to = SocketAddr::new(ip, port.guest_port);
                 stack.datagram_from_client(now, to, client, listener, bytes, sink);
             });
-            if !more {
-                entrance.ready = false;
-                return n > 0;
+            match received {
+                Ok(true) => {}
+                Ok(false) => {
+                    entrance.ready = false;
+                    return n > 0;
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "a published port's socket failed");
+                    failures += 1;
+                }
             }
         }
-        true
+        // One that only fails is heard again when the kernel says that there is news.
+        entrance.ready = failures < TURN;
+        entrance.ready
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_gives_no_sockets_is_asked_ever_less_often_and_at_once_when_it_does_again() {
+        let (mut backoff, start) = (Backoff::default(), Clock::now());
+        assert!(backoff.admits(start));
+        let mut now = start;
+        for _ in 0..10 {
+            backoff.failed(now);
+            assert!(!backoff.admits(now));
+            now += backoff.wait;
+            assert!(backoff.admits(now));
+        }
+        assert_eq!(backoff.wait, Backoff::MOST);
+        assert!(now - start > Duration::from_secs(15));
+        backoff.succeeded();
+        assert!(backoff.admits(start));
     }
 }

@@ -334,6 +334,14 @@ impl Link {
         Ok(link)
     }
 
+    /// The place of a link that could not be made.
+    #[must_use]
+    pub fn none(config: &LinkConfig, port: PortId, tokens: Tokens) -> Self {
+        let mut link = Self::new(config, port, tokens);
+        link.ended = true;
+        link
+    }
+
     fn new(config: &LinkConfig, port: PortId, tokens: Tokens) -> Self {
         Self {
             port,
@@ -603,6 +611,18 @@ impl Link {
             let _ = std::fs::remove_file(path);
         }
         self.carrier = None;
+    }
+
+    /// Ends the link for good: nobody can attach any more, and its socket is gone.
+    pub fn remove(&mut self, registry: &Registry) {
+        if self.listener.take().is_some()
+            && let LinkAddress::Listen(path) = &self.address
+        {
+            let _ = std::fs::remove_file(path);
+        }
+        self.detach(registry);
+        self.retry_at = None;
+        self.ended = true;
     }
 
     // ---- frames ----

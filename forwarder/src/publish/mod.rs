@@ -190,7 +190,11 @@ fn bind_one(
     let port = socket.local_addr()?.as_socket().map_or(0, |a| a.port());
     let listener = match proto {
         Protocol::Tcp => Listener::Tcp(TcpListener::from_std(socket.into())),
-        Protocol::Udp => Listener::Udp(UdpSocket::from_std(socket.into()), address.is_ipv6()),
+        Protocol::Udp => {
+            let socket = UdpSocket::from_std(socket.into());
+            crate::datagrams::hold_bursts(&socket);
+            Listener::Udp(socket, address.is_ipv6())
+        }
     };
     Ok((listener, port))
 }

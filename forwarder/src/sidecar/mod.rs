@@ -7,6 +7,7 @@
 //! Nothing is left half-started: every listener is bound before `ready` is said, and any failure before that ends the
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
+mod join;
 mod network;
 mod state;
 
@@ -24,6 +25,8 @@ use crate::config::Config;
 use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, LeaseBook, SLOW_LIMIT, Slow, WAKER};
 use crate::request::{Request, Requests};
+use crate::unix_path::Removed;
+use crate::vsock::{PortSockets, Vsock};
 
 /// Runs the network until it is told to end.
 ///
@@ -50,8 +53,12 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         None => None,
     };
     let ports = driver.publish_at_start(&config.publish).context("--publish")?;
+    let (vsocks, _names) = vsocks(config)?;
     let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
     let _api = RemovedAtEnd(&config.api);
+    let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
+    let join = join.context("--join")?;
+    let _join = config.join.as_deref().map(RemovedAtEnd);
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
     }
@@ -63,6 +70,8 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         network: network(config),
         leases: driver.watch_leases(),
         keep: keeper.as_ref().map(state::Keeper::sender),
+        vsocks,
+        join: join.map(|listener| (listener, config.clone())),
     };
     let thread = std::thread::Builder::new().name("control".into());
     thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
@@ -75,6 +84,23 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
     ran?;
     tracing::info!("ended");
     Ok(())
+}
+
+/// The guests' vsocks with the sockets of their ports, and the sockets' names, which go at the end.
+fn vsocks(config: &Config) -> anyhow::Result<(Vec<GuestVsock>, Vec<Removed>)> {
+    let (mut vsocks, mut all_names) = (Vec::new(), Vec::new());
+    for (n, spec) in config.vsock.iter().enumerate() {
+        let vsock = Vsock::open(spec, config.vsock_dir.as_deref()).context("--vsock")?;
+        let mut ports = None;
+        if let Some(dir) = config.vsock_dir.as_ref().filter(|_| !config.vsock_ports.is_empty()) {
+            let bound = PortSockets::bind(dir, vsock.cid(), &config.vsock_ports, n == 0);
+            let (sockets, names) = bound.context("--vsock-ports")?;
+            all_names.extend(names);
+            ports = Some(sockets);
+        }
+        vsocks.push((vsock, ports));
+    }
+    Ok((vsocks, all_names))
 }
 
 fn network(config: &Config) -> NetworkInfo {
@@ -93,11 +119,11 @@ fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
-        gateway: vec![config.gateway.into()],
-        host: vec![config.host_alias.into()],
+        gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
+        host: both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias)),
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
-        subnets: vec![config.subnet],
+        subnets: std::iter::once(config.subnet).chain(config.ipv6.as_ref().map(|v6| v6.subnet)).collect(),
         upstreams: config.dns_upstream.clone(),
         rebind_protection: config.dns_rebind_protection,
         private_domains: config.dns_private.clone(),
@@ -105,6 +131,10 @@ fn dns_config(config: &Config) -> DnsConfig {
         uplinks: Some("/run/systemd/resolve/resolv.conf".into()),
         hosts: config.hosts_file.clone(),
     }
+}
+
+fn both(v4: std::net::Ipv4Addr, v6: Option<std::net::Ipv6Addr>) -> Vec<std::net::IpAddr> {
+    std::iter::once(v4.into()).chain(v6.map(Into::into)).collect()
 }
 
 /// Every flow needs a descriptor: the soft limit goes up to the hard one.
@@ -140,6 +170,9 @@ fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A guest's vsock, and the sockets of its ports where it has some.
+type GuestVsock = (Vsock, Option<PortSockets>);
+
 /// The control thread.
 struct Control {
     requests: Requests,
@@ -147,10 +180,12 @@ struct Control {
     network: NetworkInfo,
     leases: watch::Receiver<LeaseBook>,
     keep: Option<state::Keep>,
+    vsocks: Vec<GuestVsock>,
+    join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
 
 impl Control {
-    fn run(self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
+    fn run(mut self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -168,6 +203,17 @@ impl Control {
                     self.network.clone(),
                 ))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            }
+            for (vsock, ports) in self.vsocks.drain(..) {
+                if let Some(ports) = ports {
+                    tokio::spawn(ports.serve(vsock));
+                }
+            }
+            if let Some((listener, config)) = self.join.take() {
+                match UnixListener::from_std(listener) {
+                    Ok(listener) => drop(tokio::spawn(join::serve(listener, config, self.requests.clone()))),
+                    Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
+                }
             }
             tokio::spawn(end_on_signal(self.requests.clone()));
             tokio::spawn(follow_leases(self.leases.clone(), Arc::clone(&self.dns), self.keep.clone()));

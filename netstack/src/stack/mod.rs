@@ -7,7 +7,9 @@
 //!  frames of all links ─► handle_frame ─► poll_flow* ─► to_host/from_host ─► poll_host* ─► poll_transmit (each port)
 //! ```
 
+mod ip;
 mod outbox;
+mod to_guest;
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -15,24 +17,24 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 pub(crate) use self::outbox::Outbox;
 use crate::config::{PortConfig, StackConfig};
 use crate::dhcp::{self, DhcpServer, LeaseReport, Settings};
+use crate::dhcp6::{Dhcp6Server, Lease6Report, Settings6};
 use crate::drop_reason::{DropCounters, DropReason};
-use crate::host::{
-    Datagram, FlowId, FlowReport, Forward, Handled, HostCommand, HostEvent, HostTarget, OpenError, Service,
-};
-use crate::icmp::{self, RateLimit, Unreachable};
+use crate::fragments::Fragments;
+use crate::host::{FlowId, FlowReport, Forward, Handled, HostCommand, HostEvent, OpenError};
+use crate::icmp::{Fault, RateLimit};
+use crate::ndp;
+use crate::ndp::router::{Advertised, Router};
 use crate::neighbours::Neighbours;
 use crate::rings::RingMemory;
 use crate::segments;
 use crate::sink::{FrameSink, Offload};
 use crate::switch::{Destination, Switch};
-use crate::tcp::{Arrival, FlowKey, Path, Tcp, Verdict};
+use crate::tcp::{FlowKey, Tcp};
 use crate::time::Instant;
 use crate::types::{Mac, PortId};
 use crate::udp::{BindingId, BindingReport, Bindings, Target};
-use crate::wire::{arp, ethernet, ipv4, tcp, udp};
+use crate::wire::{arp, ethernet, ipv4, udp};
 
-/// Addresses of guests that are remembered, on all ports.
-const NEIGHBOURS: usize = 4096;
 /// The port of the DNS service.
 const DNS: u16 = 53;
 
@@ -56,6 +58,8 @@ struct Port {
     /// Whether the link segments and checksums TCP for us.
     offload: bool,
     answers: RateLimit,
+    /// Whether its guest has spoken IPv6.
+    ipv6: bool,
 }
 
 /// The network.
@@ -66,11 +70,18 @@ pub struct Netstack {
     switch: Switch,
     neighbours: Neighbours,
     dhcp: DhcpServer,
+    dhcp6: Option<Dhcp6Server>,
+    router: Option<Router>,
+    fragments: Fragments,
+    /// Of the last packet of ours that was cut.
+    fragment_id: u32,
     udp: Bindings,
     tcp: Tcp,
     commands: VecDeque<HostCommand>,
     drops: DropCounters,
     dns_queries: u64,
+    /// Of IPv6; the DHCPv4 server knows of its own.
+    leases_changed: bool,
     seed: u64,
 }
 
@@ -95,17 +106,34 @@ impl Netstack {
             ntp: config.ntp.clone(),
             lease_time: config.lease_time,
         };
+        let domains: Vec<String> = std::iter::once(&config.domain).chain(&config.search).cloned().collect();
+        let (mac, leases) = (config.gateway_mac, config.limits.leases);
+        let router = config.ipv6.as_ref().and_then(|v6| {
+            let IpAddr::V6(prefix) = v6.subnet.network() else { return None };
+            let (link_local, resolver) = (ndp::link_local(mac), v6.gateway);
+            let advertised = Advertised { mac, link_local, prefix, resolver, domains: domains.clone() };
+            Some(Router::new(advertised, v6.uplink, seed))
+        });
+        let dhcp6 = config.ipv6.as_ref().map(|v6| {
+            let (subnet, resolver) = (v6.subnet, v6.gateway);
+            Dhcp6Server::new(Settings6 { mac, subnet, resolver, domains }, leases)
+        });
         Self {
             ports: Vec::new(),
             outboxes: Vec::new(),
             switch: Switch::new(config.gateway_mac, config.limits.macs, seed),
-            neighbours: Neighbours::new(NEIGHBOURS, seed),
+            neighbours: Neighbours::new(config.limits.addresses, seed),
             dhcp: DhcpServer::new(settings, config.subnet, config.limits.leases, &config.static_leases),
-            udp: Bindings::new(config.limits.udp_bindings, seed),
+            dhcp6,
+            router,
+            fragments: Fragments::new(seed),
+            fragment_id: u32::try_from(seed & 0xffff_ffff).unwrap_or(0),
+            udp: Bindings::new(&config.limits, config.udp.clone(), seed),
             tcp: Tcp::new(config.limits.clone(), config.gateway_mac, memory, seed),
             commands: VecDeque::new(),
             drops: DropCounters::default(),
             dns_queries: 0,
+            leases_changed: false,
             seed,
             config,
         }
@@ -119,7 +147,7 @@ impl Netstack {
         let port =
             PortId(u16::try_from(slot).expect("links are given by the operator, far fewer than 65536"));
         self.tcp_up(now, port, config.mtu, offload);
-        self.ports.push(Some(Port { config, offload, answers: RateLimit::new(now) }));
+        self.ports.push(Some(Port { config, offload, answers: RateLimit::new(now), ipv6: false }));
         self.outboxes.push(Some(Outbox::new(self.config.limits.outbox_bytes)));
         port
     }
@@ -141,6 +169,14 @@ impl Netstack {
         self.tcp_up(now, port, mtu, offload);
     }
 
+    /// Another guest than before is to be behind `port`, which is down.
+    pub fn set_port(&mut self, now: Instant, port: PortId, config: PortConfig) {
+        let Some(Some(at)) = self.ports.get_mut(usize::from(port.0)) else { return };
+        let (mtu, offload) = (config.mtu, at.offload);
+        at.config = config;
+        self.tcp_up(now, port, mtu, offload);
+    }
+
     /// The VMM of a port is gone: its flows are reset, its bindings closed, its addresses free for others. The port
     /// itself stays, for the VMM may come back.
     pub fn port_down(&mut self, port: PortId) {
@@ -149,6 +185,13 @@ impl Netstack {
         self.switch.port_down(port);
         self.neighbours.port_down(port);
         self.dhcp.port_down(port);
+        self.fragments.port_down(port);
+        if let Some(dhcp6) = &mut self.dhcp6 {
+            dhcp6.port_down(port);
+        }
+        if let Some(Some(at)) = self.ports.get_mut(usize::from(port.0)) {
+            at.ipv6 = false;
+        }
         if let Some(outbox) = self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut) {
             *outbox = Outbox::new(self.config.limits.outbox_bytes);
         }
@@ -201,37 +244,6 @@ impl Netstack {
         }
     }
 
-    /// A frame between guests must not claim an address of ours or of another port.
-    fn check_claim(
-        &mut self,
-        now: Instant,
-        port: PortId,
-        header: ethernet::Header,
-        payload: &[u8],
-    ) -> Result<(), DropReason> {
-        let source = match header.kind {
-            ethernet::IPV4 => ipv4::parse(payload)?.header.src,
-            ethernet::ARP => arp::parse(payload)?.sender_ip,
-            _ => return Ok(()),
-        };
-        if source.is_unspecified() { Ok(()) } else { self.claim(now, port, header.src, source) }
-    }
-
-    /// Notes that the guest `mac` on `port` uses `ip`.
-    fn claim(&mut self, now: Instant, port: PortId, mac: Mac, ip: Ipv4Addr) -> Result<(), DropReason> {
-        let v4 = IpAddr::V4(ip);
-        let reserved = self.config.is_ours(v4)
-            || Some(v4) == self.config.subnet.broadcast()
-            || v4 == self.config.subnet.network();
-        if !self.config.subnet.contains(v4) || reserved || self.dhcp.is_elsewhere(now, ip, port) {
-            return Err(DropReason::SourceSpoofed);
-        }
-        if self.neighbours.learn(v4, port, mac)? && self.tcp.is_resolving() {
-            self.tcp.resolved(now, port, v4, mac, &mut self.commands);
-        }
-        Ok(())
-    }
-
     fn to_gateway<'f>(
         &mut self,
         now: Instant,
@@ -241,11 +253,12 @@ impl Netstack {
     ) -> Result<Handled<'f>, DropReason> {
         match header.kind {
             ethernet::IPV4 => self.ipv4(now, port, header, payload),
+            ethernet::IPV6 => self.ipv6(now, port, header, payload),
             ethernet::ARP => {
                 let message = arp::parse(payload)?;
                 // RFC 5227: a probe has no sender address yet.
                 if !message.sender_ip.is_unspecified() {
-                    self.claim(now, port, header.src, message.sender_ip)?;
+                    self.claim(now, port, header.src, message.sender_ip.into())?;
                 }
                 if message.operation == arp::Operation::Request
                     && self.config.is_ours(message.target_ip.into())
@@ -266,190 +279,6 @@ impl Netstack {
         }
     }
 
-    fn ipv4<'f>(
-        &mut self,
-        now: Instant,
-        port: PortId,
-        header: ethernet::Header,
-        payload: &'f [u8],
-    ) -> Result<Handled<'f>, DropReason> {
-        let packet = ipv4::parse(payload)?;
-        let (src, dst) = (packet.header.src, packet.header.dst);
-        if packet.header.fragment {
-            return Err(DropReason::Fragment);
-        }
-        if packet.header.protocol == ipv4::UDP {
-            let (ports, body) = udp::parse(packet.payload)?;
-            if ports.dst == 67 && (dst.is_broadcast() || dst == self.config.gateway) {
-                return self.dhcp(now, port, header.src, body).map(|()| Handled::Done);
-            }
-            self.claim(now, port, header.src, src)?;
-            self.forbid_groups(dst)?;
-            return self.udp(now, port, header.src, packet, ports, body);
-        }
-        self.claim(now, port, header.src, src)?;
-        self.forbid_groups(dst)?;
-        match packet.header.protocol {
-            ipv4::TCP => self.tcp(now, port, header.src, packet).map(|()| Handled::Done),
-            ipv4::ICMP => self.icmp(now, port, header.src, packet).map(|()| Handled::Done),
-            _ => {
-                self.unreachable(now, port, header.src, dst, Unreachable::Prohibited, packet.bytes)?;
-                Err(DropReason::UnknownProtocol)
-            }
-        }
-    }
-
-    fn forbid_groups(&self, dst: Ipv4Addr) -> Result<(), DropReason> {
-        let directed = Some(IpAddr::V4(dst)) == self.config.subnet.broadcast();
-        if dst.is_multicast() || dst.is_broadcast() || directed { Err(DropReason::Multicast) } else { Ok(()) }
-    }
-
-    /// A destination of a guest as the host knows it. `Err` when policy forbids it.
-    fn host_view(&self, dst: SocketAddr) -> Result<SocketAddr, DropReason> {
-        let ip = match dst.ip() {
-            IpAddr::V4(ip) if ip == self.config.host_alias && self.config.host_loopback => {
-                IpAddr::V4(Ipv4Addr::LOCALHOST)
-            }
-            // The gateway serves what it serves; nothing of the host stands behind it.
-            IpAddr::V4(ip) if ip == self.config.host_alias || ip == self.config.gateway => {
-                return Err(DropReason::Forbidden);
-            }
-            IpAddr::V4(ip) if ip.is_link_local() && !self.config.metadata => {
-                return Err(DropReason::Forbidden);
-            }
-            IpAddr::V4(ip) if ip.is_loopback() || ip.octets()[0] == 0 => return Err(DropReason::Forbidden),
-            // An address of the subnet that no guest has: there is nobody, and the host's network of the same
-            // numbers is not meant.
-            ip if self.config.subnet.contains(ip) => return Err(DropReason::NotForUs),
-            ip => ip,
-        };
-        Ok(SocketAddr::new(ip, dst.port()))
-    }
-
-    /// An address of the host as the guest knows it.
-    fn guest_view(&self, remote: SocketAddr) -> SocketAddr {
-        let alias = IpAddr::V4(self.config.host_alias);
-        let ip = match remote.ip().to_canonical() {
-            ip if ip.is_loopback() || ip.is_ipv6() || self.config.subnet.contains(ip) => alias,
-            ip => ip,
-        };
-        SocketAddr::new(ip, remote.port())
-    }
-
-    fn tcp(
-        &mut self,
-        now: Instant,
-        port: PortId,
-        guest_mac: Mac,
-        packet: ipv4::Packet<'_>,
-    ) -> Result<(), DropReason> {
-        let segment = tcp::parse(packet.payload)?;
-        let key = FlowKey::new(
-            port,
-            SocketAddr::new(packet.header.src.into(), segment.src),
-            SocketAddr::new(packet.header.dst.into(), segment.dst),
-        );
-        let path = Path { gateway: self.config.gateway_mac, guest: guest_mac };
-        let arrival = Arrival { key, path, segment, packet: packet.bytes };
-        let Some(outbox) = self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut) else {
-            return Err(DropReason::NotForUs);
-        };
-        match self.tcp.from_guest(now, arrival, outbox, &mut self.commands) {
-            Verdict::Done(result) => result,
-            Verdict::Syn => {
-                let target = if key.remote() == SocketAddr::new(self.config.gateway.into(), DNS) {
-                    Ok(HostTarget::Service(Service::Dns))
-                } else {
-                    self.host_view(key.remote()).map(HostTarget::Address)
-                };
-                match target {
-                    Ok(target) => {
-                        let Some(outbox) =
-                            self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut)
-                        else {
-                            return Err(DropReason::NotForUs);
-                        };
-                        self.tcp.dial(now, arrival, target, outbox, &mut self.commands)
-                    }
-                    Err(DropReason::NotForUs) => {
-                        self.unreachable(
-                            now,
-                            port,
-                            guest_mac,
-                            packet.header.dst,
-                            Unreachable::Host,
-                            packet.bytes,
-                        )?;
-                        Err(DropReason::NotForUs)
-                    }
-                    Err(reason) => {
-                        if let Some(outbox) =
-                            self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut)
-                        {
-                            self.tcp.reject(now, port, path, packet.bytes, outbox);
-                        }
-                        Err(reason)
-                    }
-                }
-            }
-        }
-    }
-
-    fn udp<'f>(
-        &mut self,
-        now: Instant,
-        port: PortId,
-        mac: Mac,
-        packet: ipv4::Packet<'f>,
-        ports: udp::Header,
-        payload: &'f [u8],
-    ) -> Result<Handled<'f>, DropReason> {
-        let guest = SocketAddr::new(packet.header.src.into(), ports.src);
-        let seen = SocketAddr::new(packet.header.dst.into(), ports.dst);
-        if seen.ip() == IpAddr::V4(self.config.gateway) {
-            if ports.dst == DNS {
-                self.dns_queries += 1;
-                return Ok(Handled::Dns { guest, asked: seen, query: payload });
-            }
-            self.unreachable(now, port, mac, self.config.gateway, Unreachable::Port, packet.bytes)?;
-            return Err(DropReason::NotForUs);
-        }
-        match self.host_view(seen) {
-            Ok(remote) => {
-                let path = self.udp.to_host(now, Target { port, mac, guest }, seen, remote, payload.len());
-                Ok(Handled::Datagram(Datagram { path, remote, payload }))
-            }
-            Err(reason) => {
-                let code =
-                    if reason == DropReason::NotForUs { Unreachable::Host } else { Unreachable::Prohibited };
-                self.unreachable(now, port, mac, self.config.gateway, code, packet.bytes)?;
-                Err(reason)
-            }
-        }
-    }
-
-    fn icmp(
-        &mut self,
-        now: Instant,
-        port: PortId,
-        mac: Mac,
-        packet: ipv4::Packet<'_>,
-    ) -> Result<(), DropReason> {
-        if !icmp::is_echo_request(packet.payload)? {
-            return Err(DropReason::UnknownProtocol);
-        }
-        let dst = packet.header.dst;
-        if !self.config.is_ours(dst.into()) {
-            // Echo beyond the gateway needs ping sockets, which this release does not have: said, not timed out.
-            self.unreachable(now, port, mac, self.config.gateway, Unreachable::Prohibited, packet.bytes)?;
-            return Err(DropReason::UnknownProtocol);
-        }
-        self.limit(now, port)?;
-        let reply = icmp::echo_reply(dst, packet.header.src, packet.payload);
-        self.answer_ip(port, mac, &reply);
-        Ok(())
-    }
-
     fn dhcp(&mut self, now: Instant, port: PortId, from: Mac, bytes: &[u8]) -> Result<(), DropReason> {
         let config =
             &self.ports.get(usize::from(port.0)).and_then(Option::as_ref).ok_or(DropReason::NotForUs)?.config;
@@ -460,50 +289,10 @@ impl Netstack {
         let mut packet = Vec::with_capacity(ipv4::HEADER + udp::HEADER + reply.bytes.len());
         let length = u16::try_from(udp::HEADER + reply.bytes.len()).map_err(|_| DropReason::BadDhcp)?;
         packet.extend(ipv4::header(gateway, reply.dst, ipv4::UDP, length));
-        packet.extend(udp::header_v4((gateway, 67), (reply.dst, reply.dst_port), &reply.bytes));
+        packet.extend(udp::header((gateway, 67).into(), (reply.dst, reply.dst_port).into(), &reply.bytes));
         packet.extend(&reply.bytes);
         self.answer_ip(port, reply.dst_mac, &packet);
         Ok(())
-    }
-
-    // ---- answers of our own ----
-
-    fn limit(&mut self, now: Instant, port: PortId) -> Result<(), DropReason> {
-        let port =
-            self.ports.get_mut(usize::from(port.0)).and_then(Option::as_mut).ok_or(DropReason::NotForUs)?;
-        port.answers.take(now)
-    }
-
-    fn unreachable(
-        &mut self,
-        now: Instant,
-        port: PortId,
-        mac: Mac,
-        from: Ipv4Addr,
-        code: Unreachable,
-        about: &[u8],
-    ) -> Result<(), DropReason> {
-        self.limit(now, port)?;
-        // An error comes from a router: the gateway speaks for addresses that are not there.
-        let from = if self.config.is_ours(from.into()) { from } else { self.config.gateway };
-        if let Some(error) = icmp::unreachable(from, code, about) {
-            self.answer_ip(port, mac, &error);
-        }
-        Ok(())
-    }
-
-    fn answer(&mut self, port: PortId, frame: &[u8]) {
-        if let Some(outbox) = self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut) {
-            outbox.push(frame);
-        }
-    }
-
-    fn answer_ip(&mut self, port: PortId, mac: Mac, packet: &[u8]) {
-        let header =
-            ethernet::Header { dst: mac, src: self.config.gateway_mac, kind: ethernet::IPV4 }.bytes();
-        if let Some(outbox) = self.outboxes.get_mut(usize::from(port.0)).and_then(Option::as_mut) {
-            outbox.frame(&header, packet.len(), |body| body.copy_from_slice(packet));
-        }
     }
 
     // ---- between guests ----
@@ -561,14 +350,16 @@ impl Netstack {
     /// Tells the guest that sent `frame` which MTU would fit.
     fn too_big(&mut self, now: Instant, port: PortId, mtu: u16, frame: &[u8]) -> Result<(), DropReason> {
         let (header, packet) = ethernet::parse(frame)?;
-        if header.kind != ethernet::IPV4 || header.dst.is_group() {
+        if header.dst.is_group() {
             return Ok(());
         }
-        self.limit(now, port)?;
-        if let Some(error) = icmp::too_big(self.config.gateway, mtu, packet) {
-            self.answer_ip(port, header.src, &error);
-        }
-        Ok(())
+        let from = match header.kind {
+            ethernet::IPV4 => self.gateway(false),
+            ethernet::IPV6 => self.gateway(true),
+            _ => None,
+        };
+        let Some(from) = from else { return Ok(()) };
+        self.tell(now, port, header.src, from, Fault::TooBig(mtu.into()), packet)
     }
 
     // ---- the host side ----
@@ -577,8 +368,8 @@ impl Netstack {
     pub fn handle_host(&mut self, now: Instant, event: HostEvent) {
         if let Some((key, mac, syn, error)) =
             self.tcp.handle_host(now, event, &mut self.outboxes, &mut self.commands)
-            && let IpAddr::V4(remote) = key.remote().ip()
-            && let Err(reason) = self.unreachable(now, key.port, mac, remote, error.into(), &syn)
+            && let Err(reason) =
+                self.tell(now, key.port, mac, key.remote().ip(), Fault::Unreachable(error.into()), &syn)
         {
             self.drops.count(reason);
         }
@@ -627,7 +418,7 @@ impl Netstack {
     }
 
     /// Opens a connection of a published port's `client` to `guest`. The guest sees the client's own address, or the
-    /// host alias where that would be loopback, IPv6, or an address of the subnet (a guest must not take a
+    /// host alias where that would be loopback, of the other version, or an address of the subnet (a guest must not take a
     /// connection from outside for one of its own: CVE-2021-20199).
     ///
     /// # Errors
@@ -638,13 +429,13 @@ impl Netstack {
         guest: SocketAddr,
         client: SocketAddr,
     ) -> Result<FlowId, OpenError> {
-        if !self.config.subnet.contains(guest.ip()) || self.config.is_ours(guest.ip()) || guest.port() == 0 {
+        if !self.is_guests(guest.ip()) || guest.port() == 0 {
             return Err(OpenError::NoGuest);
         }
-        let seen = self.guest_view(client);
+        let seen = self.client_view(client, guest.is_ipv6());
         let Some(known) = self.neighbours.get(guest.ip()) else {
             let id = self.tcp.open_unresolved(now, guest, seen)?;
-            self.ask_arp(guest.ip());
+            self.ask(guest.ip());
             return Ok(id);
         };
         let ports = std::iter::once(seen.port()).chain((49_152..=u16::MAX).rev().take(1024));
@@ -657,21 +448,6 @@ impl Netstack {
         Err(OpenError::Limit)
     }
 
-    fn ask_arp(&mut self, ip: IpAddr) {
-        let IpAddr::V4(target_ip) = ip else { return };
-        let request = arp::Message {
-            operation: arp::Operation::Request,
-            sender_mac: self.config.gateway_mac,
-            sender_ip: self.config.gateway,
-            target_mac: Mac([0; 6]),
-            target_ip,
-        };
-        let frame = arp::frame(&request, Mac::BROADCAST);
-        for outbox in self.outboxes.iter_mut().flatten() {
-            outbox.push(&frame);
-        }
-    }
-
     /// A datagram from `remote` for the socket of `binding`, into the sink of the port that [`Self::port_of_binding`]
     /// names.
     pub fn datagram_from_host(
@@ -682,7 +458,10 @@ impl Netstack {
         sink: &mut impl FrameSink,
     ) {
         let result = self.udp.from_host(binding, remote, payload.len());
-        let result = result.and_then(|target| self.datagram(target, self.guest_view(remote), payload, sink));
+        let result = result.and_then(|target| {
+            let seen = self.guest_view(remote, target.guest.is_ipv6());
+            self.datagram(target, seen, payload, sink)
+        });
         if let Err(reason) = result {
             self.drops.count(reason);
         }
@@ -694,11 +473,11 @@ impl Netstack {
         self.udp.port_of(binding)
     }
 
-    /// The port behind which `guest` is, for [`Self::datagram_from_client`]; asks by ARP when it is not known.
+    /// The port behind which `guest` is, for [`Self::datagram_from_client`]; asks who has it when it is not known.
     pub fn port_of_guest(&mut self, guest: IpAddr) -> Option<PortId> {
         let known = self.neighbours.get(guest).map(|n| n.port);
         if known.is_none() {
-            self.ask_arp(guest);
+            self.ask(guest);
         }
         known
     }
@@ -716,7 +495,7 @@ impl Netstack {
     ) {
         let Some(known) = self.neighbours.get(guest.ip()) else { return };
         let target = Target { port: known.port, mac: known.mac, guest };
-        let mut seen = self.guest_view(client);
+        let mut seen = self.client_view(client, guest.is_ipv6());
         // Two clients that look alike to the guest (127.0.0.1 and ::1 with the same port) are told apart by port.
         for port in std::iter::once(seen.port()).chain((49_152..=u16::MAX).rev().take(1024)) {
             seen.set_port(port);
@@ -751,42 +530,6 @@ impl Netstack {
         }
     }
 
-    /// One UDP datagram to a guest.
-    fn datagram(
-        &self,
-        to: Target,
-        from: SocketAddr,
-        payload: &[u8],
-        sink: &mut impl FrameSink,
-    ) -> Result<(), DropReason> {
-        let (IpAddr::V4(src), IpAddr::V4(dst)) = (from.ip(), to.guest.ip()) else {
-            return Err(DropReason::NotForUs);
-        };
-        let port =
-            self.ports.get(usize::from(to.port.0)).and_then(Option::as_ref).ok_or(DropReason::NotForUs)?;
-        let length = u16::try_from(payload.len() + udp::HEADER).map_err(|_| DropReason::TooBig)?;
-        if usize::from(length) + ipv4::HEADER > usize::from(port.config.mtu) {
-            return Err(DropReason::TooBig);
-        }
-        if !sink.has_room() {
-            return Err(DropReason::LinkFull);
-        }
-        let header =
-            ethernet::Header { dst: to.mac, src: self.config.gateway_mac, kind: ethernet::IPV4 }.bytes();
-        let ip = ipv4::header(src, dst, ipv4::UDP, length);
-        let udp = udp::header_v4((src, from.port()), (dst, to.guest.port()), payload);
-        let len = header.len() + ip.len() + udp.len() + payload.len();
-        let written = sink.frame(len, Offload::default(), |frame| {
-            let mut rest = frame;
-            for part in [&header[..], &ip, &udp, payload] {
-                let (here, after) = rest.split_at_mut(part.len());
-                here.copy_from_slice(part);
-                rest = after;
-            }
-        });
-        written.ok_or(DropReason::LinkFull)
-    }
-
     // ---- frames out ----
 
     /// Writes what waits for `port` into its sink: answers first, then every flow that has something to send. True
@@ -814,7 +557,9 @@ impl Netstack {
     /// When `handle_timeout` has to be called, unless something else happens before.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.tcp.poll_timeout(), self.udp.poll_timeout(), self.dhcp.poll_timeout()]
+        let router = self.router.as_ref().and_then(Router::poll_timeout);
+        let (fragments, dhcp) = (self.fragments.poll_timeout(), self.dhcp.poll_timeout());
+        [self.tcp.poll_timeout(), self.udp.poll_timeout(), fragments, dhcp, router]
             .into_iter()
             .flatten()
             .min()
@@ -825,10 +570,25 @@ impl Netstack {
         let mut ask = Vec::new();
         self.tcp.handle_timeout(now, &mut self.commands, |ip| ask.push(ip));
         for ip in ask {
-            self.ask_arp(ip);
+            self.ask(ip);
         }
         self.udp.handle_timeout(now);
         self.dhcp.handle_timeout(now);
+        while let Some(expired) = self.fragments.pop_expired(now) {
+            self.drops.count(DropReason::FragmentTimeout);
+            // RFC 792, RFC 8200 §4.5: told when the first piece came.
+            let Some(about) = expired.first else { continue };
+            let from = self.gateway(about.first().is_some_and(|b| b >> 4 == 6));
+            if let Some(from) = from
+                && let Err(reason) =
+                    self.tell(now, expired.port, expired.mac, from, Fault::Reassembly, &about)
+            {
+                self.drops.count(reason);
+            }
+        }
+        if self.router.as_mut().is_some_and(|router| router.is_due(now)) {
+            self.advertise_to_all();
+        }
     }
 
     /// Resets every flow toward its guest; `poll_transmit` sends the RSTs. For the end of the process.
@@ -842,6 +602,12 @@ impl Netstack {
     #[must_use]
     pub fn leases(&self, now: Instant) -> Vec<LeaseReport> {
         self.dhcp.reports(now)
+    }
+
+    /// Every lease of an IPv6 address in use.
+    #[must_use]
+    pub fn leases6(&self, now: Instant) -> Vec<Lease6Report> {
+        self.dhcp6.as_ref().map_or_else(Vec::new, |d| d.reports(now))
     }
 
     /// Takes leases of an earlier run back.
@@ -869,7 +635,8 @@ impl Netstack {
 
     /// Whether leases were made, renewed or ended since this was last asked.
     pub fn leases_changed(&mut self) -> bool {
-        self.dhcp.take_changed()
+        // Both are asked: each answers once.
+        std::mem::take(&mut self.leases_changed) | self.dhcp.take_changed()
     }
 
     /// Every TCP flow.

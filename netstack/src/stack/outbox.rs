@@ -26,18 +26,32 @@ impl Outbox {
         len: usize,
         fill: impl FnOnce(&mut [u8]) -> R,
     ) -> R {
+        self.queue(ethernet::HEADER + len, |bytes| bytes.extend_from_slice(header), fill)
+    }
+
+    /// Queues a frame of `size` bytes: what `begin` appends, then what `fill` writes.
+    fn queue<R>(
+        &mut self,
+        size: usize,
+        begin: impl FnOnce(&mut Vec<u8>),
+        fill: impl FnOnce(&mut [u8]) -> R,
+    ) -> R {
         let start = self.bytes.len();
-        let size = u32::try_from(ethernet::HEADER + len).unwrap_or(u32::MAX);
-        self.bytes.extend_from_slice(&size.to_ne_bytes());
-        self.bytes.extend_from_slice(header);
+        self.bytes.extend_from_slice(&u32::try_from(size).unwrap_or(u32::MAX).to_ne_bytes());
+        begin(&mut self.bytes);
         let body = self.bytes.len();
-        self.bytes.resize(body + len, 0);
+        self.bytes.resize(start + 4 + size, 0);
         let result = fill(&mut self.bytes[body..]);
         if self.bytes.len() - self.read > self.limit {
             self.bytes.truncate(start);
             self.dropped += 1;
         }
         result
+    }
+
+    /// Queues a frame of `len` bytes that `fill` writes.
+    pub(crate) fn whole<R>(&mut self, len: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+        self.queue(len, |_| {}, fill)
     }
 
     /// Queues a whole frame.

@@ -20,10 +20,12 @@ use crate::wire::{
 };
 
 /// How long the acknowledgment of a small segment may wait for bytes that carry it: the answer to a request that comes
-/// soon saves everybody a frame. RFC 1122 §4.2.3.2 allows 500 ms; this is so short that a guest whose Nagle algorithm
-/// waits for it does not mind. Large segments and FINs are acknowledged at once: a guest in slow start waits for
-/// nothing else.
-pub(super) const ACK_DELAY: Duration = Duration::from_millis(1);
+/// soon saves everybody a frame. RFC 1122 §4.2.3.2 allows 500 ms. Large segments and FINs are acknowledged at once: a guest
+/// in slow start waits for nothing else.
+pub(super) const ACK_DELAY: Duration = Duration::from_millis(5);
+/// Small segments that are acknowledged at once after one was waited for in vain: the guest may have held its next bytes back
+/// for that acknowledgment (Nagle's algorithm).
+const QUICK: u8 = 16;
 /// Payload bytes below which a segment is no part of a bulk transfer: less than fills a frame at any usual MTU.
 const SMALL: u32 = 1200;
 
@@ -180,6 +182,8 @@ pub(super) struct Live {
     remembered: u8,
     /// What the guest sent last is acknowledged without delay.
     ack_now: bool,
+    /// Small segments that are still to be acknowledged without delay.
+    quick: u8,
     /// When it was last counted among the senders.
     pub(super) sent_in: u64,
 }
@@ -209,6 +213,7 @@ impl Live {
             advertised: Advertised::default(),
             remembered: 0,
             ack_now: false,
+            quick: 0,
             sent_in: 0,
         }
     }
@@ -217,6 +222,11 @@ impl Live {
     /// [`ACK_DELAY`] leaves at once.
     pub(super) const fn take_ack_haste(&mut self) -> Duration {
         if std::mem::replace(&mut self.ack_now, false) { ACK_DELAY } else { Duration::ZERO }
+    }
+
+    /// No answer came within [`ACK_DELAY`]: the guest does not ask and wait.
+    pub(super) const fn waited_in_vain(&mut self) {
+        self.quick = QUICK;
     }
 
     /// The guest's SYN or SYN|ACK says whether windows are scaled.
@@ -324,6 +334,10 @@ impl Live {
             self.seen_end = segment.end();
         }
         self.ack_now |= segment.payload >= SMALL || segment.has(tcp::FIN);
+        if segment.payload > 0 && self.quick > 0 {
+            self.quick -= 1;
+            self.ack_now = true;
+        }
         if self.owes_fin && matches!(state, State::Established | State::CloseWait) {
             self.owes_fin = false;
             self.socket.tcp().close();

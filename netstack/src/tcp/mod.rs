@@ -819,9 +819,14 @@ impl Tcp {
                         // Only smoltcp's own timers have something to send; the rest is re-armed below.
                         let due = {
                             let Life::Live(live) = &mut flow.life else { continue };
-                            port.iface
+                            let due = port
+                                .iface
                                 .poll_at(engine_time(live.clock(now)), &live.socket.set)
-                                .is_some_and(|t| our_time(t) <= now)
+                                .is_some_and(|t| our_time(t) <= now);
+                            if due {
+                                live.waited_in_vain();
+                            }
+                            due
                         };
                         if due {
                             Self::queue(port, flow, id);

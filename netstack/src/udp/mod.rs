@@ -6,31 +6,36 @@
 //!  datagram from host ─► binding ─► filter ─► guest
 //! ```
 //! The mapping is endpoint-independent (RFC 4787 REQ-1): one host socket for each address and port of a guest, for
-//! every destination. The filter is address-dependent (§5): any port of an address the guest has sent to may
-//! answer. A binding lives 5 min after the last datagram *from the guest* (REQ-5, REQ-6), 30 s when it has only ever
-//! spoken to port 53 (REQ-5a allows it there). At most `Limits::udp_bindings` per port of each kind; the idlest goes.
-//! Each remembers the [`PEERS`] addresses it sent to last.
+//! every destination. The filter is address-dependent (§5) unless [`crate::UdpFilter`] says otherwise: any port of an address the
+//! guest has sent to may answer. A binding lives 5 min (or [`UdpConfig::idle`]) after the last datagram *from the guest*
+//! (REQ-5, REQ-6), 30 s when it has only ever spoken to port 53 (REQ-5a allows it there). At most `Limits::udp_bindings` per
+//! port of each kind; the idlest goes. Each remembers the [`PEERS`] it sent to last, or up to twice as many.
+//!
+//! Echo requests are bindings too (RFC 5508 §3): the identifier stands for the port, they live [`IDLE_ECHO`], and
+//! `Limits::pings` of a port are remembered.
 
-mod lru;
+mod peers;
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use ahash::RandomState;
 
-use self::lru::Lru;
+use crate::config::{Limits, UdpConfig};
 use crate::drop_reason::DropReason;
 use crate::host::UdpPath;
+use crate::lru::{Links, Lru};
 use crate::time::{Duration, Instant};
 use crate::timer::TimerWheel;
 use crate::types::{Mac, PortId};
 
-/// Addresses a binding remembers for its filter; the one sent to longest ago is forgotten first.
-pub const PEERS: usize = 16;
-/// See the module documentation.
-pub const IDLE: Duration = Duration::from_secs(300);
+pub use self::peers::PEERS;
+use self::peers::Peers;
+
 /// See the module documentation.
 pub const IDLE_DNS: Duration = Duration::from_secs(30);
+/// See the module documentation (RFC 5508 REQ-2: 60 s at the least).
+pub const IDLE_ECHO: Duration = Duration::from_secs(60);
 
 /// One binding; the slot is small and reused, the generation tells it from an earlier one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,7 +52,7 @@ impl BindingId {
     }
 }
 
-/// What a listing says of one binding.
+/// What a listing says of one binding of UDP, or one client of a published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BindingReport {
     /// The guest's end.
@@ -70,8 +75,21 @@ pub struct BindingReport {
 enum Key {
     /// A binding.
     Guest(PortId, SocketAddr),
+    /// A binding of echo requests: the guest's address, with the identifier for a port.
+    Echo(PortId, SocketAddr),
     /// A client of a published port: the guest's end, and the client as the guest sees it.
     Client(SocketAddr, SocketAddr),
+}
+
+impl Key {
+    /// Which of a port's lists it is in.
+    const fn kind(&self) -> usize {
+        match self {
+            Self::Guest(..) => 0,
+            Self::Client(..) => 1,
+            Self::Echo(..) => 2,
+        }
+    }
 }
 
 struct Entry {
@@ -87,12 +105,21 @@ struct Entry {
     last_active: Instant,
     bytes_to_host: u64,
     bytes_to_guest: u64,
-    peers: Vec<IpAddr>,
+    peers: Peers,
 }
 
 impl Entry {
-    fn ends(&self) -> Instant {
-        self.last_active + if self.dns_only { IDLE_DNS } else { IDLE }
+    fn ends(&self, idle: Duration) -> Instant {
+        self.last_active
+            + match self.key {
+                Key::Echo(..) => IDLE_ECHO,
+                _ if self.dns_only => IDLE_DNS.min(idle),
+                _ => idle,
+            }
+    }
+
+    fn target(&self) -> Target {
+        Target { port: self.port, mac: self.mac, guest: self.guest }
     }
 }
 
@@ -109,32 +136,35 @@ pub(crate) struct Bindings {
     slots: Vec<(u32, Option<Entry>)>,
     free: Vec<u32>,
     by_key: HashMap<Key, u32, RandomState>,
-    /// Per port, oldest activity first: bindings, then clients.
-    ages: Vec<[Lru; 2]>,
-    lru: lru::Links,
+    /// Per port, oldest activity first, by kind of key.
+    ages: Vec<[Lru; 3]>,
+    lru: Links,
     wheel: TimerWheel<BindingId>,
     closed: VecDeque<BindingId>,
-    limit: usize,
+    /// By kind of key.
+    limits: [usize; 3],
+    config: UdpConfig,
     bindings: usize,
 }
 
 impl Bindings {
-    pub(crate) fn new(limit: usize, seed: u64) -> Self {
+    pub(crate) fn new(limits: &Limits, config: UdpConfig, seed: u64) -> Self {
         let keys = RandomState::with_seeds(seed.rotate_left(40), seed, !seed, 3);
         Self {
             slots: Vec::new(),
             free: Vec::new(),
             by_key: HashMap::with_hasher(keys),
             ages: Vec::new(),
-            lru: lru::Links::default(),
+            lru: Links::default(),
             wheel: TimerWheel::new(),
             closed: VecDeque::new(),
-            limit,
+            limits: [limits.udp_bindings, limits.udp_bindings, limits.pings],
+            config,
             bindings: 0,
         }
     }
 
-    /// Bindings now, published clients not counted.
+    /// Bindings of UDP now, published clients not counted.
     pub(crate) const fn len(&self) -> usize {
         self.bindings
     }
@@ -158,26 +188,46 @@ impl Bindings {
             self.touch(slot);
             return path;
         }
-        let key = Key::Guest(port, guest);
+        let (binding, new) =
+            self.outbound(now, Key::Guest(port, guest), Target { port, mac, guest }, remote, bytes);
+        UdpPath::Binding { binding, new }
+    }
+
+    /// An echo request `from` a guest to `remote`; the identifier stands in the place of the guest's port.
+    pub(crate) fn echo_to_host(
+        &mut self,
+        now: Instant,
+        from: Target,
+        remote: SocketAddr,
+        bytes: usize,
+    ) -> BindingId {
+        self.outbound(now, Key::Echo(from.port, from.guest), from, remote, bytes).0
+    }
+
+    fn outbound(
+        &mut self,
+        now: Instant,
+        key: Key,
+        from: Target,
+        remote: SocketAddr,
+        bytes: usize,
+    ) -> (BindingId, bool) {
         let known = self.by_key.get(&key).copied();
         let new = known.is_none();
         let slot = known.unwrap_or_else(|| self.insert(now, key, from, remote, 0));
+        let filter = self.config.filter;
         if let Some(entry) = self.entry(slot) {
-            entry.mac = mac;
+            entry.mac = from.mac;
             entry.last_active = now;
             entry.bytes_to_host += bytes as u64;
             entry.dns_only &= remote.port() == 53;
             if entry.remote != remote || new {
                 entry.remote = remote;
-                entry.peers.retain(|p| *p != remote.ip());
-                if entry.peers.len() >= PEERS {
-                    entry.peers.remove(0);
-                }
-                entry.peers.push(remote.ip());
+                entry.peers.note(filter, remote);
             }
         }
         self.touch(slot);
-        UdpPath::Binding { binding: self.id(slot), new }
+        (self.id(slot), new)
     }
 
     /// A datagram from the host at `remote` for a binding.
@@ -187,14 +237,22 @@ impl Bindings {
         remote: SocketAddr,
         bytes: usize,
     ) -> Result<Target, DropReason> {
-        let (_, entry) =
-            self.slots.get_mut(id.slot()).filter(|s| s.0 == id.generation).ok_or(DropReason::Filtered)?;
-        let entry = entry.as_mut().ok_or(DropReason::Filtered)?;
-        if !entry.peers.contains(&remote.ip()) {
-            return Err(DropReason::Filtered);
-        }
+        let filter = self.config.filter;
+        let entry = self.known(id).filter(|e| e.peers.admit(filter, remote)).ok_or(DropReason::Filtered)?;
         entry.bytes_to_guest += bytes as u64;
-        Ok(Target { port: entry.port, mac: entry.mac, guest: entry.guest })
+        Ok(entry.target())
+    }
+
+    /// Whom an error about a packet to `remote` concerns, and whether that was an echo request. The guest must have sent
+    /// there.
+    pub(crate) fn blamed(&mut self, id: BindingId, remote: SocketAddr) -> Result<(Target, bool), DropReason> {
+        let filter = self.config.filter;
+        let entry = self.known(id).filter(|e| e.peers.admit(filter, remote)).ok_or(DropReason::Filtered)?;
+        Ok((entry.target(), matches!(entry.key, Key::Echo(..))))
+    }
+
+    fn known(&mut self, id: BindingId) -> Option<&mut Entry> {
+        self.slots.get_mut(id.slot()).filter(|s| s.0 == id.generation)?.1.as_mut()
     }
 
     /// A datagram of `client` to a published port of `guest`, which knows the client as `seen`. `listener` is the
@@ -269,7 +327,8 @@ impl Bindings {
             if self.slots.get(id.slot()).is_none_or(|s| s.0 != id.generation) {
                 continue;
             }
-            let Some(ends) = self.entry(id.slot).map(|e| e.ends()) else { continue };
+            let idle = self.config.idle;
+            let Some(ends) = self.entry(id.slot).map(|e| e.ends(idle)) else { continue };
             if ends <= now {
                 self.remove(id.slot);
             } else {
@@ -279,7 +338,8 @@ impl Bindings {
     }
 
     pub(crate) fn reports(&self, now: Instant) -> impl Iterator<Item = BindingReport> + '_ {
-        self.slots.iter().filter_map(|(_, e)| e.as_ref()).map(move |e| BindingReport {
+        let entries = self.slots.iter().filter_map(|(_, e)| e.as_ref());
+        entries.filter(|e| !matches!(e.key, Key::Echo(..))).map(move |e| BindingReport {
             guest: e.guest,
             remote: e.remote,
             published: matches!(e.key, Key::Client(..)),
@@ -303,7 +363,7 @@ impl Bindings {
         if self.ages.len() <= at {
             self.ages.resize_with(at + 1, Default::default);
         }
-        &mut self.ages[at][usize::from(matches!(key, Key::Client(..)))]
+        &mut self.ages[at][key.kind()]
     }
 
     fn touch(&mut self, slot: u32) {
@@ -316,7 +376,7 @@ impl Bindings {
     fn insert(&mut self, now: Instant, key: Key, guest: Target, remote: SocketAddr, listener: u32) -> u32 {
         let Target { port, mac, guest } = guest;
         let age = *self.ages(port, &key);
-        if age.len >= self.limit
+        if age.len >= self.limits[key.kind()]
             && let Some(idlest) = age.oldest()
         {
             self.remove(idlest);
@@ -333,7 +393,7 @@ impl Bindings {
             last_active: now,
             bytes_to_host: 0,
             bytes_to_guest: 0,
-            peers: Vec::new(),
+            peers: Peers::default(),
         };
         let slot = if let Some(slot) = self.free.pop() {
             self.slots[slot as usize].1 = Some(entry);
@@ -362,9 +422,13 @@ impl Bindings {
         self.lru.unlink(&mut age, slot);
         *self.ages(entry.port, &entry.key) = age;
         self.free.push(slot);
-        if matches!(entry.key, Key::Guest(..)) {
-            self.bindings -= 1;
-            self.closed.push_back(id);
+        match entry.key {
+            Key::Guest(..) => {
+                self.bindings -= 1;
+                self.closed.push_back(id);
+            }
+            Key::Echo(..) => self.closed.push_back(id),
+            Key::Client(..) => {}
         }
     }
 }

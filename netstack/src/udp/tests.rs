@@ -1,4 +1,5 @@
 use super::*;
+use crate::config::UdpFilter;
 
 const PORT: PortId = PortId(0);
 const MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
@@ -11,7 +12,14 @@ struct Table(Bindings, Instant);
 
 impl Table {
     fn new(limit: usize) -> Self {
-        Self(Bindings::new(limit, 42), Instant::ZERO)
+        Self::with(limit, UdpConfig::default())
+    }
+    fn with(limit: usize, config: UdpConfig) -> Self {
+        let limits = Limits { udp_bindings: limit, pings: limit, ..Limits::default() };
+        Self(Bindings::new(&limits, config, 42), Instant::ZERO)
+    }
+    fn pings(&mut self, guest: &str, to: &str) -> BindingId {
+        self.0.echo_to_host(self.1, Target { port: PORT, mac: MAC, guest: addr(guest) }, addr(to), 10)
     }
     fn sends(&mut self, guest: &str, to: &str) -> (BindingId, bool) {
         match self.0.to_host(
@@ -86,14 +94,54 @@ fn at_the_limit_the_idlest_binding_goes() {
 }
 
 #[test]
-fn a_binding_remembers_the_last_sixteen_addresses() {
+fn a_binding_remembers_at_least_the_last_peers_and_at_most_twice_as_many() {
     let mut t = Table::new(2);
-    let (a, _) = t.sends("192.168.127.2:1", "192.0.2.0:7");
-    for n in 1..=PEERS {
-        t.sends("192.168.127.2:1", &format!("192.0.2.{n}:7"));
+    let peer = |n: usize| format!("10.1.{}.{}:7", n / 250, n % 250);
+    let (a, _) = t.sends("192.168.127.2:1", &peer(0));
+    for n in 1..=2 * PEERS {
+        t.sends("192.168.127.2:1", &peer(n));
     }
-    assert!(!t.answers(a, "192.0.2.0:7"));
-    assert!(t.answers(a, "192.0.2.1:7"));
+    assert!(!t.answers(a, &peer(0)));
+    for n in PEERS + 1..=2 * PEERS {
+        assert!(t.answers(a, &peer(n)), "{n}");
+    }
+}
+
+#[test]
+fn rfc_4787_5_the_filter_is_the_operators_choice() {
+    for (filter, same, port, stranger) in [
+        (UdpFilter::Address, true, true, false),
+        (UdpFilter::Endpoint, true, false, false),
+        (UdpFilter::Any, true, true, true),
+    ] {
+        let mut t = Table::with(8, UdpConfig { filter, ..UdpConfig::default() });
+        let (a, _) = t.sends("192.168.127.2:5000", "192.0.2.1:7");
+        let seen = ["192.0.2.1:7", "192.0.2.1:8", "192.0.2.2:7"].map(|from| t.answers(a, from));
+        assert_eq!(seen, [same, port, stranger], "{filter:?}");
+    }
+}
+
+#[test]
+fn the_idle_time_is_the_operators_choice() {
+    let mut t = Table::with(8, UdpConfig { idle: Duration::from_secs(120), ..UdpConfig::default() });
+    let (a, _) = t.sends("192.168.127.2:5000", "192.0.2.1:7");
+    assert!(t.after(Duration::from_secs(119)).is_empty());
+    assert_eq!(t.after(Duration::from_secs(1)), [a]);
+}
+
+#[test]
+fn rfc_5508_3_an_identifier_is_a_binding_of_its_own_and_lives_a_minute() {
+    let mut t = Table::new(1);
+    let (udp, _) = t.sends("192.168.127.2:7", "192.0.2.1:7");
+    let a = t.pings("192.168.127.2:7", "192.0.2.1:0");
+    assert!(a != udp && t.pings("192.168.127.2:7", "192.0.2.9:0") == a);
+    assert!(t.answers(a, "192.0.2.1:0") && t.answers(a, "192.0.2.9:0") && !t.answers(a, "192.0.2.8:0"));
+    assert_eq!(t.0.blamed(a, addr("192.0.2.1:0")).map(|(_, echo)| echo), Ok(true));
+    // At the limit of its kind the idlest goes.
+    let b = t.pings("192.168.127.2:8", "192.0.2.1:0");
+    assert_eq!(t.after(Duration::from_secs(59)), [a]);
+    assert_eq!(t.after(Duration::from_secs(1)), [b]);
+    assert_eq!(t.0.len(), 1);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::checksum;
+pub use super::ipv6::Fragment;
 use crate::drop_reason::DropReason;
 
 /// Bytes of a header without options.
@@ -14,6 +15,9 @@ pub const TCP: u8 = 6;
 /// UDP's protocol number.
 pub const UDP: u8 = 17;
 
+const DONT_FRAGMENT: u16 = 0x4000;
+const MORE_FRAGMENTS: u16 = 0x2000;
+
 /// What of a header matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
@@ -23,8 +27,12 @@ pub struct Header {
     pub dst: Ipv4Addr,
     /// Protocol number.
     pub protocol: u8,
+    /// Time to live.
+    pub hop_limit: u8,
     /// Whether this is a fragment (offset not zero, or more to come).
     pub fragment: bool,
+    /// Whether nobody may fragment it (RFC 791's DF).
+    pub dont_fragment: bool,
 }
 
 /// A packet cut out of its frame: Ethernet's padding is gone.
@@ -38,13 +46,29 @@ pub struct Packet<'f> {
     pub payload: &'f [u8],
 }
 
+impl Packet<'_> {
+    /// Where this fragment belongs.
+    #[must_use]
+    pub fn fragment(&self) -> Fragment {
+        let Some(&[_, _, _, _, i0, i1, f0, f1]) = self.bytes.first_chunk() else {
+            return Fragment { id: 0, offset: 0, more: false };
+        };
+        let field = u16::from_be_bytes([f0, f1]);
+        Fragment {
+            id: u32::from(u16::from_be_bytes([i0, i1])),
+            offset: usize::from(field & 0x1fff) * 8,
+            more: field & MORE_FRAGMENTS != 0,
+        }
+    }
+}
+
 /// Reads one packet.
 ///
 /// # Errors
 /// `BadIpHeader` for a wrong version or header length, `BadLength` when Total Length exceeds the frame or is below
 /// the header's, `BadChecksum` when the header checksum is wrong.
 pub fn parse(bytes: &[u8]) -> Result<Packet<'_>, DropReason> {
-    let Some((&[v, _, l0, l1, _, _, f0, f1, _, protocol, _, _, s0, s1, s2, s3, d0, d1, d2, d3], _)) =
+    let Some((&[v, _, l0, l1, _, _, f0, f1, hop_limit, protocol, _, _, s0, s1, s2, s3, d0, d1, d2, d3], _)) =
         bytes.split_first_chunk::<HEADER>()
     else {
         return Err(DropReason::Truncated);
@@ -63,7 +87,9 @@ pub fn parse(bytes: &[u8]) -> Result<Packet<'_>, DropReason> {
         src: Ipv4Addr::new(s0, s1, s2, s3),
         dst: Ipv4Addr::new(d0, d1, d2, d3),
         protocol,
+        hop_limit,
         fragment: u16::from_be_bytes([f0, f1]) & 0x3fff != 0,
+        dont_fragment: u16::from_be_bytes([f0, f1]) & DONT_FRAGMENT != 0,
     };
     Ok(Packet { header, bytes, payload })
 }
@@ -71,11 +97,29 @@ pub fn parse(bytes: &[u8]) -> Result<Packet<'_>, DropReason> {
 /// A header for a packet of our own: no options, don't fragment, TTL 64. `payload` is its length in bytes.
 #[must_use]
 pub fn header(src: Ipv4Addr, dst: Ipv4Addr, protocol: u8, payload: u16) -> [u8; HEADER] {
+    written(src, dst, protocol, payload, 0, DONT_FRAGMENT)
+}
+
+/// The header of a fragment of our own. Of `fragment.id` the lower 16 bits count.
+#[must_use]
+pub fn fragment_header(
+    src: Ipv4Addr,
+    dst: Ipv4Addr,
+    protocol: u8,
+    payload: u16,
+    fragment: Fragment,
+) -> [u8; HEADER] {
+    let offset = u16::try_from(fragment.offset / 8).unwrap_or(0) & 0x1fff;
+    let id = u16::try_from(fragment.id & 0xffff).unwrap_or(0);
+    written(src, dst, protocol, payload, id, offset | if fragment.more { MORE_FRAGMENTS } else { 0 })
+}
+
+fn written(src: Ipv4Addr, dst: Ipv4Addr, protocol: u8, payload: u16, id: u16, field: u16) -> [u8; HEADER] {
     let total = payload.saturating_add(20).to_be_bytes();
-    let (s, d) = (src.octets(), dst.octets());
+    let (s, d, id, f) = (src.octets(), dst.octets(), id.to_be_bytes(), field.to_be_bytes());
     let mut out = [
-        0x45, 0, total[0], total[1], 0, 0, 0x40, 0, 64, protocol, 0, 0, s[0], s[1], s[2], s[3], d[0], d[1],
-        d[2], d[3],
+        0x45, 0, total[0], total[1], id[0], id[1], f[0], f[1], 64, protocol, 0, 0, s[0], s[1], s[2], s[3],
+        d[0], d[1], d[2], d[3],
     ];
     let sum = checksum(&[&out]).to_be_bytes();
     out[10] = sum[0];
@@ -94,6 +138,16 @@ mod tests {
         let read = parse(&packet).unwrap();
         assert_eq!(read.payload, [1, 2, 3]);
         assert_eq!((read.header.protocol, read.header.fragment), (UDP, false));
+    }
+
+    #[test]
+    fn a_fragments_place_is_read_as_it_was_written() {
+        let place = Fragment { id: 0xbeef, offset: 1480, more: true };
+        let mut packet =
+            fragment_header(Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2), UDP, 8, place).to_vec();
+        packet.extend([0; 8]);
+        let read = parse(&packet).unwrap();
+        assert_eq!((read.fragment(), read.header.fragment, read.header.dont_fragment), (place, true, false));
     }
 
     #[test]

@@ -9,6 +9,8 @@
 pub mod arp;
 pub mod ethernet;
 pub mod ipv4;
+pub mod ipv6;
+pub mod labels;
 pub mod tcp;
 pub mod udp;
 

@@ -1,6 +1,6 @@
 //! UDP (RFC 768).
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::checksum;
 use crate::drop_reason::DropReason;
@@ -31,17 +31,27 @@ pub fn parse(bytes: &[u8]) -> Result<(Header, &[u8]), DropReason> {
     if header.dst == 0 { Err(DropReason::BadUdpHeader) } else { Ok((header, payload)) }
 }
 
-/// The header of a datagram of ours over IPv4, with its checksum.
+/// The header of a datagram of ours, with its checksum.
 #[must_use]
-pub fn header_v4(src: (Ipv4Addr, u16), dst: (Ipv4Addr, u16), payload: &[u8]) -> [u8; HEADER] {
+pub fn header(src: SocketAddr, dst: SocketAddr, payload: &[u8]) -> [u8; HEADER] {
     let length = u16::try_from(payload.len() + HEADER).unwrap_or(u16::MAX).to_be_bytes();
-    let (s, d) = (src.1.to_be_bytes(), dst.1.to_be_bytes());
+    let (s, d) = (src.port().to_be_bytes(), dst.port().to_be_bytes());
     let mut out = [s[0], s[1], d[0], d[1], length[0], length[1], 0, 0];
     let pseudo = [0, super::ipv4::UDP, length[0], length[1]];
-    let sum = checksum(&[&src.0.octets(), &dst.0.octets(), &pseudo, &out, payload]);
-    // RFC 768: a sum of zero is sent as all ones; zero means that there is none.
+    let sum = match (src.ip(), dst.ip()) {
+        (IpAddr::V4(s), IpAddr::V4(d)) => checksum(&[&s.octets(), &d.octets(), &pseudo, &out, payload]),
+        (s, d) => checksum(&[&mapped(s), &mapped(d), &pseudo, &out, payload]),
+    };
+    // RFC 768: a sum of zero is sent as all ones; zero means that there is none, which IPv6 does not know.
     let sum = if sum == 0 { 0xffff } else { sum }.to_be_bytes();
     out[6] = sum[0];
     out[7] = sum[1];
     out
+}
+
+fn mapped(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
 }

@@ -4,17 +4,24 @@
 
 pub mod real;
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use etherparse::{PacketBuilder, TcpOptionElement};
+use etherparse::{PacketBuilder, PacketBuilderStep, TcpOptionElement};
 use portway_netstack::{
-    DropReason, Duration, FlowId, FrameSink, Handled, HostCommand, HostEvent, Instant, Limits, Mac, Netstack,
-    Offload, PortConfig, PortId, RingClass, RingMemory, Rings, StackConfig,
+    DropReason, Duration, FlowId, FrameSink, Handled, HostCommand, HostEvent, Instant, Ipv6Config, Limits,
+    Mac, Netstack, Offload, PortConfig, PortId, RingClass, RingMemory, Rings, StackConfig, UdpConfig,
 };
 
 pub const GATEWAY_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
 pub const GATEWAY: &str = "192.168.127.1";
 pub const ALIAS: &str = "192.168.127.254";
+pub const GATEWAY6: &str = "fd00:77::1";
+pub const ALIAS6: &str = "fd00:77::254";
+/// The gateway's link-local address: the router.
+pub const ROUTER: &str = "fe80::5894:efff:fee4:cdd";
+/// The first guest's addresses.
+pub const GUEST6: &str = "fd00:77::2";
+pub const GUEST6_LOCAL: &str = "fe80::ff:fe00:1";
 
 /// Rings on the heap, for ever.
 pub struct HeapRings {
@@ -55,10 +62,38 @@ impl FrameSink for Wire {
 /// What a guest sees, as far as tests speak of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seen {
-    Tcp { src: String, dst: String, flags: &'static str, seq: u32, ack: u32, window: u16, payload: Vec<u8> },
-    Udp { src: String, dst: String, payload: Vec<u8> },
-    Icmp { src: String, kind: u8, code: u8, rest: Vec<u8> },
-    Arp { is_reply: bool, sender: String, target: String },
+    Tcp {
+        src: String,
+        dst: String,
+        flags: &'static str,
+        seq: u32,
+        ack: u32,
+        window: u16,
+        payload: Vec<u8>,
+    },
+    Udp {
+        src: String,
+        dst: String,
+        payload: Vec<u8>,
+    },
+    Icmp {
+        src: String,
+        dst: String,
+        kind: u8,
+        code: u8,
+        rest: Vec<u8>,
+    },
+    /// A fragment: where its bytes begin, and how many they are.
+    Fragment {
+        offset: usize,
+        more: bool,
+        len: usize,
+    },
+    Arp {
+        is_reply: bool,
+        sender: String,
+        target: String,
+    },
 }
 
 impl Seen {
@@ -76,12 +111,18 @@ pub fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-pub fn v4(text: &str) -> SocketAddrV4 {
+pub fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-pub fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
+/// The beginning of a packet of a guest, to the gateway's Ethernet address.
+pub fn ip(mac: Mac, from: IpAddr, to: IpAddr, hop_limit: u8) -> PacketBuilderStep<etherparse::IpHeaders> {
+    let b = PacketBuilder::ethernet2(mac.0, GATEWAY_MAC.0);
+    match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => b.ipv4(from.octets(), to.octets(), hop_limit),
+        (IpAddr::V6(from), IpAddr::V6(to)) => b.ipv6(from.octets(), to.octets(), hop_limit),
+        _ => panic!("{from} and {to} are of two versions"),
+    }
 }
 
 pub fn config(limits: Limits) -> StackConfig {
@@ -97,6 +138,13 @@ pub fn config(limits: Limits) -> StackConfig {
         static_leases: vec![],
         host_loopback: true,
         metadata: false,
+        ipv6: Some(Ipv6Config {
+            subnet: "fd00:77::/64".parse().unwrap(),
+            gateway: GATEWAY6.parse().unwrap(),
+            host_alias: ALIAS6.parse().unwrap(),
+            uplink: true,
+        }),
+        udp: UdpConfig::default(),
         limits,
     }
 }
@@ -111,8 +159,8 @@ pub struct Lab {
 /// One segment a guest sends.
 #[derive(Clone)]
 pub struct Segment {
-    pub from: SocketAddrV4,
-    pub to: SocketAddrV4,
+    pub from: SocketAddr,
+    pub to: SocketAddr,
     pub seq: u32,
     pub ack: Option<u32>,
     pub flags: &'static str,
@@ -124,7 +172,7 @@ pub struct Segment {
 
 pub fn segment(flags: &'static str, from: &str, to: &str, seq: u32, ack: u32) -> Segment {
     let ack = (flags != "S" && flags != "R").then_some(ack);
-    Segment { from: v4(from), to: v4(to), seq, ack, flags, window: 65_535, scale: None, payload: vec![] }
+    Segment { from: addr(from), to: addr(to), seq, ack, flags, window: 65_535, scale: None, payload: vec![] }
 }
 
 impl Segment {
@@ -139,9 +187,12 @@ impl Segment {
     }
 
     pub fn frame(&self, mac: Mac) -> Vec<u8> {
-        let mut b = PacketBuilder::ethernet2(mac.0, GATEWAY_MAC.0)
-            .ipv4(self.from.ip().octets(), self.to.ip().octets(), 64)
-            .tcp(self.from.port(), self.to.port(), self.seq, self.window);
+        let mut b = ip(mac, self.from.ip(), self.to.ip(), 64).tcp(
+            self.from.port(),
+            self.to.port(),
+            self.seq,
+            self.window,
+        );
         for flag in self.flags.chars() {
             b = match flag {
                 'S' => b.syn(),
@@ -245,6 +296,35 @@ impl Lab {
         self.guest_sees();
     }
 
+    /// The guest speaks IPv6: the stack knows where its addresses are.
+    pub fn guest_announces_v6(&mut self) {
+        self.guest_sends(&segment("A", "[fd00:77::2]:9", "[fd00:77::1]:9", 1, 1));
+        self.guest_sees();
+    }
+
+    /// An ICMPv6 message of guest `n`: type, code and four bytes of it, and what follows.
+    pub fn icmp6<'f>(
+        &mut self,
+        n: usize,
+        from: &str,
+        to: &str,
+        hop_limit: u8,
+        (head, body): ([u8; 6], &[u8]),
+        frame: &'f mut Vec<u8>,
+    ) -> Handled<'f> {
+        let (from, to): (std::net::Ipv6Addr, std::net::Ipv6Addr) =
+            (from.parse().unwrap(), to.parse().unwrap());
+        let [kind, code, rest @ ..] = head;
+        frame.clear();
+        let b = ip(mac_of(n), from.into(), to.into(), hop_limit);
+        b.icmpv6_raw(kind, code, rest).write(frame, body).unwrap();
+        if to.is_multicast() {
+            frame[..2].copy_from_slice(&[0x33, 0x33]);
+            frame[2..6].copy_from_slice(&to.octets()[12..]);
+        }
+        self.frame(n, frame)
+    }
+
     /// The bytes of the segments the guest was sent, in order.
     pub fn guest_reads(&mut self) -> Vec<u8> {
         let payload = |seen| if let Seen::Tcp { payload, .. } = seen { payload } else { panic!("{seen:?}") };
@@ -252,12 +332,8 @@ impl Lab {
     }
 
     pub fn udp<'f>(&mut self, from: &str, to: &str, payload: &[u8], frame: &'f mut Vec<u8>) -> Handled<'f> {
-        let (from, to) = (v4(from), v4(to));
-        let b = PacketBuilder::ethernet2(mac_of(0).0, GATEWAY_MAC.0).ipv4(
-            from.ip().octets(),
-            to.ip().octets(),
-            64,
-        );
+        let (from, to) = (addr(from), addr(to));
+        let b = ip(mac_of(0), from.ip(), to.ip(), 64);
         frame.clear();
         b.udp(from.port(), to.port()).write(frame, payload).unwrap();
         self.frame(0, frame)
@@ -360,18 +436,38 @@ pub fn read(frame: &[u8]) -> Seen {
             };
         }
         NetSlice::Ipv4(ip) => {
-            assert_eq!(ip.header().header_checksum(), ip.header().to_header().calc_header_checksum());
-            (ip.header().source_addr(), ip.header().destination_addr())
+            let h = ip.header();
+            assert_eq!(h.header_checksum(), h.to_header().calc_header_checksum());
+            if h.is_fragmenting_payload() {
+                let offset = usize::from(h.fragments_offset().value()) * 8;
+                return Seen::Fragment { offset, more: h.more_fragments(), len: ip.payload().payload.len() };
+            }
+            (IpAddr::V4(h.source_addr()), IpAddr::V4(h.destination_addr()))
         }
-        NetSlice::Ipv6(_) => panic!("IPv6 is not spoken yet"),
+        NetSlice::Ipv6(ip) => {
+            if ip.extensions().is_fragmenting_payload() {
+                // The first extension header here is the fragment's.
+                let field = u16::from_be_bytes([frame[14 + 40 + 2], frame[14 + 40 + 3]]);
+                let len = ip.payload().payload.len();
+                return Seen::Fragment { offset: usize::from(field & !7), more: field & 1 != 0, len };
+            }
+            (IpAddr::V6(ip.header().source_addr()), IpAddr::V6(ip.header().destination_addr()))
+        }
     };
+    let text = |ip: IpAddr, port: u16| SocketAddr::new(ip, port).to_string();
     match packet.transport.unwrap() {
         TransportSlice::Tcp(t) => {
             let header = t.to_header();
-            assert_eq!(
-                header.checksum,
-                header.calc_checksum_ipv4_raw(src.octets(), dst.octets(), t.payload()).unwrap()
-            );
+            let sum = match (src, dst) {
+                (IpAddr::V4(s), IpAddr::V4(d)) => {
+                    header.calc_checksum_ipv4_raw(s.octets(), d.octets(), t.payload())
+                }
+                (IpAddr::V6(s), IpAddr::V6(d)) => {
+                    header.calc_checksum_ipv6_raw(s.octets(), d.octets(), t.payload())
+                }
+                _ => unreachable!(),
+            };
+            assert_eq!(header.checksum, sum.unwrap());
             let flags = match (header.syn, header.fin, header.rst, header.psh, header.ack) {
                 (true, _, _, _, true) => "SA",
                 (true, ..) => "S",
@@ -382,8 +478,8 @@ pub fn read(frame: &[u8]) -> Seen {
                 _ => "A",
             };
             Seen::Tcp {
-                src: format!("{src}:{}", header.source_port),
-                dst: format!("{dst}:{}", header.destination_port),
+                src: text(src, header.source_port),
+                dst: text(dst, header.destination_port),
                 flags,
                 seq: header.sequence_number,
                 ack: header.acknowledgment_number,
@@ -393,20 +489,30 @@ pub fn read(frame: &[u8]) -> Seen {
         }
         TransportSlice::Udp(u) => {
             let header = u.to_header();
-            assert_eq!(
-                header.checksum,
-                header.calc_checksum_ipv4_raw(src.octets(), dst.octets(), u.payload()).unwrap()
-            );
-            let (src, dst) =
-                (format!("{src}:{}", u.source_port()), format!("{dst}:{}", u.destination_port()));
+            let sum = match (src, dst) {
+                (IpAddr::V4(s), IpAddr::V4(d)) => {
+                    header.calc_checksum_ipv4_raw(s.octets(), d.octets(), u.payload())
+                }
+                (IpAddr::V6(s), IpAddr::V6(d)) => {
+                    header.calc_checksum_ipv6_raw(s.octets(), d.octets(), u.payload())
+                }
+                _ => unreachable!(),
+            };
+            assert_eq!(header.checksum, sum.unwrap());
+            let (src, dst) = (text(src, u.source_port()), text(dst, u.destination_port()));
             Seen::Udp { src, dst, payload: u.payload().to_vec() }
         }
-        TransportSlice::Icmpv4(i) => Seen::Icmp {
-            src: src.to_string(),
-            kind: i.slice()[0],
-            code: i.slice()[1],
-            rest: i.slice()[8..].to_vec(),
-        },
-        _ => panic!("neither TCP, UDP nor ICMP"),
+        TransportSlice::Icmpv4(i) => icmp(src, dst, i.slice()),
+        TransportSlice::Icmpv6(i) => {
+            let (IpAddr::V6(s), IpAddr::V6(d)) = (src, dst) else { unreachable!() };
+            assert!(i.is_checksum_valid(s.octets(), d.octets()));
+            icmp(src, dst, i.slice())
+        }
+        TransportSlice::Igmp(_) => panic!("nobody here speaks IGMP"),
     }
+}
+
+fn icmp(src: IpAddr, dst: IpAddr, message: &[u8]) -> Seen {
+    let (kind, code, rest) = (message[0], message[1], message[8..].to_vec());
+    Seen::Icmp { src: src.to_string(), dst: dst.to_string(), kind, code, rest }
 }

@@ -1,13 +1,14 @@
-//! What the VM test does inside the guest and busybox cannot: timed connects, many dials at once, UDP echo.
+//! What the VM test does inside the guest and busybox cannot: timed connects, many dials at once, UDP echo, vsock.
 //!
 //! Only the standard library is used, because `tests/guest/build.sh` compiles this one file with `rustc` into a
 //! static binary of the guest image. Each command prints one line for the test to read and exits 0, or says on
 //! stderr what went wrong and exits 1.
 #![allow(clippy::print_stdout, reason = "its output is what the test reads")]
 
-use std::io::{self, ErrorKind};
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -16,7 +17,11 @@ use std::time::{Duration, Instant};
 const USAGE: &str = "usage: guest-probe connect ADDR:PORT
        guest-probe dial-many N BLACK-HOLE-ADDR:PORT GOOD-ADDR:PORT
        guest-probe udp-ping ADDR:PORT
-       guest-probe udp-echo PORT";
+       guest-probe udp-echo PORT
+       guest-probe vsock-exec PORT PROGRAM [ARGUMENT…]
+       guest-probe vsock-echo PORT
+       guest-probe vsock-send PORT
+       guest-probe vsock-dial-many N PORT";
 
 /// A connect that takes longer is reported as `timeout`.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,6 +38,10 @@ fn main() -> ExitCode {
         ["dial-many", count, black_hole, good] => dial_many(count, black_hole, good),
         ["udp-ping", address] => udp_ping(address),
         ["udp-echo", port] => udp_echo(port),
+        ["vsock-exec", port, program, arguments @ ..] => vsock_exec(port, program, arguments),
+        ["vsock-echo", port] => vsock_echo(port),
+        ["vsock-send", port] => vsock_send(port),
+        ["vsock-dial-many", count, port] => vsock_dial_many(count, port),
         _ => Err(io::Error::other(USAGE)),
     };
     match done {
@@ -117,5 +126,149 @@ fn udp_echo(port: &str) -> io::Result<()> {
         if let Err(error) = socket.send_to(buffer.get(..len).unwrap_or_default(), from) {
             eprintln!("guest-probe: udp-echo to {from}: {error}");
         }
+    }
+}
+
+/// Runs the program for every stream that the host opens to `port`, with the stream as its input and output.
+fn vsock_exec(port: &str, program: &str, arguments: &[&str]) -> io::Result<()> {
+    let listener = vsock::listen(parse(port)?)?;
+    loop {
+        let stream = vsock::accept(&listener)?;
+        let (input, output) = (Stdio::from(stream.try_clone()?), Stdio::from(stream));
+        let mut child = Command::new(program).args(arguments).stdin(input).stdout(output).spawn()?;
+        thread::spawn(move || child.wait());
+    }
+}
+
+/// Sends every byte back, on every stream at once; the end of one direction too.
+fn vsock_echo(port: &str) -> io::Result<()> {
+    let listener = vsock::listen(parse(port)?)?;
+    loop {
+        let mut stream = File::from(vsock::accept(&listener)?);
+        let echo = move || -> io::Result<()> {
+            // Not `io::copy`: it would try splice and the like, which is not what is tested.
+            let mut buffer = [0; 4096];
+            loop {
+                match stream.read(&mut buffer)? {
+                    0 => return Ok(()),
+                    n => stream.write_all(buffer.get(..n).unwrap_or_default())?,
+                }
+            }
+        };
+        thread::Builder::new().stack_size(64 * 1024).spawn(echo)?;
+    }
+}
+
+/// Sends its input to `port` of the host, and prints what comes back.
+fn vsock_send(port: &str) -> io::Result<()> {
+    let stream = vsock::connect(vsock::HOST, parse(port)?)?;
+    let (mut reader, mut writer) = (File::from(stream.try_clone()?), File::from(stream));
+    io::copy(&mut io::stdin(), &mut writer)?;
+    vsock::end(&writer)?;
+    io::copy(&mut reader, &mut io::stdout()).map(drop)
+}
+
+/// Opens `count` streams to `port` of the host, whose echo each of them sees while all are open; prints `held N`.
+fn vsock_dial_many(count: &str, port: &str) -> io::Result<()> {
+    let port = parse(port)?;
+    let mut streams = Vec::new();
+    for _ in 0..parse(count)? {
+        streams.push(File::from(vsock::connect(vsock::HOST, port)?));
+    }
+    for (n, stream) in streams.iter_mut().enumerate() {
+        stream.write_all(&n.to_le_bytes())?;
+    }
+    for (n, stream) in streams.iter_mut().enumerate() {
+        let mut echo = [0; 8];
+        stream.read_exact(&mut echo)?;
+        if echo != n.to_le_bytes() {
+            return Err(io::Error::other(format!("stream {n} has the bytes of another")));
+        }
+    }
+    println!("held {}", streams.len());
+    Ok(())
+}
+
+/// AF_VSOCK, which the standard library has not (`vsock(7)`).
+mod vsock {
+    use std::io;
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+    /// The host's address.
+    pub(super) const HOST: u32 = 2;
+    const ANY: u32 = u32::MAX;
+    const AF_VSOCK: i32 = 40;
+    const SOCK_STREAM_CLOEXEC: i32 = 1 | 0o2_000_000;
+    const SHUT_WR: i32 = 1;
+    const BACKLOG: i32 = 1024;
+
+    /// `struct sockaddr_vm`.
+    #[repr(C)]
+    struct Address {
+        family: u16,
+        reserved: u16,
+        port: u32,
+        cid: u32,
+        flags: u8,
+        zero: [u8; 3],
+    }
+
+    const LEN: u32 = 16;
+
+    // SAFETY: the declarations are those of the C library that the standard library is linked to.
+    unsafe extern "C" {
+        fn socket(domain: i32, kind: i32, protocol: i32) -> i32;
+        fn bind(fd: i32, address: *const Address, len: u32) -> i32;
+        #[link_name = "listen"]
+        fn c_listen(fd: i32, backlog: i32) -> i32;
+        #[link_name = "accept"]
+        fn c_accept(fd: i32, address: *mut Address, len: *mut u32) -> i32;
+        #[link_name = "connect"]
+        fn c_connect(fd: i32, address: *const Address, len: u32) -> i32;
+        fn shutdown(fd: i32, how: i32) -> i32;
+    }
+
+    fn address(cid: u32, port: u32) -> Address {
+        Address { family: 40, reserved: 0, port, cid, flags: 0, zero: [0; 3] }
+    }
+
+    fn checked(result: i32) -> io::Result<i32> {
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    }
+
+    fn new() -> io::Result<OwnedFd> {
+        // SAFETY: three integers.
+        let fd = checked(unsafe { socket(AF_VSOCK, SOCK_STREAM_CLOEXEC, 0) })?;
+        // SAFETY: the kernel has just made it, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    pub(super) fn listen(port: u32) -> io::Result<OwnedFd> {
+        let (fd, address) = (new()?, address(ANY, port));
+        // SAFETY: the address lives as long as the call, and has the length that is said.
+        checked(unsafe { bind(fd.as_raw_fd(), &raw const address, LEN) })?;
+        // SAFETY: two integers.
+        checked(unsafe { c_listen(fd.as_raw_fd(), BACKLOG) })?;
+        Ok(fd)
+    }
+
+    pub(super) fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+        // SAFETY: no address is asked for.
+        let fd = unsafe { c_accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
+        // SAFETY: as in `new`.
+        checked(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    pub(super) fn connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
+        let (fd, address) = (new()?, address(cid, port));
+        // SAFETY: as in `listen`.
+        checked(unsafe { c_connect(fd.as_raw_fd(), &raw const address, LEN) })?;
+        Ok(fd)
+    }
+
+    /// Ends the sending direction.
+    pub(super) fn end(stream: &impl AsRawFd) -> io::Result<()> {
+        // SAFETY: two integers.
+        checked(unsafe { shutdown(stream.as_raw_fd(), SHUT_WR) }).map(drop)
     }
 }

@@ -8,25 +8,9 @@
 //! One front end, one queue pair, one thread: everything happens in the calls of the network's driver. Nothing is
 //! allocated per frame, and a turn notifies the guest once per ring at most, and only when it wants it.
 //!
-//! **Sources**: the vhost-user protocol as QEMU documents it (docs/interop/vhost-user.rst), virtio 1.2 §2.7 for split
-//! rings and §5.1 for the network device. The messages are parsed by the `vhost` crate, memory is mapped and copied
-//! by `vm-memory`; the rings are our own (see `ring`).
-//!
-//! **Who is trusted.** The front end is the VMM, the user's own: it is trusted not to shrink the files it shares
-//! (that would be SIGBUS), and with nothing else. What it sends wrong ends the link. The guest is not trusted at all:
-//! any number in a ring may be anything and change at any time. Descriptors are copied, then checked, then used; frames
-//! are copied, then parsed. A bad chain is given back and counted, a bad ring ends the link and nothing else.
-//!
-//! **Blocking.** The crate's request handler reads a message with blocking calls, and a time limit on the socket would
-//! not help: it tries again for ever. So a message is left alone until all of its bytes are there (`MSG_PEEK`), and none
-//! is read while the front end leaves so many answers unread that writing one could block. A message torn apart waits
-//! for its rest, as everything behind it does, and the frames go on. A message must come in one `sendmsg` with its
-//! descriptors, as every front end sends it.
+//! What is common to devices is in [`crate::vhost_user`]: messages, memory, rings, who is trusted with what. Here is
+//! virtio 1.2 §5.1, the network device. A bad ring ends the link and nothing else.
 
-mod control;
-mod memory;
-mod message;
-mod ring;
 #[cfg(test)]
 mod tests;
 mod to_guest;
@@ -34,56 +18,88 @@ mod to_host;
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
 use portway_netstack::{FrameSink, Offload};
-use vhost::vhost_user::BackendReqHandler;
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
-use self::control::{Device, TO_GUEST, TO_HOST, feature};
-use self::ring::BadRing;
 use self::to_guest::{Shape, ToGuest};
 use self::to_host::ToHost;
 use super::{Batch, vnet};
+pub use crate::vhost_user::Changes;
+use crate::vhost_user::{BadRing, Device, FrontEnd, Kind};
 
 /// The most bytes of a frame: 64 KiB of IP packet behind Ethernet's header and a VLAN tag, less what cannot be.
 const LARGEST: usize = 65_550;
 /// Bytes of the virtio-net header.
 const HEADER: usize = vnet::LEN;
-/// Messages one call handles.
-const MESSAGES: usize = 64;
-/// Bytes of a message's header: request, flags, size.
-const MESSAGE_HEADER: usize = 12;
-/// The most bytes behind it.
-const MESSAGE: usize = 4096;
 /// How long after something moved [`VhostUser::look_again`] looks.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// What messages changed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// [`VhostUser::kick_fds`] gives others. Those it gave before stay open until the next call of
-    /// [`VhostUser::handle_control`], so that they can be deregistered.
-    pub kicks: bool,
-    /// For the guest it is another device: it was set up for the first time or reset, or has other features. Flows of
-    /// the port are to be reset, and [`VhostUser::offload`] to be asked again. A pause of the VM is no such change.
-    pub device: bool,
-    /// More messages may wait.
-    pub more: bool,
+/// The ring of frames to the guest: its receive queue.
+const TO_GUEST: usize = 0;
+/// The ring of frames from the guest: its transmit queue.
+const TO_HOST: usize = 1;
+
+/// Bits of the virtio features (virtio 1.2, §5.1.3).
+mod feature {
+    #[cfg(test)]
+    pub(super) use crate::vhost_user::feature::{EVENT_IDX, PROTOCOL};
+    pub(super) use crate::vhost_user::feature::{RINGS, VERSION_1};
+
+    pub(super) const CSUM: u64 = 1 << 0;
+    pub(super) const GUEST_CSUM: u64 = 1 << 1;
+    pub(super) const MTU: u64 = 1 << 3;
+    pub(super) const GUEST_TSO4: u64 = 1 << 7;
+    pub(super) const GUEST_TSO6: u64 = 1 << 8;
+    pub(super) const HOST_TSO4: u64 = 1 << 11;
+    pub(super) const HOST_TSO6: u64 = 1 << 12;
+    pub(super) const MRG_RXBUF: u64 = 1 << 15;
+    /// All that this back end can.
+    pub(super) const OFFERED: u64 =
+        CSUM | GUEST_CSUM | MTU | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF | RINGS;
+}
+
+impl Kind for ToGuest {
+    const FEATURES: u64 = feature::OFFERED;
+    // Not MQ: without it every front end takes it that there is one queue pair. With it QEMU reads the answer as pairs
+    // and cloud-hypervisor as rings, and 1 would be too few for that.
+    const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::REPLY_ACK
+        .union(VhostUserProtocolFeatures::MTU)
+        .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
+    fn forget(&mut self, ring: usize) -> u16 {
+        if ring != TO_GUEST {
+            return 0;
+        }
+        let taken = self.taken();
+        self.clear();
+        taken
+    }
+}
+
+/// What frames look like to this guest's driver.
+const fn shape(device: &Device<ToGuest, 2>, mtu: usize) -> Shape {
+    let segments = device.acked & (feature::GUEST_TSO4 | feature::GUEST_TSO6) != 0;
+    Shape {
+        // Before VERSION_1 the header has no num_buffers unless buffers can be merged (§5.1.6.1).
+        header: if device.acked & (feature::VERSION_1 | feature::MRG_RXBUF) == 0 {
+            HEADER - 2
+        } else {
+            HEADER
+        },
+        // Ethernet's header and a VLAN tag.
+        largest: if segments || mtu + 18 > LARGEST { LARGEST } else { mtu + 18 },
+        mergeable: device.has(feature::MRG_RXBUF),
+    }
 }
 
 /// One front end and the device it drives.
 pub struct VhostUser {
-    stream: UnixStream,
-    handler: BackendReqHandler<Mutex<Device>>,
-    /// Where the device is while a message is handled, and only then: no lock is taken for frames.
-    lent: Arc<Mutex<Device>>,
-    device: Device,
+    front: FrontEnd<ToGuest, 2>,
     shape: Shape,
     to_host: ToHost,
     mtu: usize,
@@ -96,7 +112,7 @@ pub struct VhostUser {
 impl fmt::Debug for VhostUser {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VhostUser")
-            .field("device", &self.device)
+            .field("front", &self.front)
             .field("broken", &self.broken)
             .finish_non_exhaustive()
     }
@@ -108,15 +124,10 @@ impl VhostUser {
     /// # Errors
     /// When the socket cannot be made blocking or duplicated.
     pub fn new(stream: UnixStream, mtu: u16) -> io::Result<Self> {
-        stream.set_nonblocking(false)?;
-        let lent = Arc::new(Mutex::new(Device::default()));
-        let device = Device { to_guest: ToGuest::new(), ..Device::default() };
+        let front = FrontEnd::new(stream, ToGuest::new())?;
         Ok(Self {
-            handler: BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&lent)),
-            stream,
-            lent,
-            shape: device.shape(mtu.into()),
-            device,
+            shape: shape(&front.device, mtu.into()),
+            front,
             to_host: ToHost::new(),
             mtu: mtu.into(),
             broken: None,
@@ -127,85 +138,31 @@ impl VhostUser {
     /// The socket: when it is readable, [`Self::handle_control`] has something to do.
     #[must_use]
     pub fn control_fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
+        self.front.socket().as_raw_fd()
     }
 
-    /// Handles the messages that wait whole, without ever blocking.
+    /// Handles the messages that wait whole, without ever blocking. After a change of the device the flows of the port are
+    /// to be reset, and [`Self::offload`] to be asked again.
     ///
     /// # Errors
     /// When the front end is gone or broke the protocol: the link is down.
     pub fn handle_control(&mut self) -> io::Result<Changes> {
-        self.device.retired.clear();
-        let mut handled = 0;
-        while handled < MESSAGES && self.message_waits()? {
-            handled += 1;
-            if let Some(message) = message::take(&mut self.stream)? {
-                self.device.ours(message)?;
-                self.device.settle()?;
-                continue;
-            }
-            let lend = |device: &mut Device| {
-                std::mem::swap(&mut *self.lent.lock().unwrap_or_else(PoisonError::into_inner), device);
-            };
-            lend(&mut self.device);
-            let result = self.handler.handle_request();
-            lend(&mut self.device);
-            result.map_err(|e| io::Error::other(format!("vhost-user: {e}")))?;
-            self.device.settle()?;
-        }
-        self.shape = self.device.shape(self.mtu);
+        let changes = self.front.handle_messages()?;
+        self.shape = shape(&self.front.device, self.mtu);
         self.refill();
         self.check()?;
-        Ok(Changes {
-            kicks: std::mem::take(&mut self.device.kicks_changed),
-            device: std::mem::take(&mut self.device.device_changed),
-            more: handled == MESSAGES,
-        })
-    }
-
-    /// Whether a message waits whole, and its answer could be written.
-    fn message_waits(&self) -> io::Result<bool> {
-        let mut bytes = [0; MESSAGE_HEADER + MESSAGE];
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let n = match recv(self.stream.as_raw_fd(), &mut bytes, flags) {
-            Ok(0) => return Err(io::Error::other("end of file")),
-            Ok(n) => n,
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),
-            Err(e) => return Err(e.into()),
-        };
-        let [_, _, _, _, _, _, _, _, s0, s1, s2, s3] = bytes[..MESSAGE_HEADER] else { return Ok(false) };
-        let size = u32::from_le_bytes([s0, s1, s2, s3]) as usize;
-        if n >= MESSAGE_HEADER && size > MESSAGE {
-            return Err(io::Error::other(format!("a message of {size} bytes, {MESSAGE} are the most")));
-        }
-        if n < MESSAGE_HEADER || n < MESSAGE_HEADER + size {
-            if self.ready(PollFlags::POLLHUP)? {
-                return Err(io::Error::other("end of file in the midst of a message"));
-            }
-            return Ok(false);
-        }
-        if !self.ready(PollFlags::POLLOUT)? {
-            return Err(io::Error::other("the front end asks and does not read the answers"));
-        }
-        Ok(true)
-    }
-
-    fn ready(&self, what: PollFlags) -> io::Result<bool> {
-        let mut fds = [PollFd::new(self.stream.as_fd(), what)];
-        poll(&mut fds, PollTimeout::ZERO)?;
-        Ok(fds[0].revents().is_some_and(|r| r.intersects(what)))
+        Ok(changes)
     }
 
     /// The eventfds by which the guest says that it did something to a queue; each has an edge then, and
     /// [`Self::note_kick`] is to be called. They are never read.
     pub fn kick_fds(&self) -> impl Iterator<Item = (usize, RawFd)> {
-        let fds = self.device.rings.iter().map(|r| r.kick.as_ref().map(|k| k.as_fd()));
-        fds.enumerate().filter_map(|(queue, fd): (_, Option<BorrowedFd<'_>>)| Some((queue, fd?.as_raw_fd())))
+        self.front.kick_fds()
     }
 
     /// The guest has kicked a queue.
     pub fn note_kick(&mut self, queue: usize) {
-        let Some(ring) = self.device.rings.get_mut(queue) else { return };
+        let Some(ring) = self.front.device.rings.get_mut(queue) else { return };
         ring.note_kick();
         if queue == TO_GUEST {
             self.refill();
@@ -215,19 +172,19 @@ impl VhostUser {
     /// Whether the guest takes partial checksums and segments of TCP over both IPs: then the stack may send them.
     #[must_use]
     pub const fn offload(&self) -> bool {
-        self.device.has(feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6)
+        self.front.device.has(feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6)
     }
 
     /// The features the guest has accepted, as virtio numbers them.
     #[must_use]
     pub const fn features(&self) -> u64 {
-        self.device.acked
+        self.front.device.acked
     }
 
     /// Whether [`Self::receive`] may have frames.
     #[must_use]
     pub const fn wants_receive(&self) -> bool {
-        self.device.rings[TO_HOST].ready
+        self.front.device.rings[TO_HOST].ready
     }
 
     /// Hands one bounded batch of frames from the guest to `handle`; each is a copy that the guest cannot change.
@@ -237,7 +194,7 @@ impl VhostUser {
     /// # Errors
     /// When the ring is beyond use: the link is down.
     pub fn receive(&mut self, handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
-        let Device { rings, memory, .. } = &mut self.device;
+        let Device { rings, memory, .. } = &mut self.front.device;
         let ring = &mut rings[TO_HOST];
         if !ring.runs() {
             ring.ready = false;
@@ -264,7 +221,7 @@ impl VhostUser {
     /// When a ring is beyond use: the link is down.
     pub fn look_again(&mut self) -> io::Result<()> {
         self.look_at = None;
-        for (queue, ring) in self.device.rings.iter_mut().enumerate() {
+        for (queue, ring) in self.front.device.rings.iter_mut().enumerate() {
             if !ring.runs() {
                 continue;
             }
@@ -285,7 +242,7 @@ impl VhostUser {
     /// # Errors
     /// When a ring is beyond use, or the guest cannot be notified: the link is down.
     pub fn flush(&mut self) -> io::Result<()> {
-        for ring in &mut self.device.rings {
+        for ring in &mut self.front.device.rings {
             if ring.publish()? {
                 self.look_at = Some(Instant::now() + LOOK);
             }
@@ -303,18 +260,18 @@ impl VhostUser {
     /// Frames and bytes ever put into the receive ring.
     #[must_use]
     pub const fn written(&self) -> (u64, u64) {
-        (self.device.to_guest.frames, self.device.to_guest.bytes)
+        (self.front.device.kind.frames, self.front.device.kind.bytes)
     }
 
     /// Frames from and to the guest that were lost: bad chains, and frames that did not fit.
     #[must_use]
     pub const fn dropped(&self) -> (u64, u64) {
-        (self.to_host.dropped, self.device.to_guest.dropped)
+        (self.to_host.dropped, self.front.device.kind.dropped)
     }
 
     /// Takes buffers until there is room, or asks the guest to say when it posts more.
     fn refill(&mut self) {
-        let Device { rings, memory, to_guest, .. } = &mut self.device;
+        let Device { rings, memory, kind: to_guest, .. } = &mut self.front.device;
         let ring = &mut rings[TO_GUEST];
         if !ring.runs() || self.broken.is_some() {
             return;
@@ -342,12 +299,12 @@ impl VhostUser {
 
 impl FrameSink for VhostUser {
     fn has_room(&self) -> bool {
-        let ring = &self.device.rings[TO_GUEST];
-        self.broken.is_none() && ring.runs() && self.device.to_guest.has_room(ring, self.shape)
+        let ring = &self.front.device.rings[TO_GUEST];
+        self.broken.is_none() && ring.runs() && self.front.device.kind.has_room(ring, self.shape)
     }
 
     fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
-        let Device { rings, memory, to_guest, .. } = &mut self.device;
+        let Device { rings, memory, kind: to_guest, .. } = &mut self.front.device;
         let ring = &mut rings[TO_GUEST];
         if self.broken.is_some() || !ring.runs() {
             return None;

@@ -291,11 +291,11 @@ fn memory_that_is_shared_again_or_in_slots_does_not_lose_a_buffer() {
     let mut lab = Lab::new(ALL);
     post_buffers(&mut lab, 100, 1526);
     let infos = lab.infos();
-    let (said, changes) = talk(&mut lab.link, &mut lab.front, |front| front.set_mem_table(&infos));
+    let (said, changes) = talk(&mut lab.link, &mut lab.driver.front, |front| front.set_mem_table(&infos));
     said.unwrap();
     assert_eq!(changes.unwrap(), Changes::default());
     assert!(send(&mut lab, &pattern(100), Offload::default()));
-    let (said, changes) = talk(&mut lab.link, &mut lab.front, |front| {
+    let (said, changes) = talk(&mut lab.link, &mut lab.driver.front, |front| {
         assert_eq!(front.get_max_mem_slots()?, 32);
         front.remove_mem_region(&infos[1])?;
         front.add_mem_region(&infos[1])
@@ -418,7 +418,7 @@ fn what_a_front_end_must_not_ask_ends_the_link_and_says_why() {
     ];
     for (say, text) in cases {
         let mut lab = Lab::new(ALL);
-        let error = talk(&mut lab.link, &mut lab.front, |front| drop(say(front))).1.unwrap_err();
+        let error = talk(&mut lab.link, &mut lab.driver.front, |front| drop(say(front))).1.unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
     }
 }

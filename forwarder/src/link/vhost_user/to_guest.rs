@@ -11,10 +11,9 @@ use std::collections::VecDeque;
 
 use portway_netstack::Offload;
 
-use super::memory::Memory;
-use super::ring::{BadChain, BadRing, Buffer, Ring};
 use super::{HEADER, LARGEST};
 use crate::link::vnet;
+use crate::vhost_user::{BadChain, BadRing, Buffer, Memory, Ring};
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;

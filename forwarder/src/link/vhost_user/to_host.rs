@@ -10,10 +10,9 @@ use std::io;
 
 use portway_netstack::Offload;
 
-use super::memory::Memory;
-use super::ring::{BadChain, Ring};
 use super::{HEADER, LARGEST};
 use crate::link::{Batch, vnet};
+use crate::vhost_user::{BadChain, Memory, Ring};
 
 /// Most frames of one batch.
 const FRAMES: u64 = 64;

@@ -14,16 +14,16 @@ use vm_memory::{
 };
 
 /// Most regions one front end may share: what one message can carry descriptors for.
-pub(super) const REGIONS: usize = 32;
+pub(crate) const REGIONS: usize = 32;
 
 /// An address no region has, or a range that leaves its region for no other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("an address outside of the guest's memory")]
-pub(super) struct Outside;
+pub(crate) struct Outside;
 
 /// Every region, in the order of the guest's addresses.
 #[derive(Debug, Default)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     regions: Vec<Region>,
 }
 
@@ -64,7 +64,7 @@ impl Region {
 
 impl Memory {
     /// Maps what a message says.
-    pub(super) fn map(wanted: &[VhostUserMemoryRegion], files: Vec<File>) -> io::Result<Self> {
+    pub(crate) fn map(wanted: &[VhostUserMemoryRegion], files: Vec<File>) -> io::Result<Self> {
         let mut memory = Self::default();
         for (region, file) in wanted.iter().zip(files) {
             memory.add(region, file)?;
@@ -73,7 +73,7 @@ impl Memory {
     }
 
     /// Maps one region more.
-    pub(super) fn add(&mut self, wanted: &VhostUserMemoryRegion, file: File) -> io::Result<()> {
+    pub(crate) fn add(&mut self, wanted: &VhostUserMemoryRegion, file: File) -> io::Result<()> {
         if self.regions.len() >= REGIONS {
             return Err(io::Error::other(format!("more than {REGIONS} memory regions")));
         }
@@ -88,14 +88,14 @@ impl Memory {
     }
 
     /// Unmaps one region, once nothing holds it any more. False when there is none such.
-    pub(super) fn remove(&mut self, wanted: &VhostUserMemoryRegion) -> bool {
+    pub(crate) fn remove(&mut self, wanted: &VhostUserMemoryRegion) -> bool {
         let before = self.regions.len();
         self.regions.retain(|r| (r.guest, r.len) != (wanted.guest_phys_addr, wanted.memory_size));
         self.regions.len() < before
     }
 
     /// Whether nothing is shared yet.
-    pub(super) const fn is_empty(&self) -> bool {
+    pub(crate) const fn is_empty(&self) -> bool {
         self.regions.is_empty()
     }
 
@@ -128,26 +128,26 @@ impl Memory {
     }
 
     /// Copies from the guest's memory.
-    pub(super) fn read(&self, address: u64, to: &mut [u8]) -> Result<(), Outside> {
+    pub(crate) fn read(&self, address: u64, to: &mut [u8]) -> Result<(), Outside> {
         self.walk(address, to.len(), |region, at, range| {
             region.read_slice(to.get_mut(range).ok_or(Outside)?, at).map_err(|_| Outside)
         })
     }
 
     /// Copies into the guest's memory.
-    pub(super) fn write(&self, address: u64, from: &[u8]) -> Result<(), Outside> {
+    pub(crate) fn write(&self, address: u64, from: &[u8]) -> Result<(), Outside> {
         self.walk(address, from.len(), |region, at, range| {
             region.write_slice(from.get(range).ok_or(Outside)?, at).map_err(|_| Outside)
         })
     }
 
     /// Whether all of `address..address + len` is there.
-    pub(super) fn has(&self, address: u64, len: usize) -> bool {
+    pub(crate) fn has(&self, address: u64, len: usize) -> bool {
         self.walk(address, len, |_, _, _| Ok(())).is_ok()
     }
 
     /// The bytes at an address of the front end's. Always within one region.
-    pub(super) fn area(&self, user: u64, len: u64) -> Option<Area> {
+    pub(crate) fn area(&self, user: u64, len: u64) -> Option<Area> {
         self.regions.iter().find_map(|r| {
             let offset = user.checked_sub(r.user)?;
             let end = offset.checked_add(len)?;
@@ -158,7 +158,7 @@ impl Memory {
 
 /// One part of a ring: found once, read and written often.
 #[derive(Debug)]
-pub(super) struct Area {
+pub(crate) struct Area {
     region: Arc<GuestRegionMmap<()>>,
     start: u64,
     len: u64,
@@ -171,29 +171,29 @@ impl Area {
     }
 
     /// A number both sides change.
-    pub(super) fn load(&self, offset: u64) -> Result<u16, Outside> {
+    pub(crate) fn load(&self, offset: u64) -> Result<u16, Outside> {
         let at = self.at(offset, 2)?;
         self.region.load(at, std::sync::atomic::Ordering::Acquire).map(u16::from_le).map_err(|_| Outside)
     }
 
     /// Sets a number both sides change; whatever was written before is there first.
-    pub(super) fn store(&self, offset: u64, value: u16) -> Result<(), Outside> {
+    pub(crate) fn store(&self, offset: u64, value: u16) -> Result<(), Outside> {
         let at = self.at(offset, 2)?;
         self.region.store(value.to_le(), at, std::sync::atomic::Ordering::Release).map_err(|_| Outside)
     }
 
-    pub(super) fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N], Outside> {
+    pub(crate) fn read<const N: usize>(&self, offset: u64) -> Result<[u8; N], Outside> {
         let mut bytes = [0; N];
         self.region.read_slice(&mut bytes, self.at(offset, N as u64)?).map_err(|_| Outside)?;
         Ok(bytes)
     }
 
-    pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Outside> {
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Outside> {
         self.region.write_slice(bytes, self.at(offset, bytes.len() as u64)?).map_err(|_| Outside)
     }
 
     /// Whether the area begins at a multiple of `by` in our address space: atomic accesses need it.
-    pub(super) fn is_aligned(&self, by: u64) -> bool {
+    pub(crate) fn is_aligned(&self, by: u64) -> bool {
         // Mappings begin at a page.
         self.start.is_multiple_of(by) && self.region.len() >= self.len
     }

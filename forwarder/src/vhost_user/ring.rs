@@ -11,7 +11,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::memory::{Area, Memory, Outside};
 
 /// Most entries of a ring (virtio 1.2, §2.7).
-pub(super) const MOST: u16 = 32_768;
+pub(crate) const MOST: u16 = 32_768;
 /// Most descriptors of a chain in a table of its own. Linux uses 19; QEMU takes as many for its own devices.
 const MOST_INDIRECT: u32 = 1024;
 
@@ -23,7 +23,7 @@ const SILENCE: u16 = 1;
 
 /// What makes a ring useless; it is the guest's doing and ends the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum BadRing {
+pub(crate) enum BadRing {
     #[error("the guest offers {offered} chains on a ring of {size}")]
     Index { offered: u16, size: u16 },
     #[error("the guest offers descriptor {head} on a ring of {size}")]
@@ -42,7 +42,7 @@ impl From<Outside> for BadRing {
 
 /// What is wrong with one chain; it goes back to the guest unused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum BadChain {
+pub(crate) enum BadChain {
     #[error("a chain of descriptors has no end")]
     Endless,
     #[error("a descriptor outside of its table")]
@@ -59,35 +59,35 @@ pub(super) enum BadChain {
 
 /// A piece of the guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Buffer {
-    pub(super) address: u64,
-    pub(super) len: u32,
+pub(crate) struct Buffer {
+    pub(crate) address: u64,
+    pub(crate) len: u32,
     /// Whether it is for us to write.
-    pub(super) writable: bool,
+    pub(crate) writable: bool,
 }
 
 /// Where the front end says the three parts of a ring are, as addresses of its own.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Addresses {
-    pub(super) descriptors: u64,
-    pub(super) avail: u64,
-    pub(super) used: u64,
+pub(crate) struct Addresses {
+    pub(crate) descriptors: u64,
+    pub(crate) avail: u64,
+    pub(crate) used: u64,
 }
 
 /// A ring as the front end describes it, and the place in it.
 #[derive(Debug, Default)]
-pub(super) struct Ring {
-    pub(super) size: u16,
-    pub(super) addresses: Option<Addresses>,
-    pub(super) enabled: bool,
-    pub(super) kick: Option<File>,
-    pub(super) call: Option<File>,
+pub(crate) struct Ring {
+    pub(crate) size: u16,
+    pub(crate) addresses: Option<Addresses>,
+    pub(crate) enabled: bool,
+    pub(crate) kick: Option<File>,
+    pub(crate) call: Option<File>,
     /// The next entry of the available ring to take.
-    pub(super) next: u16,
+    pub(crate) next: u16,
     /// Where it was when the ring stopped.
-    pub(super) stopped_at: Option<u16>,
+    pub(crate) stopped_at: Option<u16>,
     /// The guest may have offered something.
-    pub(super) ready: bool,
+    pub(crate) ready: bool,
     event_idx: bool,
     parts: Option<Parts>,
     /// The guest's index when last read.
@@ -113,17 +113,17 @@ struct Parts {
 
 impl Ring {
     /// Whether everything is there that a ring needs to run.
-    pub(super) const fn may_run(&self) -> bool {
+    pub(crate) const fn may_run(&self) -> bool {
         self.enabled && self.kick.is_some() && self.addresses.is_some() && self.size > 0
     }
 
     /// Whether the ring runs.
-    pub(super) const fn runs(&self) -> bool {
+    pub(crate) const fn runs(&self) -> bool {
         self.parts.is_some()
     }
 
     /// Finds the ring in memory and begins where the front end said.
-    pub(super) fn start(&mut self, memory: &Memory, event_idx: bool) -> io::Result<()> {
+    pub(crate) fn start(&mut self, memory: &Memory, event_idx: bool) -> io::Result<()> {
         let at = self.addresses.ok_or_else(|| io::Error::other("a ring without addresses"))?;
         let size = u64::from(self.size);
         let parts = (|| {
@@ -144,7 +144,7 @@ impl Ring {
     }
 
     /// Lets go of the memory. The `taken` chains that were not used yet are taken again after a start.
-    pub(super) fn stop(&mut self, taken: u16) {
+    pub(crate) fn stop(&mut self, taken: u16) {
         if self.parts.take().is_some() {
             self.next = self.next.wrapping_sub(taken);
             self.stopped_at = Some(self.next);
@@ -157,7 +157,7 @@ impl Ring {
     }
 
     /// The head of the next chain, if one is offered.
-    pub(super) fn take(&mut self) -> Result<Option<u16>, BadRing> {
+    pub(crate) fn take(&mut self) -> Result<Option<u16>, BadRing> {
         if self.next == self.offered && !self.look()? {
             return Ok(None);
         }
@@ -171,7 +171,7 @@ impl Ring {
     }
 
     /// Whether a chain is offered.
-    pub(super) fn look(&mut self) -> Result<bool, BadRing> {
+    pub(crate) fn look(&mut self) -> Result<bool, BadRing> {
         self.offered = self.parts()?.avail.load(2)?;
         let offered = self.offered.wrapping_sub(self.next);
         if offered > self.size {
@@ -183,7 +183,7 @@ impl Ring {
     /// Hands every buffer of the chain at `head` to `each`, and says how many descriptors of the ring it has.
     ///
     /// Chains end: no more than the table's size are followed, whatever they say.
-    pub(super) fn walk(
+    pub(crate) fn walk(
         &self,
         memory: &Memory,
         head: u16,
@@ -230,7 +230,7 @@ impl Ring {
     }
 
     /// Writes a used entry; the guest sees it after [`Self::publish`].
-    pub(super) fn put_used(&mut self, head: u16, len: u32) -> Result<(), BadRing> {
+    pub(crate) fn put_used(&mut self, head: u16, len: u32) -> Result<(), BadRing> {
         let slot = u64::from(self.used % self.size);
         let mut entry = [0; 8];
         entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
@@ -243,7 +243,7 @@ impl Ring {
     /// Shows the guest every used entry, and tells it when it wants to be told.
     ///
     /// False when there was nothing to show.
-    pub(super) fn publish(&mut self) -> io::Result<bool> {
+    pub(crate) fn publish(&mut self) -> io::Result<bool> {
         if self.parts.is_none() || self.used == self.published {
             return Ok(false);
         }
@@ -254,7 +254,7 @@ impl Ring {
     }
 
     /// Tells the guest once more of what it could have had since it was last told, if it waits for that.
-    pub(super) fn remind(&mut self) -> io::Result<bool> {
+    pub(crate) fn remind(&mut self) -> io::Result<bool> {
         let waits = self.parts.is_some()
             && self.rung != self.published
             && self.wishes(self.rung).map_err(io::Error::other)?;
@@ -303,7 +303,7 @@ impl Ring {
     }
 
     /// Asks the guest to say when it offers more. True when it has meanwhile: nothing will be said about that.
-    pub(super) fn arm(&mut self) -> Result<bool, BadRing> {
+    pub(crate) fn arm(&mut self) -> Result<bool, BadRing> {
         let parts = self.parts.as_ref().ok_or(BadRing::Memory)?;
         if self.event_idx {
             parts.used.store(4 + 8 * u64::from(self.size), self.next)?;
@@ -317,7 +317,7 @@ impl Ring {
     }
 
     /// Asks the guest for silence.
-    pub(super) fn disarm(&mut self) -> Result<(), BadRing> {
+    pub(crate) fn disarm(&mut self) -> Result<(), BadRing> {
         // With EVENT_IDX the guest has said it once and is silent until asked again.
         if self.armed && !self.event_idx {
             self.parts()?.used.store(0, SILENCE)?;
@@ -328,7 +328,7 @@ impl Ring {
 
     /// The guest may have offered something. The kick itself is never read: an edge of it is enough, and reading would be
     /// a system call more.
-    pub(super) const fn note_kick(&mut self) {
+    pub(crate) const fn note_kick(&mut self) {
         self.ready = self.parts.is_some();
     }
 }

@@ -15,6 +15,9 @@ use nix::sys::socket::{MsgFlags, recv};
 
 const SET_VRING_ENABLE: u32 = 18;
 const NET_SET_MTU: u32 = 20;
+/// Requests with answers of their own: GET_FEATURES, GET_VRING_BASE, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_CONFIG,
+/// GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS.
+const ANSWERED: [u32; 7] = [1, 11, 15, 17, 24, 31, 36];
 /// Flags: the version, the reply bit, and the wish for one.
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
@@ -30,7 +33,7 @@ pub(super) enum Message {
     Mtu(u64),
 }
 
-fn word<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+pub(super) fn word<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes.get(at..).and_then(|b| b.first_chunk()).copied().unwrap_or([0; N])
 }
 
@@ -64,13 +67,31 @@ pub(super) fn take(socket: &mut UnixStream) -> io::Result<Option<Message>> {
         }
     };
     if flags & NEED_REPLY != 0 {
-        let mut reply = [0; HEADER + 8];
-        for (at, value) in [(0, request), (4, VERSION | REPLY), (8, 8)] {
-            reply[at..at + 4].copy_from_slice(&value.to_ne_bytes());
-        }
-        socket.write_all(&reply)?;
+        socket.write_all(&answer(request))?;
     }
     Ok(Some(message))
+}
+
+/// Acknowledges a message with the wish for an answer, one that has none of its own.
+///
+/// The crate does so once protocol features are negotiated on the connection. A front end that comes back to a back end
+/// that was started anew may not negotiate again, and waits for what it has once agreed on: QEMU's vsock device does.
+///
+/// # Errors
+/// When the answer cannot be written.
+pub(super) fn acknowledge(socket: &mut UnixStream, request: u32, flags: u32) -> io::Result<()> {
+    if flags & NEED_REPLY == 0 || ANSWERED.contains(&request) {
+        return Ok(());
+    }
+    socket.write_all(&answer(request))
+}
+
+fn answer(request: u32) -> [u8; HEADER + 8] {
+    let mut reply = [0; HEADER + 8];
+    for (at, value) in [(0, request), (4, VERSION | REPLY), (8, 8)] {
+        reply[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+    }
+    reply
 }
 
 #[cfg(test)]
@@ -95,6 +116,20 @@ mod tests {
         assert_eq!(reply[..], message(SET_VRING_ENABLE, VERSION | REPLY, [0, 0])[..]);
         theirs.set_nonblocking(true).unwrap();
         assert!(theirs.read(&mut reply).is_err(), "only what asked for it is answered");
+    }
+
+    #[test]
+    fn who_wishes_an_answer_without_having_negotiated_has_one() {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        acknowledge(&mut ours, 2, VERSION | NEED_REPLY).unwrap();
+        let mut reply = [0; 20];
+        theirs.read_exact(&mut reply).unwrap();
+        assert_eq!(reply[..], message(2, VERSION | REPLY, [0, 0])[..]);
+        // No wish, and a request with an answer of its own.
+        acknowledge(&mut ours, 2, VERSION).unwrap();
+        acknowledge(&mut ours, 11, VERSION | NEED_REPLY).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        assert!(theirs.read(&mut reply).is_err());
     }
 
     #[test]

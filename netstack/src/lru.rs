@@ -4,10 +4,10 @@ const NONE: u32 = u32::MAX;
 
 /// The ends of one list.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Lru {
+pub(crate) struct Lru {
     oldest: u32,
     newest: u32,
-    pub(super) len: usize,
+    pub(crate) len: usize,
 }
 
 impl Default for Lru {
@@ -17,17 +17,17 @@ impl Default for Lru {
 }
 
 impl Lru {
-    pub(super) fn oldest(&self) -> Option<u32> {
+    pub(crate) fn oldest(&self) -> Option<u32> {
         (self.oldest != NONE).then_some(self.oldest)
     }
 }
 
 /// The links of every slot; a slot is in one list at most.
 #[derive(Debug, Default)]
-pub(super) struct Links(Vec<(u32, u32)>);
+pub(crate) struct Links(Vec<(u32, u32)>);
 
 impl Links {
-    pub(super) fn push_newest(&mut self, list: &mut Lru, slot: u32) {
+    pub(crate) fn push_newest(&mut self, list: &mut Lru, slot: u32) {
         let at = slot as usize;
         if self.0.len() <= at {
             self.0.resize(at + 1, (NONE, NONE));
@@ -41,7 +41,7 @@ impl Links {
         list.len += 1;
     }
 
-    pub(super) fn unlink(&mut self, list: &mut Lru, slot: u32) {
+    pub(crate) fn unlink(&mut self, list: &mut Lru, slot: u32) {
         let (before, after) = self.0[slot as usize];
         match self.0.get_mut(before as usize) {
             Some(b) => b.1 = after,
@@ -54,7 +54,7 @@ impl Links {
         list.len -= 1;
     }
 
-    pub(super) fn to_newest(&mut self, list: &mut Lru, slot: u32) {
+    pub(crate) fn to_newest(&mut self, list: &mut Lru, slot: u32) {
         if list.newest != slot {
             self.unlink(list, slot);
             self.push_newest(list, slot);

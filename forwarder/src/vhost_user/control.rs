@@ -6,6 +6,7 @@
 //!
 //! Left out: logging of dirty pages (migration), in-flight tracking, several queue pairs, rings without a kick.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -24,88 +25,77 @@ use vhost::vhost_user::{
 use super::memory::{self, Memory};
 use super::message::Message;
 use super::ring::{Addresses, MOST, Ring};
-use super::to_guest::{Shape, ToGuest};
-use super::{HEADER, LARGEST};
 
-/// Bits of the virtio features (virtio 1.2, §5.1.3 and §6).
-pub(super) mod feature {
-    pub(in super::super) const CSUM: u64 = 1 << 0;
-    pub(in super::super) const GUEST_CSUM: u64 = 1 << 1;
-    pub(in super::super) const MTU: u64 = 1 << 3;
-    pub(in super::super) const GUEST_TSO4: u64 = 1 << 7;
-    pub(in super::super) const GUEST_TSO6: u64 = 1 << 8;
-    pub(in super::super) const HOST_TSO4: u64 = 1 << 11;
-    pub(in super::super) const HOST_TSO6: u64 = 1 << 12;
-    pub(in super::super) const MRG_RXBUF: u64 = 1 << 15;
-    pub(in super::super) const INDIRECT_DESC: u64 = 1 << 28;
-    pub(in super::super) const EVENT_IDX: u64 = 1 << 29;
+/// Bits of the virtio features that are no device's own (virtio 1.2, §6).
+pub(crate) mod feature {
+    pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
+    pub(crate) const EVENT_IDX: u64 = 1 << 29;
     /// `VHOST_USER_F_PROTOCOL_FEATURES`: between front end and back end only.
-    pub(in super::super) const PROTOCOL: u64 = 1 << 30;
-    pub(in super::super) const VERSION_1: u64 = 1 << 32;
-    /// All that this back end can.
-    pub(in super::super) const OFFERED: u64 = CSUM
-        | GUEST_CSUM
-        | MTU
-        | GUEST_TSO4
-        | GUEST_TSO6
-        | HOST_TSO4
-        | HOST_TSO6
-        | MRG_RXBUF
-        | INDIRECT_DESC
-        | EVENT_IDX
-        | PROTOCOL
-        | VERSION_1;
+    pub(crate) const PROTOCOL: u64 = 1 << 30;
+    pub(crate) const VERSION_1: u64 = 1 << 32;
+    /// What the rings can, and so every back end.
+    pub(crate) const RINGS: u64 = INDIRECT_DESC | EVENT_IDX | PROTOCOL | VERSION_1;
 }
 
-/// The ring of frames to the guest: its receive queue.
-pub(super) const TO_GUEST: usize = 0;
-/// The ring of frames from the guest: its transmit queue.
-pub(super) const TO_HOST: usize = 1;
+/// What one kind of device has of its own.
+pub(crate) trait Kind: Default + fmt::Debug + Send + 'static {
+    /// The virtio features offered, [`feature::RINGS`] among them.
+    const FEATURES: u64;
+    /// The features of the protocol offered.
+    const PROTOCOL: VhostUserProtocolFeatures;
+
+    /// Forgets the chains that were taken from a ring and not used; says how many. The ring is about to stop.
+    fn forget(&mut self, ring: usize) -> u16;
+
+    /// The configuration space; asked for only where `PROTOCOL` has `CONFIG`.
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+}
 
 /// All that the front end sets, and what hangs on it.
-#[derive(Debug, Default)]
-pub(super) struct Device {
-    pub(super) acked: u64,
-    pub(super) memory: Memory,
-    pub(super) rings: [Ring; 2],
-    pub(super) to_guest: ToGuest,
+#[derive(Debug)]
+pub(crate) struct Device<K, const RINGS: usize> {
+    pub(crate) acked: u64,
+    pub(crate) memory: Memory,
+    pub(crate) rings: [Ring; RINGS],
+    pub(crate) kind: K,
     /// Kicks that were replaced: open until the driver had the time to forget them.
-    pub(super) retired: Vec<File>,
+    pub(crate) retired: Vec<File>,
     /// The kicks are others.
-    pub(super) kicks_changed: bool,
+    pub(crate) kicks_changed: bool,
     /// It is another device for the guest.
-    pub(super) device_changed: bool,
+    pub(crate) device_changed: bool,
+    /// The front end has said which features of the protocol it takes.
+    pub(crate) negotiated: bool,
 }
 
 fn refused(text: impl Into<String>) -> Error {
     Error::ReqHandlerError(io::Error::other(text.into()))
 }
 
-impl Device {
-    /// Whether the guest has all of `features`.
-    pub(super) const fn has(&self, features: u64) -> bool {
-        self.acked & features == features
-    }
-
-    /// What frames look like to this guest's driver.
-    pub(super) const fn shape(&self, mtu: usize) -> Shape {
-        let segments = self.acked & (feature::GUEST_TSO4 | feature::GUEST_TSO6) != 0;
-        Shape {
-            // Before VERSION_1 the header has no num_buffers unless buffers can be merged (§5.1.6.1).
-            header: if self.acked & (feature::VERSION_1 | feature::MRG_RXBUF) == 0 {
-                HEADER - 2
-            } else {
-                HEADER
-            },
-            // Ethernet's header and a VLAN tag.
-            largest: if segments || mtu + 18 > LARGEST { LARGEST } else { mtu + 18 },
-            mergeable: self.has(feature::MRG_RXBUF),
+impl<K: Kind, const RINGS: usize> Device<K, RINGS> {
+    pub(crate) fn new(kind: K) -> Self {
+        Self {
+            acked: 0,
+            memory: Memory::default(),
+            rings: std::array::from_fn(|_| Ring::default()),
+            kind,
+            retired: Vec::new(),
+            kicks_changed: false,
+            device_changed: false,
+            negotiated: false,
         }
     }
 
+    /// Whether the guest has all of `features`.
+    pub(crate) const fn has(&self, features: u64) -> bool {
+        self.acked & features == features
+    }
+
     /// Starts and stops rings as what is set now says.
-    pub(super) fn settle(&mut self) -> io::Result<()> {
-        for index in [TO_GUEST, TO_HOST] {
+    pub(crate) fn settle(&mut self) -> io::Result<()> {
+        for index in 0..RINGS {
             let may_run = self.rings[index].may_run() && !self.memory.is_empty();
             if !may_run {
                 self.stop(index)?;
@@ -124,10 +114,7 @@ impl Device {
         if !ring.runs() {
             return Ok(());
         }
-        let taken = if index == TO_GUEST { self.to_guest.taken() } else { 0 };
-        if index == TO_GUEST {
-            self.to_guest.clear();
-        }
+        let taken = self.kind.forget(index);
         let published = ring.publish();
         ring.stop(taken);
         published.map(drop)
@@ -146,12 +133,14 @@ impl Device {
     }
 
     fn stop_all(&mut self) -> Result<()> {
-        self.stop(TO_GUEST).and_then(|()| self.stop(TO_HOST)).map_err(Error::ReqHandlerError)
+        (0..RINGS).try_for_each(|index| self.stop(index)).map_err(Error::ReqHandlerError)
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut Ring> {
         let index = usize::try_from(index).unwrap_or(usize::MAX);
-        self.rings.get_mut(index).ok_or_else(|| refused("more than one queue pair, which was not offered"))
+        self.rings
+            .get_mut(index)
+            .ok_or_else(|| refused(format!("more than {RINGS} rings, which were not offered")))
     }
 
     fn set_kick(&mut self, index: u32, kick: Option<File>) -> Result<()> {
@@ -164,10 +153,11 @@ impl Device {
 
     fn reset(&mut self) -> Result<()> {
         self.stop_all()?;
-        for index in 0..2 {
-            self.set_kick(index, None)?;
-            *self.ring(index)? = Ring::default();
+        for ring in &mut self.rings {
+            self.retired.extend(ring.kick.take());
+            *ring = Ring::default();
         }
+        self.kicks_changed = true;
         self.acked = 0;
         self.device_changed = true;
         Ok(())
@@ -185,7 +175,7 @@ fn nonblocking(file: &File) -> Result<()> {
         .map_err(|e| Error::ReqHandlerError(e.into()))
 }
 
-impl VhostUserBackendReqHandlerMut for Device {
+impl<K: Kind, const RINGS: usize> VhostUserBackendReqHandlerMut for Device<K, RINGS> {
     fn set_owner(&mut self) -> Result<()> {
         Ok(())
     }
@@ -199,15 +189,12 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(feature::OFFERED)
+        Ok(K::FEATURES)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        if features & !feature::OFFERED != 0 {
-            return Err(refused(format!(
-                "features that were not offered: {:#x}",
-                features & !feature::OFFERED
-            )));
+        if features & !K::FEATURES != 0 {
+            return Err(refused(format!("features that were not offered: {:#x}", features & !K::FEATURES)));
         }
         if features != self.acked {
             self.stop_all()?;
@@ -292,20 +279,16 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_err(&mut self, _index: u8, _err: Option<File>) -> Result<()> {
-        // A bad ring ends the link, which says more.
+        // A bad ring ends the connection, which says more.
         Ok(())
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        // Not MQ: without it every front end takes it that there is one queue pair. With it QEMU reads the answer as pairs
-        // and cloud-hypervisor as rings, and 1 would be too few for that.
-        Ok(VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::MTU
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE)
+        Ok(K::PROTOCOL)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        self.negotiated = true;
         Ok(())
     }
 
@@ -337,12 +320,15 @@ impl VhostUserBackendReqHandlerMut for Device {
         if self.memory.remove(region) { Ok(()) } else { Err(refused("no such memory region")) }
     }
 
-    fn get_config(&mut self, _: u32, _: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Err(Error::InvalidOperation("not offered: CONFIG"))
+    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let (start, size) = (offset as usize, size as usize);
+        // What lies behind the end is nothing (virtio 1.2, §2.5): front ends may ask for more than there is.
+        let there = self.kind.config().iter().skip(start);
+        Ok(there.copied().chain(std::iter::repeat(0)).take(size).collect())
     }
 
     fn set_config(&mut self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
-        Err(Error::InvalidOperation("not offered: CONFIG"))
+        Err(Error::InvalidOperation("nothing in the configuration is for the guest to write"))
     }
 
     fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {

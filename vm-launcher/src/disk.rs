@@ -1,0 +1,297 @@
+//! Disks: `[file=]PATH[,size=N[G|M]][,format=raw|qcow2]`, LinuxKit's grammar.
+//!
+//! A sized disk that is not there is made: raw ones sparse, by us; qcow2 by `qemu-img`. One that is there is used as it is.
+//! Without a path a disk lies in the VM's state directory.
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::str::FromStr;
+
+use crate::LaunchError;
+
+const EXAMPLE: &str = "an example: --disk data.qcow2,size=4G";
+
+/// How a disk's content lies in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's own format, which grows.
+    Qcow2,
+}
+
+impl Format {
+    /// As QEMU and the user write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A disk as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Where it is; `None`: in the state directory.
+    pub path: Option<PathBuf>,
+    /// Bytes, when it is to be made.
+    pub size: Option<u64>,
+    /// Its format; `None`: found out.
+    pub format: Option<Format>,
+}
+
+/// A disk that is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Disk {
+    pub(crate) path: PathBuf,
+    pub(crate) format: Format,
+    pub(crate) read_only: bool,
+}
+
+impl FromStr for DiskSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut disk = Self { path: None, size: None, format: None };
+        for (n, part) in text.split(',').enumerate() {
+            match part.split_once('=') {
+                None | Some(("file", _)) if disk.path.is_some() => {
+                    return Err(format!("{text:?} has two paths; {EXAMPLE}"));
+                }
+                Some(("file", path)) => disk.path = Some(path_of(path)?),
+                Some(("size", size)) => disk.size = Some(bytes(size)?),
+                Some(("format", "raw")) => disk.format = Some(Format::Raw),
+                Some(("format", "qcow2")) => disk.format = Some(Format::Qcow2),
+                Some(("format", other)) => return Err(format!("format={other}: raw or qcow2")),
+                // LinuxKit's short form: the path comes first, without a key.
+                None if n == 0 => disk.path = Some(path_of(part)?),
+                _ => return Err(format!("{part:?} is not file=, size= or format=; {EXAMPLE}")),
+            }
+        }
+        if disk.path.is_none() && disk.size.is_none() {
+            return Err(format!("{text:?} has neither a path nor a size; {EXAMPLE}"));
+        }
+        Ok(disk)
+    }
+}
+
+fn path_of(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() { Err(format!("the path is empty; {EXAMPLE}")) } else { Ok(text.into()) }
+}
+
+/// `4G`, `512M`, and a bare number of GiB as LinuxKit has it.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        _ => (text, 30),
+    };
+    let fault = || format!("size={text}: a number of G or M from 1M to 65536G, such as 4G");
+    let number: u64 = digits.parse().map_err(|_| fault())?;
+    number.checked_shl(shift).filter(|n| *n > 0 && *n <= 1 << 46 && number <= 1 << 26).ok_or_else(fault)
+}
+
+impl DiskSpec {
+    /// Where the disk is, or will be; the `n`th of the VM.
+    fn place(&self, n: usize, state_dir: &Path) -> PathBuf {
+        self.path
+            .clone()
+            .unwrap_or_else(|| state_dir.join(format!("disk{n}.{}", self.format.unwrap_or(Format::Raw))))
+    }
+
+    /// What can be known to be wrong before anything is made.
+    pub(crate) fn check(&self, n: usize, state_dir: &Path) -> Result<(), LaunchError> {
+        let path = self.place(n, state_dir);
+        let fail = |reason: String| LaunchError::Setting(format!("--disk {}: {reason}", path.display()));
+        match fs::metadata(&path) {
+            Ok(meta) if meta.is_dir() => Err(fail("it is a directory".into())),
+            // A block device is a disk too; it has no length to look at.
+            Ok(_) => match (self.format, detect(&path).map_err(|e| fail(e.to_string()))?) {
+                (Some(Format::Raw), Format::Qcow2) => Err(fail(
+                    "it is a qcow2 disk, and as raw its content would be destroyed: format=qcow2".into(),
+                )),
+                (Some(Format::Qcow2), Format::Raw) => Err(fail("it is not a qcow2 disk: format=raw".into())),
+                _ => Ok(()),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let directory = path.parent().filter(|p| !p.as_os_str().is_empty());
+                if self.size.is_none() {
+                    Err(fail("there is no such file; with size=4G it is made".into()))
+                } else if self.path.is_some() && directory.is_some_and(|d| !d.is_dir()) {
+                    Err(fail("its directory is not there: make it first".into()))
+                } else if self.wanted_format(&path) == Format::Qcow2 && !has_qemu_img() {
+                    Err(fail("qemu-img, which makes qcow2 disks, is missing: apt-get install qemu-utils, or format=raw".into()))
+                } else {
+                    Ok(())
+                }
+            }
+            Err(error) => Err(fail(error.to_string())),
+        }
+    }
+
+    fn wanted_format(&self, path: &Path) -> Format {
+        let by_name =
+            if path.extension().is_some_and(|e| e == "qcow2") { Format::Qcow2 } else { Format::Raw };
+        self.format.unwrap_or(by_name)
+    }
+
+    /// The disk, made if it is not there. The answer's text is a line for the user.
+    pub(crate) fn prepare(&self, n: usize, state_dir: &Path) -> Result<(Disk, Option<String>), LaunchError> {
+        let path = self.place(n, state_dir);
+        let fail = |reason: String| LaunchError::Disk { path: path.clone(), reason };
+        if path.exists() {
+            let format = detect(&path).map_err(|error| fail(error.to_string()))?;
+            let note = self.size.filter(|size| capacity(&path, format).is_some_and(|has| has != *size)).map(
+                |size| {
+                    format!(
+                        "{} is there already with another size than {} MiB: used as it is",
+                        path.display(),
+                        size >> 20
+                    )
+                },
+            );
+            return Ok((Disk { path, format, read_only: false }, note));
+        }
+        let size = self.size.ok_or_else(|| fail("it is gone".into()))?;
+        let format = self.wanted_format(&path);
+        match format {
+            Format::Raw => make_raw(&path, size).map_err(|error| fail(error.to_string()))?,
+            Format::Qcow2 => make_qcow2(&path, size).map_err(&fail)?,
+        }
+        let note = Some(format!("made {} ({format}, {} MiB)", path.display(), size >> 20));
+        Ok((Disk { path, format, read_only: false }, note))
+    }
+}
+
+/// The format of a file that is there. Anything without qcow2's magic is raw, as QEMU has it too.
+fn detect(path: &Path) -> io::Result<Format> {
+    let mut magic = Vec::new();
+    fs::File::open(path)?.take(4).read_to_end(&mut magic)?;
+    Ok(if magic == b"QFI\xfb" { Format::Qcow2 } else { Format::Raw })
+}
+
+/// Bytes a guest sees, where they can be told.
+fn capacity(path: &Path, format: Format) -> Option<u64> {
+    match format {
+        Format::Raw => fs::metadata(path).ok().filter(fs::Metadata::is_file).map(|meta| meta.len()),
+        Format::Qcow2 => {
+            // The virtual size stands big-endian at 24 (QEMU docs/interop/qcow2.txt).
+            let mut head = Vec::new();
+            fs::File::open(path).ok()?.take(32).read_to_end(&mut head).ok()?;
+            Some(u64::from_be_bytes(*head.get(24..)?.first_chunk()?))
+        }
+    }
+}
+
+/// A sparse file.
+fn make_raw(path: &Path, size: u64) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    let sized = file.set_len(size);
+    if sized.is_err() {
+        // A file system that has no room for it must not keep a stump; the error told is the first.
+        let _ = fs::remove_file(path);
+    }
+    sized
+}
+
+fn has_qemu_img() -> bool {
+    crate::programs::in_path("qemu-img").is_some()
+}
+
+fn make_qcow2(path: &Path, size: u64) -> Result<(), String> {
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(path)
+        .arg(size.to_string())
+        .output();
+    match made {
+        Ok(out) if out.status.success() => Ok(()),
+        Ok(out) => Err(String::from_utf8_lossy(&out.stderr).trim().to_owned()),
+        Err(error) => Err(format!("qemu-img: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> DiskSpec {
+        text.parse().expect(text)
+    }
+
+    #[test]
+    fn linuxkits_grammar_is_understood() {
+        let (raw, qcow2) = (Some(Format::Raw), Some(Format::Qcow2));
+        let disk =
+            |path: Option<&str>, size, format| DiskSpec { path: path.map(PathBuf::from), size, format };
+        assert_eq!(spec("d.img"), disk(Some("d.img"), None, None));
+        assert_eq!(spec("file=d.img,size=1G"), disk(Some("d.img"), Some(1 << 30), None));
+        assert_eq!(spec("d,size=2"), disk(Some("d"), Some(2 << 30), None));
+        assert_eq!(spec("size=512M,format=qcow2"), disk(None, Some(512 << 20), qcow2));
+        assert_eq!(spec("d,format=raw"), disk(Some("d"), None, raw));
+    }
+
+    #[test]
+    fn bad_disks_are_refused_with_an_example() {
+        for text in [
+            "",
+            "a,b",
+            "a,file=b",
+            "a,size=0",
+            "a,size=-1",
+            "a,size=1T",
+            "a,size=99999999999G",
+            "a,format=vmdk",
+            "a,cache=none",
+            "format=raw",
+            "file=",
+        ] {
+            assert!(text.parse::<DiskSpec>().is_err(), "{text:?}");
+        }
+        let error = "a,cache=none".parse::<DiskSpec>().expect_err("no such key");
+        assert!(error.contains("cache=none") && error.contains("an example"), "{error}");
+    }
+
+    #[test]
+    fn a_sized_disk_is_made_sparse_and_kept() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let disk = spec("size=1G");
+        disk.check(0, dir.path()).expect("it can be made");
+        let (made, note) = disk.prepare(0, dir.path()).expect("it is made");
+        assert!(note.expect("a note").contains("1024 MiB"));
+        assert_eq!((made.path.clone(), made.format), (dir.path().join("disk0.raw"), Format::Raw));
+        let meta = fs::metadata(&made.path).expect("it is there");
+        assert_eq!(meta.len(), 1 << 30);
+        assert!(std::os::unix::fs::MetadataExt::blocks(&meta) < 1000, "it is not sparse");
+        fs::write(&made.path, "kept").expect("writing");
+        let (_, note) = disk.prepare(0, dir.path()).expect("it is there");
+        assert!(note.expect("a note").contains("used as it is"));
+        assert_eq!(fs::read(&made.path).expect("reading"), b"kept");
+    }
+
+    #[test]
+    fn what_would_destroy_a_disk_or_cannot_be_is_refused() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("d");
+        fs::write(&path, b"QFI\xfb").expect("writing");
+        let check = |text: &str| spec(text).check(0, dir.path()).expect_err(text).to_string();
+        let file = path.display();
+        assert!(check(&format!("{file},format=raw")).contains("would be destroyed"));
+        assert!(check(&dir.path().display().to_string()).contains("a directory"));
+        assert!(check("/nonexistent/d").contains("size=4G"));
+        assert!(check("/nonexistent/d,size=1G").contains("its directory is not there"));
+        fs::write(&path, b"text").expect("writing");
+        assert!(check(&format!("{file},format=qcow2")).contains("format=raw"));
+    }
+}

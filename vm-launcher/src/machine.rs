@@ -1,0 +1,178 @@
+//! The machine: everything of a [`LaunchConfig`] checked ([`Plan`]), then everything it needs made ([`Machine`]).
+//!
+//! A plan touches nothing; what is wrong is told before a file is made or a process starts. Making is what remains:
+//! the metadata CDs and the firmware's variables in the state directory, disks that were given a size.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::accel;
+use crate::boot::{Asked, Boot, Firmware, Found};
+use crate::disk::Disk;
+use crate::hypervisor::Hypervisor;
+use crate::metadata::{self, Cd};
+use crate::qemu::Qemu;
+use crate::share::{self, Daemon};
+use crate::state::{self, StateDir};
+use crate::{LaunchConfig, LaunchError, Mac, net};
+
+/// Disks of one VM, which q35's bus has slots for.
+const DISKS: usize = 16;
+
+/// What is going to run, checked.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) found: Found,
+    pub(crate) hypervisor: Box<dyn Hypervisor>,
+    pub(crate) accel: accel::Choice,
+    pub(crate) net: net::Choice,
+    pub(crate) virtiofsd: Option<Daemon>,
+    cds: Vec<Cd>,
+}
+
+impl Plan {
+    /// Checks everything that can be without touching anything.
+    pub(crate) fn new(config: &LaunchConfig) -> Result<Self, LaunchError> {
+        check(config)?;
+        net::check(config)?;
+        let asked = Asked {
+            image: &config.image,
+            arch: config.arch,
+            uefi: config.uefi,
+            firmware: config.firmware.as_deref(),
+        };
+        let found = asked.resolve()?;
+        if config.disks.len() > DISKS {
+            return setting(format!(
+                "--disk: {} disks, and at most {DISKS} are possible",
+                config.disks.len()
+            ));
+        }
+        for (n, disk) in config.disks.iter().enumerate() {
+            disk.check(n, &config.state_dir)?;
+        }
+        let mut cds = Vec::new();
+        if let Some(data) = &config.data {
+            cds.push(Cd::config(data)?);
+        }
+        if let Some(dir) = &config.cloud_init {
+            cds.push(Cd::no_cloud(dir, &config.name)?);
+        }
+        if let Some(path) = &config.ignition {
+            metadata::check_ignition(path)?;
+        }
+        let virtiofsd = share::check(&config.shares, config.virtiofsd.as_deref())?;
+        let hypervisor: Box<dyn Hypervisor> = Box::new(Qemu::find(config)?);
+        hypervisor.check(config, &found.boot)?;
+        let accel = hypervisor.accel(config)?;
+        let net = hypervisor.net(config, accel.kind);
+        Ok(Self { found, hypervisor, accel, net, virtiofsd, cds })
+    }
+
+    /// Makes what the machine needs; the answer's texts are lines for the user.
+    pub(crate) fn prepare(
+        &self,
+        config: &LaunchConfig,
+        state: &StateDir,
+    ) -> Result<(Machine, Vec<String>), LaunchError> {
+        let mut notes: Vec<String> = self.found.note.iter().cloned().collect();
+        let mac = match config.mac {
+            Some(mac) => mac,
+            None => state.mac()?,
+        };
+        let mut cds = Vec::new();
+        for cd in &self.cds {
+            cds.push(cd.write(&config.state_dir)?);
+        }
+        let vars = match &self.found.boot {
+            Boot::Cd { firmware: Firmware::Flash { vars, .. }, .. }
+            | Boot::Disk { firmware: Firmware::Flash { vars, .. }, .. } => {
+                Some(variables(vars, &config.state_dir)?)
+            }
+            _ => None,
+        };
+        // Disks last: they are the user's, and stay when something before fails.
+        let mut disks = Vec::new();
+        for (n, disk) in config.disks.iter().enumerate() {
+            let (disk, note) = disk.prepare(n, &config.state_dir)?;
+            disks.push(disk);
+            notes.extend(note);
+        }
+        let machine = Machine {
+            boot: self.found.boot.clone(),
+            disks,
+            cds,
+            vars,
+            accel: self.accel.kind,
+            card: self.net.card.clone(),
+            mac,
+        };
+        Ok((machine, notes))
+    }
+}
+
+/// The machine as a hypervisor is told of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Machine {
+    pub(crate) boot: Boot,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) cds: Vec<PathBuf>,
+    /// The firmware's variables.
+    pub(crate) vars: Option<PathBuf>,
+    pub(crate) accel: accel::Kind,
+    pub(crate) card: net::Card,
+    pub(crate) mac: Mac,
+}
+
+fn setting<T>(text: String) -> Result<T, LaunchError> {
+    Err(LaunchError::Setting(text))
+}
+
+/// What can be known to be wrong without looking at the machine.
+fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
+    // The name is a DNS label (RFC 1123 §2.1), and a part of --link, where a comma would end it.
+    let label = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    let name = &config.name;
+    let ends = name.starts_with('-') || name.ends_with('-');
+    if name.is_empty() || name.len() > 63 || ends || !name.bytes().all(label) {
+        return setting(format!(
+            "--name {name:?}: letters, digits and inner - only, at most 63, such as --name web"
+        ));
+    }
+    if config.cpus == 0 || config.cpus > 255 {
+        return setting(format!("--cpus {}: 1 to 255, such as --cpus 1", config.cpus));
+    }
+    if config.mem_mib < 32 {
+        return setting(format!("--mem {}: so few MiB boot no Linux: --mem 256 or more", config.mem_mib));
+    }
+    Ok(())
+}
+
+/// The VM's own copy of the firmware's variables, kept from run to run; anew when it belongs to another firmware.
+fn variables(template: &Path, state_dir: &Path) -> Result<PathBuf, LaunchError> {
+    let path = state_dir.join("efi-vars.fd");
+    let fail = |error: std::io::Error| LaunchError::State { path: path.clone(), reason: error.to_string() };
+    let wanted = fs::metadata(template).map_err(fail)?.len();
+    if !fs::metadata(&path).is_ok_and(|meta| meta.len() == wanted) {
+        let bytes = fs::read(template).map_err(fail)?;
+        state::write_private(&path, &bytes).map_err(fail)?;
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_firmwares_variables_are_kept_and_anew_for_another_firmware() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let template = dir.path().join("VARS.fd");
+        fs::write(&template, "empty").expect("writing");
+        let vars = variables(&template, dir.path()).expect("a copy");
+        fs::write(&vars, "FULL!").expect("the VM writes");
+        assert_eq!(fs::read(variables(&template, dir.path()).expect("kept")).expect("reading"), b"FULL!");
+        fs::write(&template, "another").expect("writing");
+        assert_eq!(fs::read(variables(&template, dir.path()).expect("anew")).expect("reading"), b"another");
+    }
+}

@@ -1,0 +1,183 @@
+//! The VM's network: a sidecar of its own from its start to its end, or a place on one that VMs share.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::Signal;
+use nix::unistd::pipe2;
+
+use crate::guard::Guard;
+use crate::machine::Machine;
+use crate::net::{self, Card};
+use crate::process::{Process, timeout};
+use crate::shared::Joined;
+use crate::sidecar::{self, Link};
+use crate::signals::Signals;
+use crate::state::{Log, StateDir};
+use crate::supervise::{END_PATIENCE, VmEnd, pair};
+use crate::{LaunchConfig, LaunchError, sockets, sys};
+
+/// How long the sidecar has to be ready; it takes milliseconds.
+const READY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the VM is connected to.
+#[derive(Debug)]
+pub(crate) enum Network {
+    /// A sidecar of its own.
+    Own(Sidecar),
+    /// A place on a shared one.
+    Shared(Joined),
+}
+
+impl Network {
+    /// Starts or joins it and waits until it is ready; the answer's other part is the VM's end of the link.
+    pub(crate) fn start(
+        config: &LaunchConfig,
+        machine: &Machine,
+        state: &StateDir,
+        signals: &Signals,
+        guard: &mut Guard,
+    ) -> Result<(Self, VmEnd), LaunchError> {
+        if let Some(shared) = &config.shared {
+            let (joined, socket) = Joined::new(config, shared, machine, guard)?;
+            return Ok((Self::Shared(joined), VmEnd::Path(socket)));
+        }
+        let (mut sidecar, end) = Sidecar::start(config, machine, state, guard)?;
+        sidecar.await_ready(signals)?;
+        Ok((Self::Own(sidecar), end))
+    }
+
+    /// The error to tell when the network has ended under the VM.
+    pub(crate) fn ended(&mut self) -> io::Result<Option<LaunchError>> {
+        match self {
+            Self::Own(sidecar) => sidecar.ended(),
+            Self::Shared(joined) => joined.ended(),
+        }
+    }
+}
+
+impl AsFd for Network {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Own(sidecar) => sidecar.process.as_fd(),
+            Self::Shared(joined) => joined.as_fd(),
+        }
+    }
+}
+
+/// The sidecar of one VM.
+#[derive(Debug)]
+pub(crate) struct Sidecar {
+    process: Process,
+    ready: OwnedFd,
+    log: Log,
+    /// Its sockets, which it removes itself when it ends in order.
+    paths: Vec<std::path::PathBuf>,
+}
+
+impl Sidecar {
+    /// Starts it; the answer's other part is the VM's end of the link.
+    fn start(
+        config: &LaunchConfig,
+        machine: &Machine,
+        state: &StateDir,
+        guard: &mut Guard,
+    ) -> Result<(Self, VmEnd), LaunchError> {
+        let failed = |what| move |error: io::Error| LaunchError::system(what, error);
+        let mut paths = vec![config.api.clone()];
+        let mut inherited = Vec::new();
+        let (link, vm_end) = if machine.card == Card::VhostUser {
+            let path = net::socket(config);
+            paths.push(path.clone());
+            (Link::Path(path.clone()), VmEnd::Path(path))
+        } else {
+            let (ours, vms) = pair(&machine.card).map_err(failed("cannot make a socketpair"))?;
+            let link = Link::Inherited(sys::number(&ours));
+            inherited.push(ours);
+            (link, VmEnd::Socket(vms))
+        };
+        for path in &paths {
+            guard.socket(path);
+        }
+        let (ready, told) =
+            pipe2(OFlag::O_CLOEXEC).map_err(|errno| LaunchError::system("cannot make a pipe", errno))?;
+        let log = state.log("sidecar.log")?;
+        let mut command = Command::new(&config.sidecar);
+        let writer = || log.writer().map_err(failed("cannot share a log"));
+        command
+            .args(sidecar::arguments(config, &machine.card, &link, sys::number(&told)))
+            .stdin(Stdio::null());
+        command.stdout(writer()?).stderr(writer()?);
+        // A group of its own: Ctrl-C in the terminal is for us, and the network is needed until the guest is down.
+        command.process_group(0);
+        inherited.push(told);
+        // SIGTERM, so that it closes its sockets in order when we are killed.
+        sys::prepare(&mut command, inherited, Signal::SIGTERM);
+        let process = Process::start(command)?;
+        guard.watch(&process, true);
+        Ok((Self { process, ready, log, paths }, vm_end))
+    }
+
+    /// Waits for `ready`, for the end of the sidecar, or for a signal.
+    fn await_ready(&mut self, signals: &Signals) -> Result<(), LaunchError> {
+        let failed = |error: io::Error| LaunchError::system("cannot wait for the network", error);
+        let deadline = Instant::now() + READY_PATIENCE;
+        let mut told = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(LaunchError::SidecarSilent { after: READY_PATIENCE, log: self.log.tail() });
+            }
+            let mut waited = [
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.ready.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut waited, timeout(left)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(failed(errno.into())),
+            }
+            let readable = waited[1].any().unwrap_or(false);
+            if let Some(signal) = signals.next().map_err(failed)? {
+                return Err(LaunchError::Interrupted(signal.as_str()));
+            }
+            if !readable {
+                continue;
+            }
+            let mut buffer = [0; 64];
+            let read = nix::unistd::read(&self.ready, &mut buffer).map_err(|errno| failed(errno.into()))?;
+            told.extend_from_slice(buffer.get(..read).unwrap_or_default());
+            if told.starts_with(b"ready\n") {
+                return Ok(());
+            }
+            if read == 0 || told.len() > buffer.len() {
+                // Closed without the word: it is about to end. If not, it is made to.
+                let status = match self.process.wait(END_PATIENCE).map_err(failed)? {
+                    Some(status) => status,
+                    None => self.process.end(END_PATIENCE).map_err(failed)?,
+                };
+                return Err(LaunchError::SidecarNotReady { status, reason: self.log.last_words() });
+            }
+        }
+    }
+
+    fn ended(&mut self) -> io::Result<Option<LaunchError>> {
+        let status = self.process.ended()?;
+        Ok(status.map(|status| LaunchError::SidecarDied { status, log: self.log.tail() }))
+    }
+}
+
+impl Drop for Sidecar {
+    /// In order, whatever ended the VM. One that had to be killed has left its sockets.
+    fn drop(&mut self) {
+        let _ = self.process.end(END_PATIENCE);
+        for path in &self.paths {
+            sockets::remove_dead(path);
+        }
+    }
+}

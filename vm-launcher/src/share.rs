@@ -1,0 +1,178 @@
+//! Directories of the host in the guest: virtiofs, served by `virtiofsd`, one process for each.
+//!
+//! The guest mounts it by its tag: `mount -t virtiofs TAG /mnt`. Guest and `virtiofsd` meet in the guest's memory, which is
+//! therefore a memfd that is shared, as with a vhost-user network card.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::{LaunchError, programs};
+
+/// Bytes of a tag (virtio 1.2 §5.11.4).
+const TAG: usize = 36;
+/// Shares of one VM.
+pub(crate) const SHARES: usize = 16;
+/// Where distributions keep `virtiofsd`, which is no command.
+const PLACES: [&str; 4] = [
+    "/usr/libexec/virtiofsd",
+    "/usr/lib/virtiofsd",
+    "/usr/lib/qemu/virtiofsd",
+    "/usr/lib/virtiofsd/virtiofsd",
+];
+
+/// A directory to share: `DIR[,tag=NAME]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    /// The directory.
+    pub dir: PathBuf,
+    /// What the guest mounts it by; `None`: `virtiofs0`, `virtiofs1`, … as LinuxKit has it.
+    pub tag: Option<String>,
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let example = "an example: --virtiofs /srv/code,tag=code";
+        let (dir, options) = text.split_once(',').map_or((text, None), |(dir, rest)| (dir, Some(rest)));
+        if dir.is_empty() {
+            return Err(format!("{text:?} has no directory; {example}"));
+        }
+        let tag = match options.map(|o| o.split_once('=')) {
+            None => None,
+            Some(Some(("tag", tag))) => Some(tag.to_owned()),
+            Some(_) => return Err(format!("{text:?}: only tag= may stand behind the directory; {example}")),
+        };
+        let good = |tag: &String| {
+            (1..=TAG).contains(&tag.len())
+                && tag.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        };
+        match tag {
+            Some(tag) if !good(&tag) => {
+                Err(format!("tag={tag}: at most {TAG} letters, digits and - _ .; {example}"))
+            }
+            tag => Ok(Self { dir: dir.into(), tag }),
+        }
+    }
+}
+
+impl Share {
+    /// The tag of the `n`th share.
+    pub(crate) fn tag(&self, n: usize) -> String {
+        self.tag.clone().unwrap_or_else(|| format!("virtiofs{n}"))
+    }
+}
+
+/// Which `virtiofsd` this is: the two that are about have other options.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Daemon {
+    /// QEMU's own, up to QEMU 7.
+    C(PathBuf),
+    /// The one in Rust, since.
+    Rust(PathBuf),
+}
+
+/// Checks the shares and finds who serves them; `None` when there are none.
+pub(crate) fn check(shares: &[Share], named: Option<&Path>) -> Result<Option<Daemon>, LaunchError> {
+    let setting = |text: String| Err(LaunchError::Setting(text));
+    if shares.is_empty() {
+        return Ok(None);
+    }
+    if shares.len() > SHARES {
+        return setting(format!("--virtiofs: {} shares, and at most {SHARES} are possible", shares.len()));
+    }
+    let tags: Vec<String> = shares.iter().enumerate().map(|(n, share)| share.tag(n)).collect();
+    for (n, share) in shares.iter().enumerate() {
+        if !share.dir.is_dir() {
+            return setting(format!("--virtiofs {}: it is not a directory", share.dir.display()));
+        }
+        if tags.get(..n).unwrap_or_default().contains(&tags[n]) {
+            return setting(format!(
+                "--virtiofs: two shares have the tag {}: give one another tag=",
+                tags[n]
+            ));
+        }
+    }
+    let program = match named {
+        Some(path) if path.is_file() => Some(path.to_owned()),
+        Some(path) => return setting(format!("--virtiofsd {}: there is no such file", path.display())),
+        None => programs::in_path("virtiofsd").or_else(|| programs::first_file(&PLACES)),
+    };
+    let Some(program) = program else {
+        return setting(
+            "--virtiofs: virtiofsd is missing: apt-get install virtiofsd (Debian 12: qemu-system-common), or name it with \
+             --virtiofsd"
+                .into(),
+        );
+    };
+    // QEMU's own calls itself so in its help; the other is written with clap.
+    let help = std::process::Command::new(&program).arg("--help").output();
+    let help = help.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
+    Ok(Some(if help.contains("-o source=") { Daemon::C(program) } else { Daemon::Rust(program) }))
+}
+
+impl Daemon {
+    pub(crate) fn program(&self) -> &Path {
+        match self {
+            Self::C(program) | Self::Rust(program) => program,
+        }
+    }
+
+    /// The arguments, with the listening socket as an inherited descriptor: no path, nothing to remove.
+    pub(crate) fn arguments(&self, share: &Share, socket: RawFd) -> Vec<OsString> {
+        let mut args: Vec<OsString> = vec![format!("--fd={socket}").into()];
+        match self {
+            Self::C(_) => {
+                let mut source = OsString::from("source=");
+                source.push(&share.dir);
+                args.extend(["-o".into(), source, "-f".into()]);
+            }
+            Self::Rust(_) => {
+                args.extend(["--shared-dir".into(), share.dir.clone().into()]);
+                // Only root has the namespaces and capabilities of the default sandbox.
+                let sandbox = if nix::unistd::geteuid().is_root() { "namespace" } else { "none" };
+                args.extend(["--sandbox".into(), sandbox.into()]);
+            }
+        }
+        args
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_a_directory_and_a_tag() {
+        let share: Share = "/srv,tag=code".parse().expect("a share");
+        assert_eq!((share.dir.to_str(), share.tag(3)), (Some("/srv"), "code".into()));
+        assert_eq!("/srv".parse::<Share>().expect("a share").tag(3), "virtiofs3");
+        for bad in ["", ",tag=a", "/srv,ro", "/srv,tag=", "/srv,tag=a b", "/srv,tag=a,b"] {
+            assert!(bad.parse::<Share>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_shared_is_refused() {
+        let share = |text: &str| text.parse::<Share>().expect(text);
+        let refused = |shares: &[Share], named| check(shares, named).expect_err("refused").to_string();
+        assert!(refused(&[share("/nonexistent")], None).contains("not a directory"));
+        assert!(refused(&[share("/,tag=a"), share("/,tag=a")], None).contains("the tag a"));
+        assert!(refused(&[share("/")], Some(Path::new("/nonexistent"))).contains("--virtiofsd"));
+        assert!(refused(&vec![share("/"); SHARES + 1], None).contains("at most 16"));
+        assert_eq!(check(&[], None).expect("nothing to serve"), None);
+    }
+
+    #[test]
+    fn each_daemon_gets_its_own_options() {
+        let share = "/srv".parse().expect("a share");
+        let line = |daemon: Daemon| {
+            let args = daemon.arguments(&share, 7);
+            args.iter().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(line(Daemon::C("/v".into())), "--fd=7 -o source=/srv -f");
+        assert!(line(Daemon::Rust("/v".into())).starts_with("--fd=7 --shared-dir /srv --sandbox "));
+    }
+}

@@ -1,0 +1,123 @@
+//! Unix sockets in the state directory, however long its path is.
+//!
+//! A socket's address has 107 bytes for a path (unix(7)), and a state directory beside an image easily has more. Linux
+//! follows `/proc/self/fd/N`, so directory and name are given as that: short, and the same file.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+/// The path of a socket's file, short; it lives as long as the descriptor.
+fn short(path: &Path) -> io::Result<(OwnedFd, PathBuf)> {
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let fd = open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())).join(name);
+    Ok((fd, short))
+}
+
+/// Connects to the socket at `path`.
+pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
+    let (_fd, short) = short(path)?;
+    UnixStream::connect(short)
+}
+
+/// A listening socket in a directory that nobody else may enter; its file goes with this.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    pub(crate) listener: UnixListener,
+    _file: Owned,
+}
+
+impl Listening {
+    /// Listens at `path`, where nobody else does: the directory is locked, so what is there is stale.
+    pub(crate) fn at(path: &Path) -> io::Result<Self> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let (_fd, short) = short(path)?;
+        let listener = UnixListener::bind(short)?;
+        Ok(Self { listener, _file: Owned(path.to_owned()) })
+    }
+}
+
+/// A connected pair of sockets whose listening end has no name any more: for programs that insist on accepting.
+pub(crate) fn nameless(path: &Path) -> io::Result<(UnixListener, UnixStream)> {
+    let Listening { listener, _file } = Listening::at(path)?;
+    let stream = connect(path)?;
+    Ok((listener, stream))
+}
+
+/// A file that is removed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Owned(pub(crate) PathBuf);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // That it is gone already is no fault.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Removes a socket on which nobody listens any more, and nothing else.
+pub(crate) fn remove_dead(path: &Path) {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    if is_socket && connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn a_path_of_any_length_can_be_listened_at() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let deep = dir.path().join("d".repeat(100)).join("e".repeat(100));
+        std::fs::create_dir_all(&deep).expect("directories");
+        let path = deep.join("s");
+        let listening = Listening::at(&path).expect("it listens");
+        let mut client = connect(&path).expect("it answers");
+        client.write_all(b"x").expect("writing");
+        let (mut server, _) = listening.listener.accept().expect("somebody came");
+        let mut byte = [0];
+        server.read_exact(&mut byte).expect("reading");
+        drop(listening);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_dead_one_removed() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).expect("a socket"));
+        assert!(path.exists());
+        let listening = Listening::at(&path).expect("it was stale");
+        remove_dead(&path);
+        assert!(path.exists(), "somebody listens there");
+        drop(listening);
+        drop(UnixListener::bind(dir.path().join("t")).expect("a socket"));
+        remove_dead(&dir.path().join("t"));
+        assert!(!dir.path().join("t").exists());
+        std::fs::write(&path, "a file").expect("writing");
+        remove_dead(&path);
+        assert!(path.exists(), "it is no socket");
+    }
+
+    #[test]
+    fn a_nameless_pair_leaves_no_file() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("s");
+        let (listener, _stream) = nameless(&path).expect("a pair");
+        assert!(!path.exists());
+        listener.accept().expect("the stream waits there");
+    }
+}
