@@ -12,7 +12,8 @@ wanted=(
   ping:iputils-ping dig:bind9-dnsutils dnsperf:dnsperf dhclient:isc-dhcp-client dhcpcd:dhcpcd-base
   perfdhcp:kea-admin gcc:gcc setpriv:util-linux python3:python3
   tmux:tmux mksquashfs:squashfs-tools xorriso:xorriso grub-mkrescue:grub-common mformat:mtools qemu-img:qemu-utils sfdisk:fdisk
-  qemu-system-aarch64:qemu-system-arm
+  qemu-system-aarch64:qemu-system-arm tshark:tshark
+  traceroute:traceroute rdisc6:ndisc6 dhclient:isc-dhcp-client iperf3:iperf3
 )
 packages=()
 for pair in "${wanted[@]}"; do

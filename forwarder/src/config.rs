@@ -117,7 +117,16 @@ pub struct Settings {
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
-    /// Keep leases here, so that they survive a restart
+    /// text or json, one object per line [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Serve /metrics for Prometheus here
+    #[arg(long, value_name = "HOST:PORT")]
+    pub metrics: Option<MetricsAddress>,
+    /// Write every frame of every link here, as pcapng; an old file is replaced
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+    /// Keep leases and live ports here, so that they survive a restart
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// A guest's vsock, KIND:ADDRESS[,cid=N][,name=VM]: vhost-user:unix:PATH, vhost:CID, firecracker:PATH or dir:PATH; repeatable
@@ -224,6 +233,12 @@ pub struct Config {
     pub log_file: Option<PathBuf>,
     /// See [`Settings`].
     pub log_level: LogLevel,
+    /// See [`Settings`].
+    pub log_format: LogFormat,
+    /// Where Prometheus finds the counters.
+    pub metrics: Option<String>,
+    /// Where every frame is written.
+    pub pcap: Option<PathBuf>,
     /// See [`Settings`].
     pub state_dir: Option<PathBuf>,
     /// The guests' vsocks.
@@ -415,8 +430,10 @@ pub enum LinkAddress {
     Listen(PathBuf),
     /// We connect, and again when it is gone.
     Connect(PathBuf),
-    /// A descriptor we inherited.
+    /// A descriptor we inherited, with a VMM at its other end or listening for one.
     Fd(i32),
+    /// The same, under the name systemd gives it (`FileDescriptorName=`).
+    Activated(String),
     /// Standard input and output.
     Stdio,
     /// A tap device.
@@ -435,6 +452,7 @@ impl std::fmt::Display for LinkAddress {
             Self::Listen(path) => write!(f, "unix:{}", path.display()),
             Self::Connect(path) => write!(f, "connect:unix:{}", path.display()),
             Self::Fd(fd) => write!(f, "fd:{fd}"),
+            Self::Activated(name) => write!(f, "fd:{name}"),
             Self::Stdio => f.write_str("stdio"),
             #[cfg(target_os = "linux")]
             Self::Tap { name, .. } => f.write_str(name),
@@ -466,7 +484,7 @@ macro_rules! from_string {
         }
     )+};
 }
-from_string!(LinkSpec, DnsHost, LeaseSpec, UnixPath);
+from_string!(LinkSpec, DnsHost, LeaseSpec, UnixPath, MetricsAddress);
 
 fn from_text<'de, D: serde::Deserializer<'de>, T: FromStr<Err: std::fmt::Display>>(
     d: D,
@@ -552,8 +570,13 @@ fn socket_address(text: &str) -> Result<Option<LinkAddress>, String> {
     if let Some(path) = text.strip_prefix("connect:unix:") {
         return absolute(path).map(|p| Some(LinkAddress::Connect(p)));
     }
-    let fd = text.strip_prefix("fd:").and_then(|n| n.parse().ok()).filter(|fd| *fd >= 0);
-    Ok(fd.map(LinkAddress::Fd))
+    let Some(fd) = text.strip_prefix("fd:") else { return Ok(None) };
+    if let Ok(fd) = fd.parse() {
+        return Ok(Some(fd).filter(|fd| *fd >= 0).map(LinkAddress::Fd));
+    }
+    let name =
+        !fd.is_empty() && fd.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    Ok((name && !fd.starts_with('-')).then(|| LinkAddress::Activated(fd.to_owned())))
 }
 
 /// A device name as the kernel allows it: at most 15 bytes, no slash, no space.
@@ -729,6 +752,37 @@ pub enum LogLevel {
     Trace,
 }
 
+/// How the log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// `HOST:PORT` to listen on.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct MetricsAddress(String);
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fault = || format!("{text:?} is not HOST:PORT; an example: 127.0.0.1:9110");
+        let (host, port) = text.rsplit_once(':').ok_or_else(fault)?;
+        let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+        let good = match bare {
+            Some(v6) => v6.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => !host.is_empty() && !host.contains(':'),
+        };
+        let port: Option<u16> = port.parse().ok();
+        if good && port.is_some() { Ok(Self(text.to_owned())) } else { Err(fault()) }
+    }
+}
+
 impl Settings {
     /// The settings of a file.
     ///
@@ -737,10 +791,65 @@ impl Settings {
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let text =
             std::fs::read_to_string(path).map_err(|e| bad("--config", format!("{}: {e}", path.display())))?;
-        toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].lines().count().max(1));
-            bad("--config", format!("{}, line {line}: {}", path.display(), e.message()))
+        Self::from_toml(&text).map_err(|e| bad("--config", format!("{}, {e}", path.display())))
+    }
+
+    /// The settings of a file's text.
+    ///
+    /// # Errors
+    /// The line, what is wrong, and the key that was probably meant.
+    fn from_toml(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].matches('\n').count() + 1);
+            let unknown = e.message().strip_prefix("unknown field `").and_then(|m| m.split('`').next());
+            let message = match unknown {
+                Some(key) => not_a_setting(key),
+                None => e.message().to_owned(),
+            };
+            format!("line {line}: {message}")
         })
+    }
+
+    /// The command-line options that the settings are.
+    #[must_use]
+    pub fn command() -> clap::Command {
+        use clap::Args;
+        Self::augment_args(clap::Command::new("settings").no_binary_name(true))
+    }
+
+    /// The settings of environment variables, `PORTWAY_DNS_UPSTREAM` for `--dns-upstream`; lists have blanks between.
+    ///
+    /// # Errors
+    /// A value that is none for its setting.
+    pub fn from_env(
+        variables: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
+    ) -> Result<Self, ConfigError> {
+        use clap::FromArgMatches;
+        let command = Self::command();
+        let mut words = Vec::new();
+        let mut names = Vec::new();
+        for (name, value) in variables {
+            let Some(name) = name.to_str().filter(|n| n.starts_with("PORTWAY_")) else { continue };
+            let is = |arg: &&clap::Arg| arg.get_long().is_some_and(|long| variable(long) == name);
+            let Some(arg) = command.get_arguments().find(is) else { continue };
+            let Some(long) = arg.get_long() else { continue };
+            let Some(value) = value.to_str() else {
+                return Err(bad("environment", format!("{name} is no text")));
+            };
+            names.push(name.to_owned());
+            if matches!(arg.get_action(), clap::ArgAction::Append) {
+                words.extend(value.split_whitespace().map(|v| format!("--{long}={v}")));
+            } else {
+                words.push(format!("--{long}={value}"));
+            }
+        }
+        let fault = |e: clap::Error| {
+            let text = e.to_string();
+            let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            bad("environment", format!("{first} (from {})", names.join(", ")))
+        };
+        let matches = command.try_get_matches_from(words).map_err(fault)?;
+        Self::from_arg_matches(&matches).map_err(fault)
     }
 
     /// These settings over `file`'s: what is set here wins, lists append.
@@ -774,6 +883,9 @@ impl Settings {
             pid_file: self.pid_file.or(file.pid_file),
             log_file: self.log_file.or(file.log_file),
             log_level: self.log_level.or(file.log_level),
+            log_format: self.log_format.or(file.log_format),
+            metrics: self.metrics.or(file.metrics),
+            pcap: self.pcap.or(file.pcap),
             state_dir: self.state_dir.or(file.state_dir),
             vsock: join(file.vsock, self.vsock),
             vsock_ports: join(file.vsock_ports, self.vsock_ports),
@@ -783,6 +895,22 @@ impl Settings {
             resolv_conf: self.resolv_conf.or(file.resolv_conf),
             hosts_file: self.hosts_file.or(file.hosts_file),
         }
+    }
+}
+
+/// The environment variable of a setting.
+#[must_use]
+pub fn variable(long: &str) -> String {
+    format!("PORTWAY_{}", long.to_ascii_uppercase().replace('-', "_"))
+}
+
+/// A key that is none, and the one that was probably meant.
+fn not_a_setting(key: &str) -> String {
+    let command = Settings::command();
+    let known: Vec<&str> = command.get_arguments().filter_map(clap::Arg::get_long).collect();
+    match crate::nearest::name(key, known.iter().copied()) {
+        Some(near) => format!("{key:?} is not a setting: did you mean {near:?}?"),
+        None => format!("{key:?} is not a setting; there are {}", known.join(", ")),
     }
 }
 
@@ -900,6 +1028,9 @@ impl TryFrom<Settings> for Config {
             pid_file: s.pid_file,
             log_file: s.log_file,
             log_level: s.log_level.unwrap_or_default(),
+            log_format: s.log_format.unwrap_or_default(),
+            metrics: s.metrics.map(|m| m.0),
+            pcap: s.pcap,
             state_dir: s.state_dir,
             vsock: s.vsock,
             vsock_ports: s.vsock_ports,
@@ -952,7 +1083,7 @@ mod tests {
     use super::*;
 
     fn settings(toml: &str) -> Result<Config, String> {
-        let settings: Settings = toml::from_str(toml).map_err(|e| e.message().to_owned())?;
+        let settings = Settings::from_toml(toml)?;
         Config::try_from(settings).map_err(|e| e.to_string())
     }
 
@@ -977,6 +1108,31 @@ mod tests {
         assert_eq!((config.links[0].mtu, config.links[1].mtu), (1500, 65_520));
         assert_eq!(config.dns_upstream[0].server.address.port(), 53);
         assert!(!config.host_loopback && !config.metadata);
+    }
+
+    fn environment(pairs: &[(&str, &str)]) -> Result<Settings, String> {
+        Settings::from_env(pairs.iter().map(|(k, v)| (k.into(), v.into()))).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_environment_has_the_flags_names_too() {
+        let settings = environment(&[
+            ("PORTWAY_LINK", "qemu:unix:/a qemu:unix:/b,name=db"),
+            ("PORTWAY_MTU", "1500"),
+            ("PORTWAY_DNS_HOST", "a.test=192.0.2.1"),
+            ("PORTWAY_BIN", "/not/a/setting"),
+            ("PATH", "/bin"),
+        ]);
+        let settings = settings.unwrap();
+        assert_eq!((settings.link.len(), settings.mtu, settings.dns_host.len()), (2, Some(1500), 1));
+        for (pair, fault) in [
+            (("PORTWAY_MTU", "big"), "PORTWAY_MTU"),
+            (("PORTWAY_LINK", "wire:fd:1"), "is not a kind of link"),
+            (("PORTWAY_LOG_LEVEL", ""), "PORTWAY_LOG_LEVEL"),
+        ] {
+            let error = environment(&[pair]).unwrap_err();
+            assert!(error.contains(fault), "{pair:?}: {error}");
+        }
     }
 
     #[test]
@@ -1036,7 +1192,12 @@ mod tests {
                 "link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\"]\nvsock-ports = [1]",
                 "--vsock-ports: they need",
             ),
-            ("link = [\"qemu:unix:/x\"]\nmto = 3", "unknown field `mto`"),
+            ("link = [\"qemu:unix:/x\"]\nmto = 3", "line 2: \"mto\" is not a setting: did you mean \"mtu\"?"),
+            ("link = [\"qemu:unix:/x\"]\ncolour = 3", "is not a setting; there are link, subnet"),
+            ("link = [\"qemu:unix:/x\"]\nmtu = \"big\"", "line 2: invalid type"),
+            ("link = [\"qemu:unix:/x\"]\nmtu = 1500\nmtu = 1501", "duplicate key"),
+            ("link = [\"qemu:unix:/x\"]\nmetrics = \"9110\"", "is not HOST:PORT"),
+            ("link = [\"qemu:unix:/x\"]\nlog-format = \"xml\"", "unknown variant"),
         ] {
             let error = settings(toml).expect_err(toml);
             assert!(error.contains(fault), "{toml}: {error}");

@@ -5,12 +5,15 @@
 //!                                    └─ control thread (tokio): control · dns
 //! ```
 
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod control;
 mod datagrams;
 
 pub mod dns;
+#[cfg(test)]
+mod drift;
 pub mod driver;
 pub mod events;
 mod fd;
@@ -18,6 +21,7 @@ pub mod host;
 mod host_errors;
 pub mod link;
 mod log;
+mod nearest;
 pub mod publish;
 pub mod request;
 pub mod rings;

@@ -12,10 +12,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
-use portway_netstack::PortId;
+use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, Protocol, Stats};
+use portway_netstack::udp::BindingReport;
+use portway_netstack::{Direction, FlowReport, FlowState, PortId, Reach};
 use tokio::sync::oneshot;
 
+use crate::capture::{CAPTURES, Capture};
 use crate::config::LinkConfig;
 use crate::publish::spec::PublishSpec;
 
@@ -49,8 +51,29 @@ pub enum Request {
     /// Every flow and NAT binding, with its counters.
     Flows {
         /// Where the answer goes.
-        reply: oneshot::Sender<Vec<FlowInfo>>,
+        reply: oneshot::Sender<FlowReports>,
     },
+    /// Every link.
+    Links {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<LinkInfo>>,
+    },
+    /// What stands behind an address for a guest.
+    Reach {
+        /// The address.
+        to: SocketAddr,
+        /// Where the answer goes, with the name of the guest's link when it is a guest.
+        reply: oneshot::Sender<(Reach, Option<String>)>,
+    },
+    /// Begin a capture. It ends when its reader is dropped and [`Request::EndCaptures`] has been said.
+    Capture {
+        /// The capture.
+        capture: Arc<Capture>,
+        /// Where the answer goes: the names of the links it sees, or the limit that is reached.
+        reply: oneshot::Sender<Result<Vec<String>, CaptureError>>,
+    },
+    /// Take captures off the links whose readers have gone.
+    EndCaptures,
     /// The counters of the whole process.
     Stats {
         /// Where the answer goes.
@@ -112,6 +135,66 @@ pub enum JoinError {
     /// There are as many as may be.
     #[error("the network has {0} VMs, and no more may join")]
     Limit(usize),
+}
+
+/// Every flow and binding, as the stack tells them: the data thread copies numbers and leaves the texts to others.
+#[derive(Debug, Default)]
+pub struct FlowReports {
+    /// TCP flows.
+    pub tcp: Vec<FlowReport>,
+    /// UDP bindings.
+    pub udp: Vec<BindingReport>,
+    /// The names of the links.
+    pub links: Vec<(PortId, String)>,
+}
+
+impl FlowReports {
+    /// What listings show.
+    pub fn infos(&self) -> impl Iterator<Item = FlowInfo> + '_ {
+        let vm = |port| self.links.iter().find(|(p, _)| *p == port).map_or_else(String::new, |l| l.1.clone());
+        let direction = |published| if published { "published" } else { "outbound" }.to_owned();
+        let tcp = self.tcp.iter().map(move |f| FlowInfo {
+            vm: vm(f.port),
+            proto: Protocol::Tcp,
+            direction: direction(f.direction == Direction::Published),
+            guest: f.guest.to_string(),
+            remote: f.remote.to_string(),
+            state: match f.state {
+                FlowState::Dialing => "dialing",
+                FlowState::Open => "open",
+                FlowState::Closing => "closing",
+            }
+            .into(),
+            bytes_to_host: f.bytes_to_host,
+            bytes_to_guest: f.bytes_to_guest,
+            age_s: f.age.as_secs(),
+            idle_s: f.idle.as_secs(),
+        });
+        let udp = self.udp.iter().map(move |b| FlowInfo {
+            vm: vm(b.port),
+            proto: Protocol::Udp,
+            direction: direction(b.published),
+            guest: b.guest.to_string(),
+            remote: b.remote.to_string(),
+            state: "bound".into(),
+            bytes_to_host: b.bytes_to_host,
+            bytes_to_guest: b.bytes_to_guest,
+            age_s: b.age.as_secs(),
+            idle_s: b.idle.as_secs(),
+        });
+        tcp.chain(udp)
+    }
+}
+
+/// Why a capture cannot begin.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CaptureError {
+    /// There are as many as may be.
+    #[error("{CAPTURES} captures run already: end one of them first")]
+    Limit,
+    /// Its filter names a VM that is not there.
+    #[error("no link is called {0:?}: `portway links` lists them")]
+    NoLink(String),
 }
 
 /// Why a port could not be published or taken away; `to_string()` is the line a user reads.

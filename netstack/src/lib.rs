@@ -42,7 +42,7 @@ pub use config::{Ipv6Config, Limits, PortConfig, StackConfig, UdpConfig, UdpFilt
 pub use drop_reason::{DropCounters, DropReason};
 pub use host::{
     ConnectError, Datagram, Direction, Echo, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,
-    HostError, HostEvent, HostTarget, OpenError, Service, UdpPath,
+    HostError, HostEvent, HostTarget, OpenError, Reach, Service, UdpPath,
 };
 pub use rings::{RingClass, RingMemory, Rings};
 pub use sink::{FrameSink, Offload, PartialChecksum, SegmentKind, Segments};

@@ -1,6 +1,7 @@
 //! What the system tests stand on: the lab around the real binary.
 
 pub mod guest;
+pub mod launch;
 pub mod namespace;
 pub mod resolver;
 pub mod sidecar;

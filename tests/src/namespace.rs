@@ -49,15 +49,7 @@ impl Namespace {
         ip(&["-n", n, "route", "add", "default", "via", &gateway.to_string()])
     }
 
-    /// A program inside; `ip netns exec` gives it the files of `/etc/netns/NAME` in the place of those in `/etc`.
-    #[must_use]
-    pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.name, program]);
-        command
-    }
-
-    /// Brings a device up that asks for its address itself.
+    /// Takes `device` up and leaves the rest to the kernel: IPv6 by router advertisements.
     ///
     /// # Errors
     /// When there is no such device.
@@ -65,12 +57,71 @@ impl Namespace {
         ip(&["-n", &self.name, "link", "set", device, "up"])
     }
 
-    /// Runs `ip` inside.
+    /// Runs `ip` with `args` inside.
     ///
     /// # Errors
     /// When it fails.
     pub fn ip(&self, args: &[&str]) -> Result<()> {
-        ip(&[&["-n", &self.name][..], args].concat())
+        ip(&[&["-n", &self.name], args].concat())
+    }
+
+    /// A command that runs inside, with files of its own in `/sys` and `/proc/sys/net`.
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name, program]);
+        command
+    }
+
+    /// What a command inside prints, both ways, and whether it was content.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn run(&self, words: &str) -> Result<(bool, String)> {
+        let mut words = words.split_whitespace();
+        let program = words.next().context("no command")?;
+        let out = self
+            .command(program)
+            .args(words)
+            .output()
+            .with_context(|| format!("{program} in ip netns exec"))?;
+        let text = [out.stdout, out.stderr].concat();
+        Ok((out.status.success(), String::from_utf8_lossy(&text).into_owned()))
+    }
+
+    /// Sets a sysctl inside.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        self.inside(|| std::fs::write(&path, value).with_context(|| path.clone()))
+    }
+
+    /// A cable to `other`, with an address of each version and a prefix length at both ends.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn cable(
+        &self,
+        device: &str,
+        mine: [&str; 2],
+        other: &Self,
+        theirs: [&str; 2],
+        mtu: u16,
+    ) -> Result<()> {
+        let peer = format!("{device}p");
+        ip(&["-n", &self.name, "link", "add", "name", device, "type", "veth", "peer", "name", &peer])?;
+        ip(&["-n", &self.name, "link", "set", &peer, "netns", &other.name])?;
+        for (end, name, addresses) in [(self, device, mine), (other, peer.as_str(), theirs)] {
+            end.ip(&["link", "set", name, "mtu", &mtu.to_string(), "up"])?;
+            for address in addresses {
+                // Without duplicate address detection: a test does not wait for it.
+                let nodad: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
+                end.ip(&[&["address", "add", address, "dev", name], nodad].concat())?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes programs that [`Self::command`] runs ask `server`.

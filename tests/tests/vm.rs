@@ -14,6 +14,8 @@ use portway_tests::vm::{
 const BLOB_LEN: usize = 100 * 1000 * 1000;
 /// The host, as the guest sees it.
 const HOST: &str = "192.168.127.254";
+/// The IPv6 network that goes with 192.168.127.0/24.
+const PREFIX6: &str = "fd6b:420b:1fb5";
 const OUTSIDE_NAME: &str = "outside.example";
 const OUTSIDE_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 80);
 /// What counts as at once for a refusal under TCG, where a round trip takes some milliseconds.
@@ -61,6 +63,7 @@ fn whole_network(net: &str) -> Result<()> {
     names(&vm)?;
     refused(&vm)?;
     udp(&vm)?;
+    ipv6(&vm)?;
     let start = Instant::now();
     black_hole(&vm)?;
     step("200 hanging connects", start);
@@ -166,6 +169,30 @@ fn udp(vm: &Vm) -> Result<()> {
     let mut buffer = [0; 16];
     let len = socket.recv(&mut buffer).context("published: no echo")?;
     ensure!(buffer.get(..len) == Some(b"hello".as_slice()), "published: other bytes");
+    Ok(())
+}
+
+/// The guest's own address, the gateway, the host's loopback, names, and the published port of the IPv6 loopback.
+fn ipv6(vm: &Vm) -> Result<()> {
+    // Duplicate address detection takes a second.
+    let mut addresses = String::new();
+    let made = portway_tests::sidecar::until(std::time::Duration::from_secs(20), || {
+        addresses = vm.guest("ip -6 addr show dev eth0 scope global").unwrap_or_default();
+        addresses.contains(PREFIX6) && !addresses.contains("tentative")
+    });
+    made.with_context(|| format!("no address by SLAAC: {addresses}"))?;
+    for last in ["1", "254"] {
+        let answer = vm.guest(&format!("ping6 -c 1 -W 5 {PREFIX6}::{last}"))?;
+        ensure!(answer.contains("1 packets received"), "{answer}");
+    }
+    let answer = vm.guest("nslookup -type=aaaa host.portway.internal")?;
+    ensure!(answer.contains(&format!("Address: {PREFIX6}::254\n")), "{answer}");
+    let echo = udp_echo()?;
+    // The echo is of 127.0.0.1 alone; the host's loopback is meant, of either version.
+    let answer = vm.guest(&format!("guest-probe udp-ping [{PREFIX6}::254]:{echo}"))?;
+    ensure!(answer.starts_with("echoed "), "{answer}");
+    let port = vm.published(7001)?;
+    ensure!(std::net::TcpStream::connect(("::1", port)).is_ok(), "the published port on ::1");
     Ok(())
 }
 

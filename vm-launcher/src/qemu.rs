@@ -256,7 +256,8 @@ fn network(words: &mut Words, config: &LaunchConfig, machine: &Machine, link: Op
         }
     }
     // romfile=: nobody boots from the network here, and the option ROM is a package of its own.
-    let mtu = if link.is_some() { format!(",host_mtu={}", config.mtu) } else { String::new() };
+    let mtu =
+        if link.is_some() { format!(",host_mtu={}", net::mtu(config, &machine.card)) } else { String::new() };
     words.option("-device", format!("virtio-net-pci,netdev=net0,mac={}{mtu},romfile=", machine.mac));
 }
 

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use crate::net::Card;
+use crate::net::{self, Card};
 use crate::{LaunchConfig, SharedNetwork};
 
 /// Where sidecar and VM meet.
@@ -31,7 +31,7 @@ pub(crate) fn link_spec(config: &LaunchConfig, card: &Card, link: &Link) -> OsSt
             spec
         }
     };
-    spec.push(format!(",name={},mtu={}", config.name, config.mtu));
+    spec.push(format!(",name={},mtu={}", config.name, net::mtu(config, card)));
     if let Some(ip) = config.ip {
         spec.push(format!(",ip={ip}"));
     }
@@ -100,6 +100,6 @@ mod tests {
             --dns-upstream 127.0.0.1:5353";
         assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
         let spec = link_spec(&config, &Card::Datagrams, &Link::Inherited(5));
-        assert_eq!(spec, "dgram:fd:5,name=demo,mtu=65520,ip=192.168.127.9");
+        assert_eq!(spec, "dgram:fd:5,name=demo,mtu=1500,ip=192.168.127.9");
     }
 }

@@ -1,7 +1,7 @@
 //! What the commands print: tables for people, one JSON document for programs.
 #![allow(clippy::print_stderr, reason = "this is where the program speaks")]
 
-use portway_api::control::{DnsRecord, FlowInfo, LeaseInfo, PortInfo, Stats};
+use portway_api::control::{DnsRecord, FlowInfo, LeaseInfo, LinkInfo, PortInfo, Stats};
 use portway_launcher::VmInfo;
 use serde::Serialize;
 
@@ -106,9 +106,24 @@ pub(super) fn dns(records: &[DnsRecord]) {
     table(&["NAME", "ADDRESS", "ORIGIN"], &records.iter().map(row).collect::<Vec<_>>());
 }
 
+pub(super) fn links(links: &[LinkInfo]) {
+    let row = |l: &LinkInfo| {
+        vec![
+            l.name.clone(),
+            l.kind.clone(),
+            if l.up { "up" } else { "down" }.into(),
+            l.ip.clone().unwrap_or_else(|| "-".into()),
+            l.mtu.to_string(),
+            l.address.clone(),
+        ]
+    };
+    table(&["VM", "LINK", "STATE", "GUEST", "MTU", "ADDRESS"], &links.iter().map(row).collect::<Vec<_>>());
+}
+
 pub(super) fn flows(flows: &[FlowInfo]) {
     let row = |f: &FlowInfo| {
         vec![
+            f.vm.clone(),
             f.proto.to_string(),
             f.direction.clone(),
             f.guest.clone(),
@@ -119,7 +134,7 @@ pub(super) fn flows(flows: &[FlowInfo]) {
             format!("{} s", f.idle_s),
         ]
     };
-    let head = ["PROTO", "DIRECTION", "GUEST", "REMOTE", "STATE", "TO HOST", "TO GUEST", "IDLE"];
+    let head = ["VM", "PROTO", "DIRECTION", "GUEST", "REMOTE", "STATE", "TO HOST", "TO GUEST", "IDLE"];
     table(&head, &flows.iter().map(row).collect::<Vec<_>>());
 }
 

@@ -2,95 +2,103 @@
 
 use std::net::IpAddr;
 
+use axum::Json;
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use axum::{Json, Router};
-use portway_api::control::{DnsRecord, DnsRequest};
+use portway_api::control::{DnsRecord, DnsRequest, Problem};
 
-use super::{App, problem};
+use super::App;
+use super::problem::Fault;
+use super::query::Query;
 use crate::config::DnsHost;
-use crate::dns::{DnsError, Origin};
+use crate::dns::{DnsError, Known, Origin};
 
-pub(super) fn routes() -> Router<App> {
-    Router::new().route("/v1/dns", get(list).post(add).delete(remove))
+/// The names the network answers itself; the host's hosts file is not among them
+#[utoipa::path(get, path = "/v1/dns", responses((status = 200, body = [DnsRecord])))]
+pub(super) async fn list(
+    State(app): State<App>,
+    RawQuery(query): RawQuery,
+) -> Result<Json<Vec<DnsRecord>>, Fault> {
+    Query::parse(query.as_deref(), &[])?;
+    Ok(records(&app))
 }
 
-/// Every name that is answered without a resolver, hosts files excepted.
-fn records(app: &App) -> Vec<DnsRecord> {
+/// Adds records, all or none; answers with all names there are
+#[utoipa::path(post, path = "/v1/dns", request_body = DnsRequest,
+    responses((status = 200, body = [DnsRecord]), (status = 400, body = Problem), (status = 429, body = Problem)))]
+pub(super) async fn add(
+    State(app): State<App>,
+    RawQuery(query): RawQuery,
+    body: Bytes,
+) -> Result<Json<Vec<DnsRecord>>, Fault> {
+    Query::parse(query.as_deref(), &[])?;
+    let record = |text: &String| match text.parse::<DnsHost>() {
+        Ok(DnsHost(name, address)) => Ok((name, address)),
+        Err(fault) => Err(bad_record(fault)),
+    };
+    let wanted = texts(&body)?.iter().map(record).collect::<Result<Vec<_>, _>>()?;
+    app.dns.add_records(&wanted).map_err(|error| unchanged(&error))?;
+    Ok(records(&app))
+}
+
+/// Takes records away, all or none; answers with the names that are left
+#[utoipa::path(delete, path = "/v1/dns", request_body = DnsRequest,
+    responses((status = 200, body = [DnsRecord]), (status = 400, body = Problem), (status = 404, body = Problem)))]
+pub(super) async fn remove(
+    State(app): State<App>,
+    RawQuery(query): RawQuery,
+    body: Bytes,
+) -> Result<Json<Vec<DnsRecord>>, Fault> {
+    Query::parse(query.as_deref(), &[])?;
+    let record = |text: &String| match text.split_once('=') {
+        None => Ok((text.clone(), None)),
+        Some((name, address)) => match address.parse::<IpAddr>() {
+            Ok(address) => Ok((name.to_owned(), Some(address))),
+            Err(_) => {
+                Err(bad_record(format!("{text:?} is neither NAME nor NAME=IP; an example: db.example")))
+            }
+        },
+    };
+    let wanted = texts(&body)?.iter().map(record).collect::<Result<Vec<_>, _>>()?;
+    app.dns.remove_records(&wanted).map_err(|error| unchanged(&error))?;
+    Ok(records(&app))
+}
+
+fn records(app: &App) -> Json<Vec<DnsRecord>> {
     let origin = |origin| match origin {
         Origin::Network => "network",
         Origin::Guest => "guest",
         Origin::Config => "config",
         Origin::Live => "live",
     };
-    let shown = |known: crate::dns::Known| DnsRecord {
+    let shown = |known: Known| DnsRecord {
         name: known.name,
         address: known.address.to_string(),
         origin: origin(known.origin).to_owned(),
     };
-    app.dns.known().into_iter().map(shown).collect()
+    Json(app.dns.known().into_iter().map(shown).collect())
 }
 
-async fn list(State(app): State<App>) -> Response {
-    Json(records(&app)).into_response()
-}
-
-/// What is wrong with a request: the problem's code, and its detail.
-type Fault = (&'static str, String);
-
-async fn add(State(app): State<App>, body: Bytes) -> Response {
-    let record = |text: &String| match text.parse::<DnsHost>() {
-        Ok(DnsHost(name, address)) => Ok((name, address)),
-        Err(fault) => Err(("bad_record", fault)),
-    };
-    match texts(&body).and_then(|texts| texts.iter().map(record).collect::<Result<Vec<_>, _>>()) {
-        Ok(records) => done(&app, app.dns.add_records(&records)),
-        Err(fault) => bad(fault),
-    }
-}
-
-async fn remove(State(app): State<App>, body: Bytes) -> Response {
-    let record = |text: &String| match text.split_once('=') {
-        None => Ok((text.clone(), None)),
-        Some((name, address)) => match address.parse::<IpAddr>() {
-            Ok(address) => Ok((name.to_owned(), Some(address))),
-            Err(_) => {
-                Err(("bad_record", format!("{text:?} is neither NAME nor NAME=IP; an example: db.example")))
-            }
-        },
-    };
-    match texts(&body).and_then(|texts| texts.iter().map(record).collect::<Result<Vec<_>, _>>()) {
-        Ok(records) => done(&app, app.dns.remove_records(&records)),
-        Err(fault) => bad(fault),
-    }
-}
-
-/// The answer to a change: what there is now, or why nothing was changed.
-fn done(app: &App, result: Result<(), DnsError>) -> Response {
-    let error = match result {
-        Ok(()) => return Json(records(app)).into_response(),
-        Err(error) => error,
-    };
-    let (status, code) = match &error {
+/// Why nothing was changed.
+fn unchanged(error: &DnsError) -> Fault {
+    let (status, code) = match error {
         DnsError::NoRecord(_) => (StatusCode::NOT_FOUND, "no_record"),
         DnsError::TooManyRecords(_) => (StatusCode::TOO_MANY_REQUESTS, "limit"),
         _ => (StatusCode::BAD_REQUEST, "bad_record"),
     };
-    problem(status, code, "nothing was changed", error.to_string())
+    Fault::new(status, code, "nothing was changed", error.to_string()).field("records")
 }
 
 fn texts(body: &Bytes) -> Result<Vec<String>, Fault> {
-    let request: DnsRequest = serde_json::from_slice(body).map_err(|e| ("bad_json", e.to_string()))?;
+    let request: DnsRequest =
+        serde_json::from_slice(body).map_err(|e| Fault::bad("bad_json", e.to_string()))?;
     if request.records.is_empty() {
-        let fault = "records: one at least is needed, such as \"db.example=192.0.2.7\"";
-        return Err(("bad_record", fault.into()));
+        return Err(bad_record("one at least is needed, such as \"db.example=192.0.2.7\"".into()));
     }
     Ok(request.records)
 }
 
-fn bad((code, detail): Fault) -> Response {
-    problem(StatusCode::BAD_REQUEST, code, "the request cannot be used", detail)
+fn bad_record(detail: String) -> Fault {
+    Fault::bad("bad_record", detail).field("records")
 }

@@ -36,6 +36,7 @@ use self::backlog::Backlog;
 pub use self::backlog::Waiting;
 use self::routes::Routes;
 use self::udp::UdpSockets;
+use crate::capture::Capture;
 use crate::config::{Config, LinkConfig};
 use crate::events::{Event, EventQueue};
 use crate::host::HostFlow;
@@ -148,6 +149,11 @@ pub struct Driver {
     events: EventQueue,
     /// Whether VMs may still come when there is none.
     joinable: bool,
+    /// Address and MAC of every lease that has been told, sorted.
+    known_leases: Vec<(std::net::Ipv4Addr, Mac)>,
+    captures: Vec<std::sync::Arc<Capture>>,
+    /// Frames lost by captures that have ended.
+    capture_lost: u64,
     ending: bool,
 }
 
@@ -226,8 +232,16 @@ impl Driver {
             leases: tokio::sync::watch::Sender::default(),
             events: EventQueue::default(),
             joinable: config.join.is_some(),
+            known_leases: Vec::new(),
+            captures: Vec::new(),
+            capture_lost: 0,
             ending: false,
         })
+    }
+
+    /// Tells events to `events` from now on.
+    pub fn tell_events(&mut self, events: EventQueue) {
+        self.events = events;
     }
 
     /// Takes leases of an earlier run back.
@@ -487,6 +501,9 @@ impl Driver {
                     tracing::warn!(%error, "a VMM could not be attached");
                     continue;
                 }
+            }
+            if !self.captures.is_empty() {
+                self.tap_links();
             }
             self.note_link_up(index, false);
         }

@@ -9,22 +9,29 @@
 
 mod join;
 mod network;
+mod pcap;
 mod state;
 
 use std::io::Write;
+use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
-use portway_api::control::NetworkInfo;
+use portway_api::control::{NetworkInfo, PortInfo};
+use sd_notify::NotifyState;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
+use crate::control::App;
+use crate::control::kept::KeptPorts;
 use crate::dns::{Dns, DnsConfig};
 use crate::driver::{Driver, LeaseBook, SLOW_LIMIT, Slow, WAKER};
-use crate::request::{Request, Requests};
+use crate::events::{EventLog, EventQueue, Numbered};
+use crate::request::{PublishError, Request, Requests};
 use crate::unix_path::Removed;
 use crate::vsock::{PortSockets, Vsock};
 
@@ -52,13 +59,24 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         }
         None => None,
     };
-    let ports = driver.publish_at_start(&config.publish).context("--publish")?;
-    let (vsocks, _names) = vsocks(config)?;
-    let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
-    let _api = RemovedAtEnd(&config.api);
     let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
     let join = join.context("--join")?;
     let _join = config.join.as_deref().map(RemovedAtEnd);
+    let (queue, event_queue) = EventQueue::new();
+    driver.tell_events(queue);
+    let mut ports = driver.publish_at_start(&config.publish).context("--publish")?;
+    let kept = config.state_dir.as_deref().map(|dir| Arc::new(KeptPorts::read(dir)));
+    if let Some(kept) = &kept {
+        ports.extend(publish_kept(&mut driver, kept));
+    }
+    let pcap = config
+        .pcap
+        .as_deref()
+        .map(|path| pcap::start(&mut driver, path).with_context(|| format!("--pcap: {}", path.display())));
+    let pcap = pcap.transpose()?;
+    let (vsocks, _names) = vsocks(config)?;
+    let (api, _api) = api_listener(config)?;
+    let metrics = config.metrics.as_deref().map(metrics_listener).transpose()?;
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
     }
@@ -70,18 +88,30 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         network: network(config),
         leases: driver.watch_leases(),
         keep: keeper.as_ref().map(state::Keeper::sender),
+        kept,
         vsocks,
         join: join.map(|listener| (listener, config.clone())),
     };
+    let (up, is_up) = std::sync::mpsc::channel();
+    let doors = Doors { up, api, metrics, events: event_queue, slow: slow_incoming };
     let thread = std::thread::Builder::new().name("control".into());
-    thread.spawn(move || control.run(api, slow_incoming)).context("cannot start the control thread")?;
+    thread.spawn(move || control.run(doors)).context("cannot start the control thread")?;
+    // Ready means too that signals are heard: who is told so may end us at once.
+    is_up.recv().context("the control thread has not started")?;
     say_ready(config.ready_fd)?;
+    tell_supervisor(&[NotifyState::Ready, NotifyState::Status("ready")]);
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
-    let ran = driver.run().context("the data thread");
+    let ended = driver.run();
+    tell_supervisor(&[NotifyState::Stopping]);
     if let Some(keeper) = keeper {
         keeper.finish(&driver.lease_reports());
     }
-    ran?;
+    ended.context("the data thread")?;
+    drop(driver);
+    if let Some(writer) = pcap {
+        // What was seen is written before the end.
+        let _ = writer.join();
+    }
     tracing::info!("ended");
     Ok(())
 }
@@ -112,6 +142,54 @@ fn network(config: &Config) -> NetworkInfo {
         gateway: config.gateway.to_string(),
         host_alias: config.host_alias.to_string(),
         domain: crate::DOMAIN.into(),
+        // These change while it runs: they are filled in when somebody asks.
+        dns_upstreams: Vec::new(),
+        log_file: config.log_file.as_ref().map(|p| p.display().to_string()),
+        state_dir: config.state_dir.as_ref().map(|p| p.display().to_string()),
+        started_ms: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+    }
+}
+
+/// Publishes what was published live in an earlier run. One that fails is said and stays kept: its port may be free
+/// again at the next start.
+fn publish_kept(driver: &mut Driver, kept: &KeptPorts) -> Vec<PortInfo> {
+    let mut ports = Vec::new();
+    for spec in kept.specs() {
+        match driver.publish_at_start(std::slice::from_ref(&spec)) {
+            Ok(mut done) => ports.append(&mut done),
+            // The configuration has it by now.
+            Err(PublishError::AlreadyPublished(_)) => {}
+            Err(error) => tracing::warn!(%spec, %error, "a kept port is not published"),
+        }
+    }
+    ports
+}
+
+/// The control socket: the one systemd holds for us under the name `api`, or one of our own.
+fn api_listener(config: &Config) -> anyhow::Result<(StdUnixListener, Option<RemovedAtEnd<'_>>)> {
+    if let Some(fd) = crate::fd::activated("api").context("--api")? {
+        let listener = StdUnixListener::from(fd);
+        listener.set_nonblocking(true).context("--api")?;
+        return Ok((listener, None));
+    }
+    let api = crate::unix_path::listen(&config.api, 0o600).context("--api")?;
+    Ok((api, Some(RemovedAtEnd(&config.api))))
+}
+
+fn metrics_listener(address: &str) -> anyhow::Result<std::net::TcpListener> {
+    let bound = std::net::TcpListener::bind(address);
+    let listener = bound.with_context(|| format!("--metrics: cannot listen on tcp {address}"))?;
+    listener.set_nonblocking(true).context("--metrics")?;
+    tracing::info!(address = %listener.local_addr().context("--metrics")?, "metrics");
+    Ok(listener)
+}
+
+/// Tells systemd, or whoever set NOTIFY_SOCKET; nobody having asked is no fault.
+fn tell_supervisor(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "the supervisor could not be told (NOTIFY_SOCKET)");
     }
 }
 
@@ -180,12 +258,23 @@ struct Control {
     network: NetworkInfo,
     leases: watch::Receiver<LeaseBook>,
     keep: Option<state::Keep>,
+    kept: Option<Arc<KeptPorts>>,
     vsocks: Vec<GuestVsock>,
     join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
 
+/// Where things come in to the control thread.
+struct Doors {
+    /// Told when everything is served and signals are heard.
+    up: std::sync::mpsc::Sender<()>,
+    api: StdUnixListener,
+    metrics: Option<std::net::TcpListener>,
+    events: mpsc::Receiver<Numbered>,
+    slow: mpsc::Receiver<Slow>,
+}
+
 impl Control {
-    fn run(mut self, api: std::os::unix::net::UnixListener, slow: mpsc::Receiver<Slow>) {
+    fn run(mut self, doors: Doors) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -194,14 +283,19 @@ impl Control {
                 return;
             }
         };
+        let Doors { up, api, metrics, events, slow } = doors;
         runtime.block_on(async {
+            let log = Arc::new(EventLog::default());
+            let app = App::new(
+                self.requests.clone(),
+                self.network.clone(),
+                Arc::clone(&self.dns),
+                Arc::clone(&log),
+                self.kept.clone(),
+            );
+            tokio::spawn(async move { log.keep(events).await });
             match UnixListener::from_std(api) {
-                Ok(api) => drop(tokio::spawn(crate::control::serve(
-                    api,
-                    self.requests.clone(),
-                    Arc::clone(&self.dns),
-                    self.network.clone(),
-                ))),
+                Ok(api) => drop(tokio::spawn(crate::control::serve(api, app.clone()))),
                 Err(error) => tracing::error!(%error, "the control socket cannot be served"),
             }
             for (vsock, ports) in self.vsocks.drain(..) {
@@ -215,10 +309,20 @@ impl Control {
                     Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
                 }
             }
-            tokio::spawn(end_on_signal(self.requests.clone()));
             tokio::spawn(follow_leases(self.leases.clone(), Arc::clone(&self.dns), self.keep.clone()));
             tokio::spawn(network::follow(Arc::clone(&self.dns)));
             tokio::spawn(follow_search(Arc::clone(&self.dns), self.requests.clone()));
+            match metrics.map(tokio::net::TcpListener::from_std) {
+                Some(Ok(listener)) => drop(tokio::spawn(crate::control::serve_metrics(listener, app))),
+                Some(Err(error)) => tracing::error!(%error, "the metrics cannot be served"),
+                None => {}
+            }
+            match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+                (Ok(term), Ok(int)) => drop(tokio::spawn(end_on_signal(term, int, self.requests.clone()))),
+                _ => tracing::error!("signals cannot be watched: the process ends at once when it gets one"),
+            }
+            // One who does not wait any more has ended.
+            let _ = up.send(());
             self.slow_things(slow).await;
         });
     }
@@ -269,17 +373,13 @@ async fn follow_search(dns: Arc<Dns>, requests: Requests) {
     }
 }
 
-async fn end_on_signal(requests: Requests) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        tracing::error!("signals cannot be watched: the process ends at once when it gets one");
-        return;
-    };
+async fn end_on_signal(mut term: Signal, mut int: Signal, requests: Requests) {
     loop {
         tokio::select! {
             _ = term.recv() => {}
             _ = int.recv() => {}
         }
+        // At an overloaded data thread the next signal tries again.
         if requests.send(Request::Shutdown).is_ok() {
             return;
         }

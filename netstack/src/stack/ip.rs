@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use super::{DNS, Netstack};
 use crate::drop_reason::DropReason;
 use crate::fragments::Piece;
-use crate::host::{Datagram, Echo, Handled, HostTarget, Service};
+use crate::host::{Datagram, Echo, Handled, HostTarget, Reach, Service};
 use crate::icmp::{self, Fault, Unreachable};
 use crate::ndp;
 use crate::tcp::{Arrival, FlowKey, Path, Verdict};
@@ -403,6 +403,18 @@ impl Netstack {
             return Err(DropReason::NotForUs);
         }
         Ok(ip)
+    }
+
+    /// What stands behind `to` for a guest, as the data path decides it; for those who ask before they connect.
+    #[must_use]
+    pub fn reach(&self, to: SocketAddr) -> Reach {
+        if self.is_gateway(to.ip()) {
+            return Reach::Gateway;
+        }
+        match self.neighbours.get(to.ip()) {
+            Some(neighbour) => Reach::Guest(neighbour.port),
+            None => self.host_view(to).map_or_else(Reach::Nowhere, Reach::Host),
+        }
     }
 
     /// An address of the host that answers, as a guest of that version knows it.

@@ -422,6 +422,7 @@ impl Flow {
             },
         };
         FlowReport {
+            port: self.key.port,
             direction: self.direction,
             guest: self.key.guest(),
             remote: self.key.remote(),
