@@ -11,7 +11,7 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -19,6 +19,7 @@ use portway_netstack::dhcp::StaticLease;
 use portway_netstack::{Ipv6Config, Limits, Mac, Subnet, UdpConfig, UdpFilter};
 use serde::Deserialize;
 
+use crate::dns::Upstream;
 use crate::personality::Particulars;
 use crate::publish::spec::{HostEnd, PublishSpec};
 use crate::vsock::VsockSpec;
@@ -72,15 +73,30 @@ pub struct Settings {
     /// Publish a guest's port on the host: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
     #[arg(long, short, value_name = "SPEC")]
     pub publish: Vec<PublishSpec>,
-    /// Ask this resolver, IP[:PORT], and not those of the host's resolv.conf; repeatable
-    #[arg(long, value_name = "IP[:PORT]")]
+    /// Ask this resolver and not those of the host's resolv.conf: for every name, or for those of one DOMAIN; repeatable
+    #[arg(long, value_name = "[DOMAIN=]IP[:PORT]")]
     pub dns_upstream: Vec<Upstream>,
-    /// A name of our own, NAME=IP; repeatable
+    /// Keep answers of resolvers from guests that lead to private or local addresses [default: off]
+    #[arg(long, value_name = "on|off")]
+    pub dns_rebind_protection: Option<Switch>,
+    /// With --dns-rebind-protection on: names of this domain may have private addresses; repeatable
+    #[arg(long, value_name = "DOMAIN")]
+    pub dns_private: Vec<String>,
+    /// A name of our own, NAME=IP; `*.NAME` stands for every name under NAME; repeatable
     #[arg(long, value_name = "NAME=IP")]
     pub dns_host: Vec<DnsHost>,
     /// An address that belongs to one VM, MAC=IP[,NAME]; repeatable
     #[arg(long, value_name = "MAC=IP[,NAME]")]
     pub static_lease: Vec<LeaseSpec>,
+    /// After how many idle seconds both ends of a TCP connection are asked whether they are still there; 0: never [default: 7200]
+    #[arg(long, value_name = "SECONDS")]
+    pub tcp_keepalive: Option<u32>,
+    /// How long a DHCP lease lasts, in seconds; a guest may ask for a shorter one [default: 3600]
+    #[arg(long, value_name = "SECONDS")]
+    pub lease_time: Option<u32>,
+    /// A time server guests are told of by DHCP; repeatable
+    #[arg(long, value_name = "IP")]
+    pub ntp_server: Vec<Ipv4Addr>,
     /// The network's name; its control socket is $XDG_RUNTIME_DIR/portway/NAME.sock [default: default]
     #[arg(long, value_name = "NAME")]
     pub network: Option<String>,
@@ -190,12 +206,20 @@ pub struct Config {
     pub host_alias: Ipv4Addr,
     /// What to publish at the start.
     pub publish: Vec<PublishSpec>,
-    /// Resolvers; empty: those of `resolv_conf`.
-    pub dns_upstream: Vec<SocketAddr>,
+    /// Resolvers; where none is for every name, those of `resolv_conf` are.
+    pub dns_upstream: Vec<Upstream>,
+    /// See [`Settings`].
+    pub dns_rebind_protection: bool,
+    /// See [`Settings`].
+    pub dns_private: Vec<String>,
     /// Names of our own.
     pub dns_host: Vec<(String, IpAddr)>,
     /// Fixed addresses.
     pub static_lease: Vec<StaticLease>,
+    /// The longest lease.
+    pub lease_time: std::time::Duration,
+    /// Time servers.
+    pub ntp: Vec<Ipv4Addr>,
     /// The network's name.
     pub network: String,
     /// The control socket.
@@ -472,7 +496,7 @@ macro_rules! from_string {
         }
     )+};
 }
-from_string!(LinkSpec, Upstream, DnsHost, LeaseSpec, UnixPath, MetricsAddress);
+from_string!(LinkSpec, DnsHost, LeaseSpec, UnixPath, MetricsAddress);
 
 fn from_text<'de, D: serde::Deserializer<'de>, T: FromStr<Err: std::fmt::Display>>(
     d: D,
@@ -615,30 +639,10 @@ fn mtu_of(text: &str) -> Result<u16, String> {
     mtu.ok_or_else(|| format!("mtu={text}: 576 to 65535 bytes"))
 }
 
-/// `IP[:PORT]` of a resolver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Upstream(pub SocketAddr);
-
-impl FromStr for Upstream {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bare = text
-            .trim_start_matches('[')
-            .trim_end_matches(']')
-            .parse::<IpAddr>()
-            .map(|ip| SocketAddr::new(ip, 53));
-        let full = text.parse::<SocketAddr>();
-        bare.or(full)
-            .map(Self)
-            .map_err(|_| format!("{text:?} is not IP[:PORT]; an example: 192.0.2.53 or [2001:db8::1]:53"))
-    }
-}
-
 /// `NAME=IP` of a record.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct DnsHost(String, IpAddr);
+pub struct DnsHost(pub String, pub IpAddr);
 
 impl FromStr for DnsHost {
     type Err = String;
@@ -647,7 +651,9 @@ impl FromStr for DnsHost {
         let (name, ip) = text.split_once('=').ok_or_else(fault)?;
         let ip = ip.parse().map_err(|_| fault())?;
         let name = name.trim_end_matches('.');
-        let labels = name.split('.').all(|l| {
+        // `*` for every name below is the first label, and not the only one.
+        let below = name.strip_prefix("*.").unwrap_or(name);
+        let labels = below.split('.').all(|l| {
             (1..=63).contains(&l.len())
                 && l.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
         });
@@ -875,8 +881,13 @@ impl Settings {
             mtu: self.mtu.or(file.mtu),
             publish: join(file.publish, self.publish),
             dns_upstream: join(file.dns_upstream, self.dns_upstream),
+            dns_rebind_protection: self.dns_rebind_protection.or(file.dns_rebind_protection),
+            dns_private: join(file.dns_private, self.dns_private),
             dns_host: join(file.dns_host, self.dns_host),
             static_lease: join(file.static_lease, self.static_lease),
+            tcp_keepalive: self.tcp_keepalive.or(file.tcp_keepalive),
+            lease_time: self.lease_time.or(file.lease_time),
+            ntp_server: join(file.ntp_server, self.ntp_server),
             network: self.network.or(file.network),
             api: self.api.or(file.api),
             join: self.join.or(file.join),
@@ -989,6 +1000,16 @@ impl TryFrom<Settings> for Config {
                 return Err(bad("--publish", format!("{spec}: its host port is given twice")));
             }
         }
+        let tcp_keepalive = match s.tcp_keepalive.unwrap_or(7200) {
+            0 => None,
+            // The largest the kernel takes.
+            seconds @ 1..=32_767 => Some(std::time::Duration::from_secs(seconds.into())),
+            other => return Err(bad("--tcp-keepalive", format!("{other}: 0 to 32767 seconds"))),
+        };
+        let lease_time = s.lease_time.unwrap_or(3600);
+        if lease_time < 60 {
+            return Err(bad("--lease-time", format!("{lease_time}: 60 seconds at least")));
+        }
         let vsock_dir = s.vsock_dir.or_else(|| s.state_dir.clone());
         crate::vsock::check(&s.vsock, &s.vsock_ports, vsock_dir.is_some())?;
         let network = s.network.unwrap_or_else(|| "default".into());
@@ -1005,9 +1026,13 @@ impl TryFrom<Settings> for Config {
             gateway,
             host_alias,
             publish: s.publish,
-            dns_upstream: s.dns_upstream.into_iter().map(|u| u.0).collect(),
+            dns_upstream: s.dns_upstream,
+            dns_rebind_protection: s.dns_rebind_protection == Some(Switch::On),
+            dns_private: s.dns_private,
             dns_host: s.dns_host.into_iter().map(|h| (h.0, h.1)).collect(),
             static_lease,
+            lease_time: std::time::Duration::from_secs(lease_time.into()),
+            ntp: s.ntp_server,
             network,
             api,
             join: s.join.map(|UnixPath(path)| path),
@@ -1034,7 +1059,7 @@ impl TryFrom<Settings> for Config {
                 Some(p) if p.as_os_str() == "off" => None,
                 other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
             },
-            limits: Limits::default(),
+            limits: Limits { tcp_keepalive, ..Limits::default() },
             particulars: Particulars::default(),
         })
     }
@@ -1094,7 +1119,7 @@ mod tests {
             (Ipv4Addr::new(10, 1, 0, 1), Ipv4Addr::new(10, 1, 255, 254))
         );
         assert_eq!((config.links[0].mtu, config.links[1].mtu), (1500, 65_520));
-        assert_eq!(config.dns_upstream[0].port(), 53);
+        assert_eq!(config.dns_upstream[0].server.address.port(), 53);
         assert!(!config.host_loopback && !config.metadata);
     }
 
@@ -1169,7 +1194,10 @@ mod tests {
             ("link = [\"qemu:unix:/x\", \"qemu:unix:/x\"]", "the same address or name"),
             ("link = [\"qemu:unix:/x\"]\npublish = [\"1:1\", \"1:2\"]", "given twice"),
             ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"dns.test\"]", "is not IP[:PORT]"),
+            ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"a..b=1.1.1.1\"]", "\"a..b\" is not a domain"),
+            ("link = [\"qemu:unix:/x\"]\ndns-host = [\"*=1.1.1.1\"]", "is not NAME=IP"),
             ("link = [\"qemu:unix:/x\"]\nstatic-lease = [\"a=b\"]", "is not MAC=IP"),
+            ("link = [\"qemu:unix:/x\"]\nlease-time = 5", "--lease-time: 5: 60 seconds at least"),
             ("link = [\"qemu:unix:/x\"]\nvsock = [\"wire:/x\"]", "is not a kind of vsock"),
             ("link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\", \"dir:/y\"]", "--vsock: two guests have CID 3"),
             ("link = [\"qemu:unix:/x\"]\nvsock-ports = [1]", "--vsock-ports: there is no --vsock"),

@@ -3,11 +3,31 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
+use std::time::Duration;
 
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use portway_netstack::{ConnectError, FlowId, HostError};
+use socket2::{SockRef, TcpKeepalive};
+
+/// What every TCP socket of the host has, those that a listener will accept with it.
+///
+/// Urgent bytes stay where they are in the stream (RFC 6093 §4): without this the kernel takes them out, and the guest would
+/// miss them. A connection that is idle for `keep_alive` is asked for.
+///
+/// # Errors
+/// The kernel's.
+pub fn settle(socket: &SockRef<'_>, keep_alive: Option<Duration>) -> io::Result<()> {
+    /// What Linux does when it is not told otherwise (tcp(7)).
+    const USUAL: Duration = Duration::from_secs(7200);
+    socket.set_out_of_band_inline(true)?;
+    match keep_alive {
+        None => Ok(()),
+        Some(USUAL) => socket.set_keepalive(true),
+        Some(idle) => socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle)),
+    }
+}
 
 /// The host's end of a flow.
 #[derive(Debug)]
@@ -23,13 +43,14 @@ impl HostStream {
     ///
     /// # Errors
     /// When the kernel refuses at once.
-    pub fn connect(to: SocketAddr, from: Option<Ipv4Addr>) -> io::Result<Self> {
+    pub fn connect(to: SocketAddr, from: Option<Ipv4Addr>, keep_alive: Option<Duration>) -> io::Result<Self> {
         let stream = match from.filter(|_| to.is_ipv4() && !to.ip().is_loopback()) {
             None => TcpStream::connect(to)?,
             Some(from) => Self::connect_from(to, from)?,
         };
         // The applications at both ends have decided about small segments already.
         stream.set_nodelay(true)?;
+        settle(&SockRef::from(&stream), keep_alive)?;
         Ok(Self::Tcp(stream))
     }
 
@@ -104,7 +125,7 @@ impl HostStream {
     /// Closes with RST, as the guest did.
     pub fn reset(self) {
         if let Self::Tcp(s) = &self {
-            let _ = socket2::SockRef::from(s).set_linger(Some(std::time::Duration::ZERO));
+            let _ = SockRef::from(s).set_linger(Some(Duration::ZERO));
         }
     }
 }

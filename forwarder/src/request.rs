@@ -95,6 +95,11 @@ pub enum Request {
     },
     /// Replace the ports of the gateway that lead elsewhere.
     GatewayForwards(Vec<portway_netstack::GatewayForward>),
+    /// Other domains for guests to search, from their next DHCP answer on.
+    Search {
+        /// The domains.
+        domains: Vec<String>,
+    },
     /// One more VM, while the network runs. The answer is its link and what was published for it.
     Join {
         /// Its link.
@@ -253,9 +258,11 @@ impl Requests {
     ///
     /// # Errors
     /// The request, when the queue is full or the data thread is gone.
-    pub fn offer(&self, request: Request) -> Result<(), Request> {
+    pub fn offer(&self, request: Request) -> Result<(), Box<Request>> {
         self.queue.try_send(request).map_err(|e| match e {
-            mpsc::TrySendError::Full(request) | mpsc::TrySendError::Disconnected(request) => request,
+            mpsc::TrySendError::Full(request) | mpsc::TrySendError::Disconnected(request) => {
+                Box::new(request)
+            }
         })?;
         // Without a waker the data thread is ending, and looks at nothing any more.
         let _ = self.waker.wake();

@@ -24,6 +24,10 @@ pub struct StackConfig {
     pub domain: String,
     /// More search domains (DHCP option 119).
     pub search: Vec<String>,
+    /// Time servers guests are told of (DHCP option 42).
+    pub ntp: Vec<Ipv4Addr>,
+    /// The longest DHCP lease; a client may ask for a shorter one.
+    pub lease_time: Duration,
     /// Addresses that belong to one guest for ever.
     pub static_leases: Vec<StaticLease>,
     /// Whether the host alias reaches the host's loopback.
@@ -182,8 +186,9 @@ pub struct Limits {
     pub macs: usize,
     /// Learned IP addresses per port. At it further ones are not remembered: they can open connections, but not be found.
     pub addresses: usize,
-    /// DHCP leases of one port: offered, in use and declined addresses together, fixed ones not counted. At it a client
-    /// without a lease gets no answer, so that a guest that asks under many names leaves the pool to the others.
+    /// DHCP leases one port has whatever the others do: offered, in use and declined addresses together, fixed ones not
+    /// counted. Beyond it a port gets more as long as half of the pool is free, else a client without a lease gets no
+    /// answer, so that a guest that asks under many names leaves the pool to the others.
     pub leases: usize,
     /// Bytes of answers (ARP, DHCP, ICMP, RST) that wait for one port. At it further answers are dropped.
     pub outbox_bytes: usize,
@@ -191,6 +196,9 @@ pub struct Limits {
     pub resolving: usize,
     /// An open TCP flow without a byte ends after this (RFC 5382 REQ-5: not below 2 h 4 min).
     pub tcp_idle: Duration,
+    /// After this time without a segment the guest is asked whether it is still there (RFC 9293 §3.8.4); a guest that
+    /// answers keeps its flow, whatever `tcp_idle` says. `None`: it is not asked.
+    pub tcp_keepalive: Option<Duration>,
     /// A half-closed or closing TCP flow without a byte ends after this (RFC 5382 REQ-5: not below 4 min).
     pub tcp_half_closed: Duration,
     /// A guest that does not finish its handshake, or does not answer ours, is given up after this.
@@ -215,10 +223,20 @@ impl Default for Limits {
             outbox_bytes: 256 * 1024,
             resolving: 256,
             tcp_idle: Duration::from_secs(7440),
+            tcp_keepalive: None,
             tcp_half_closed: Duration::from_secs(240),
             tcp_handshake: Duration::from_secs(30),
             tcp_unacknowledged: Duration::from_secs(120),
             ring_idle: Duration::from_millis(100),
         }
+    }
+}
+
+impl Limits {
+    /// When an open flow ends from which nothing was heard: a guest that is asked has the time of two questions, for one may
+    /// get lost.
+    pub(crate) fn open_for(&self) -> Duration {
+        const GRACE: Duration = Duration::from_secs(60);
+        self.tcp_keepalive.map_or(self.tcp_idle, |every| self.tcp_idle.max(every * 2 + GRACE))
     }
 }

@@ -4,5 +4,6 @@ pub mod guest;
 pub mod launch;
 pub mod namespace;
 pub mod program;
+pub mod resolver;
 pub mod sidecar;
 pub mod vm;

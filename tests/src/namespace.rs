@@ -124,6 +124,42 @@ impl Namespace {
         Ok(())
     }
 
+    /// Makes programs that [`Self::command`] runs ask `server`.
+    ///
+    /// # Errors
+    /// When `/etc/netns` cannot be written.
+    pub fn resolve_with(&self, server: IpAddr) -> Result<()> {
+        let dir = PathBuf::from("/etc/netns").join(&self.name);
+        std::fs::create_dir_all(&dir)?;
+        Ok(std::fs::write(dir.join("resolv.conf"), format!("nameserver {server}\n"))?)
+    }
+
+    /// Connects this namespace and `other` by a cable with these addresses at its ends.
+    ///
+    /// # Errors
+    /// When `ip` fails.
+    pub fn connect(&self, other: &Self, here: IpAddr, there: IpAddr) -> Result<()> {
+        ip(&[
+            "-n",
+            &self.name,
+            "link",
+            "add",
+            "cable",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            &other.name,
+        ])?;
+        for (namespace, address) in [(self, here), (other, there)] {
+            namespace.ip(&["address", "add", &format!("{address}/24"), "dev", "cable"])?;
+            namespace.up("cable")?;
+        }
+        Ok(())
+    }
+
     /// Deletes a device.
     ///
     /// # Errors
@@ -144,6 +180,7 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         let _ = ip(&["netns", "delete", &self.name]);
+        let _ = std::fs::remove_dir_all(PathBuf::from("/etc/netns").join(&self.name));
     }
 }
 

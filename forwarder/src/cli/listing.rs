@@ -1,7 +1,7 @@
 //! What the commands print: tables for people, one JSON document for programs.
 #![allow(clippy::print_stderr, reason = "this is where the program speaks")]
 
-use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, Stats};
+use portway_api::control::{DnsRecord, FlowInfo, LeaseInfo, LinkInfo, PortInfo, Stats};
 use portway_launcher::VmInfo;
 use serde::Serialize;
 
@@ -99,6 +99,11 @@ pub(super) fn leases(leases: &[LeaseInfo]) {
         vec![l.ip.clone(), l.mac.clone(), name, expires, if l.fixed { "fixed".into() } else { String::new() }]
     };
     table(&["ADDRESS", "MAC", "NAME", "EXPIRES", ""], &leases.iter().map(row).collect::<Vec<_>>());
+}
+
+pub(super) fn dns(records: &[DnsRecord]) {
+    let row = |r: &DnsRecord| vec![r.name.clone(), r.address.clone(), r.origin.clone()];
+    table(&["NAME", "ADDRESS", "ORIGIN"], &records.iter().map(row).collect::<Vec<_>>());
 }
 
 pub(super) fn links(links: &[LinkInfo]) {

@@ -7,6 +7,7 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
+mod dns;
 mod doctor;
 mod explain;
 mod listing;
@@ -90,6 +91,9 @@ enum Command {
     Ports(Target),
     /// List DHCP leases
     Leases(Target),
+    /// Names the network answers itself
+    #[command(subcommand)]
+    Dns(dns::DnsCommand),
     /// List the links and the VMs behind them
     Links(Target),
     /// List flows and NAT bindings
@@ -300,6 +304,7 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Unpublish { specs, at } => change(&Method::DELETE, &specs, &at),
         Command::Ports(at) => list::<PortInfo>(&at, "/v1/ports", listing::ports),
         Command::Leases(at) => list::<LeaseInfo>(&at, "/v1/leases", listing::leases),
+        Command::Dns(command) => dns::run(command),
         Command::Links(at) => list::<LinkInfo>(&at, "/v1/links", listing::links),
         Command::Flows(args) => list::<FlowInfo>(&args.at, &args.route(), listing::flows),
         Command::Events(args) => watch::events(&args),

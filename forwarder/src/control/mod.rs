@@ -10,6 +10,7 @@
 //! from the handlers, and checked in under `docs/reference`.
 
 pub mod client;
+mod dns;
 mod explain;
 mod gvproxy;
 pub mod kept;

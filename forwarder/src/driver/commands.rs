@@ -61,7 +61,7 @@ impl Driver {
             return;
         }
         let fallback = other_loopback(to);
-        match HostStream::connect(to, self.outbound) {
+        match HostStream::connect(to, self.outbound, self.keep_alive) {
             Ok(stream) => {
                 // Loopback answers inside `connect`: the flow is served at once, without waiting for the event.
                 self.adopt(HostFlow { fallback, ..HostFlow::dialing(flow, stream) });
@@ -102,13 +102,14 @@ impl Driver {
 
     /// The other end of the flow is a stream that the control thread serves.
     fn serve_dns(&mut self, flow: FlowId) {
+        let Some(port) = self.stack.port_of(flow) else { return };
         let made = std::os::unix::net::UnixStream::pair().and_then(|(ours, theirs)| {
             ours.set_nonblocking(true)?;
             theirs.set_nonblocking(true)?;
             Ok((ours, theirs))
         });
         let failed = match made {
-            Ok((ours, theirs)) => match self.slow.try_send(Slow::DnsStream(theirs)) {
+            Ok((ours, theirs)) => match self.slow.try_send(Slow::DnsStream(port, theirs)) {
                 Ok(()) => {
                     self.adopt(HostFlow::dialing(
                         flow,

@@ -8,6 +8,7 @@
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
 mod join;
+mod network;
 mod pcap;
 mod state;
 
@@ -22,13 +23,13 @@ use portway_api::control::{NetworkInfo, PortInfo};
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
 use crate::control::App;
 use crate::control::kept::KeptPorts;
 use crate::dns::{Dns, DnsConfig};
-use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
+use crate::driver::{Driver, LeaseBook, SLOW_LIMIT, Slow, WAKER};
 use crate::events::{EventLog, EventQueue, Numbered};
 use crate::request::{PublishError, Request, Requests};
 use crate::unix_path::Removed;
@@ -72,9 +73,13 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
 
     let dns = Dns::new(dns_config(config)).map_err(|e| anyhow!("{e}"))?;
     let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
-    if let Some(dir) = &config.state_dir {
-        driver.restore_leases(state::leases(dir));
-    }
+    let keeper = match &config.state_dir {
+        Some(dir) => {
+            driver.restore_leases(state::leases(dir));
+            Some(state::Keeper::start(dir).context("cannot start the thread that keeps leases")?)
+        }
+        None => None,
+    };
     let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
     let join = join.context("--join")?;
     let _join = config.join.as_deref().map(RemovedAtEnd);
@@ -103,8 +108,9 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
         requests: requests.clone(),
         dns,
         network: network(config),
+        leases: driver.watch_leases(),
+        keep: keeper.as_ref().map(state::Keeper::sender),
         kept,
-        state_dir: config.state_dir.clone(),
         vsocks,
         join: join.map(|listener| (listener, config.clone())),
     };
@@ -119,6 +125,9 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
     let ended = driver.run();
     tell_supervisor(&[NotifyState::Stopping]);
+    if let Some(keeper) = keeper {
+        keeper.finish(&driver.lease_reports());
+    }
     ended.context("the data thread")?;
     drop(driver);
     if let Some(writer) = pcap {
@@ -219,8 +228,12 @@ fn dns_config(config: &Config) -> DnsConfig {
         },
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
-        upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
+        subnets: std::iter::once(config.subnet).chain(config.ipv6.as_ref().map(|v6| v6.subnet)).collect(),
+        upstreams: config.dns_upstream.clone(),
+        rebind_protection: config.dns_rebind_protection,
+        private_domains: config.dns_private.clone(),
         resolv_conf: config.resolv_conf.clone(),
+        uplinks: Some("/run/systemd/resolve/resolv.conf".into()),
         hosts: config.hosts_file.clone(),
     }
 }
@@ -270,8 +283,9 @@ struct Control {
     requests: Requests,
     dns: Arc<Dns>,
     network: NetworkInfo,
+    leases: watch::Receiver<LeaseBook>,
+    keep: Option<state::Keep>,
     kept: Option<Arc<KeptPorts>>,
-    state_dir: Option<std::path::PathBuf>,
     vsocks: Vec<GuestVsock>,
     join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
@@ -326,6 +340,9 @@ impl Control {
                     Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
                 }
             }
+            tokio::spawn(follow_leases(self.leases.clone(), Arc::clone(&self.dns), self.keep.clone()));
+            tokio::spawn(network::follow(Arc::clone(&self.dns)));
+            tokio::spawn(follow_search(Arc::clone(&self.dns), self.requests.clone()));
             match metrics.map(tokio::net::TcpListener::from_std) {
                 Some(Ok(listener)) => drop(tokio::spawn(crate::control::serve_metrics(listener, app))),
                 Some(Err(error)) => tracing::error!(%error, "the metrics cannot be served"),
@@ -342,13 +359,13 @@ impl Control {
     }
 
     async fn slow_things(self, mut slow: mpsc::Receiver<Slow>) {
-        let mut known = Vec::new();
         while let Some(thing) = slow.recv().await {
             match thing {
-                Slow::Dns(ticket, query) => {
+                Slow::Dns(ticket, query, waiting) => {
+                    drop(waiting);
                     let (dns, requests) = (Arc::clone(&self.dns), self.requests.clone());
                     tokio::spawn(async move {
-                        if let Some(answer) = dns.answer_datagram(&query).await {
+                        if let Some(answer) = dns.answer_datagram(ticket.port, &query).await {
                             // When the queue is full the answer is lost, and the guest asks again.
                             let _ = requests.send(Request::DnsAnswer { ticket, answer });
                         }
@@ -364,46 +381,41 @@ impl Control {
                         let mut answer = Request::HandedOver { flow, stream: stream.ok() };
                         // A full queue is about to be read; without an answer the guest would wait for ever.
                         while let Err(unsent) = requests.offer(answer) {
-                            answer = unsent;
+                            answer = *unsent;
                             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
                         }
                     });
                 }
-                Slow::DnsStream(stream) => match tokio::net::UnixStream::from_std(stream) {
-                    Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(stream))),
+                Slow::DnsStream(port, stream) => match tokio::net::UnixStream::from_std(stream) {
+                    Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(port, stream))),
                     Err(error) => tracing::warn!(%error, "a DNS connection cannot be served"),
                 },
-                Slow::Leases(leases, names) => {
-                    self.name_guests(&names, &mut known);
-                    if let Some(dir) = &self.state_dir
-                        && let Err(error) = state::keep_leases(dir, &leases)
-                    {
-                        tracing::warn!(%error, dir = %dir.display(), "leases could not be kept");
-                    }
-                }
             }
         }
     }
 }
 
-impl Control {
-    /// Makes DNS know the guests by the names they have now, and forget those in `known` that are gone.
-    fn name_guests(&self, names: &[(String, std::net::IpAddr)], known: &mut Vec<String>) {
-        for gone in known.iter().filter(|k| !names.iter().any(|(name, _)| name == *k)) {
-            self.dns.remove_guest(gone);
+/// Makes DNS know the guests by the names they have, and has their leases kept.
+async fn follow_leases(mut leases: watch::Receiver<LeaseBook>, dns: Arc<Dns>, keep: Option<state::Keep>) {
+    loop {
+        let book = leases.borrow_and_update().clone();
+        dns.set_guests(&book.names);
+        if let Some(keep) = &keep {
+            keep.keep(book.leases);
         }
-        known.clear();
-        for (name, _) in names {
-            if known.contains(name) {
-                continue;
-            }
-            let addresses: Vec<_> = names.iter().filter(|(n, _)| n == name).map(|(_, ip)| *ip).collect();
-            match self.dns.set_guest(name, &addresses) {
-                Ok(()) => known.push(name.clone()),
-                // A guest may call itself anything; it just has no name then.
-                Err(error) => tracing::debug!(%error, "a guest's name is not given"),
-            }
+        if leases.changed().await.is_err() {
+            return; // the data thread has ended
         }
+    }
+}
+
+/// Tells the data thread which domains the host searches, when that changes.
+async fn follow_search(dns: Arc<Dns>, requests: Requests) {
+    let mut search = dns.watch_search();
+    while search.changed().await.is_ok() {
+        let domains = search.borrow_and_update().clone();
+        // When the queue is full guests go on with what they were told.
+        let _ = requests.send(Request::Search { domains });
     }
 }
 

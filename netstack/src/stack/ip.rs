@@ -217,7 +217,7 @@ impl Netstack {
         if packet.protocol == ipv4::UDP {
             let (ports, body) = udp::parse(packet.payload)?;
             if ports.dst == 67 && (dst.is_broadcast() || dst == self.config.gateway) {
-                return self.dhcp(now, port, body).map(|()| Handled::Done);
+                return self.dhcp(now, port, header.src, body).map(|()| Handled::Done);
             }
             self.claim(now, port, header.src, packet.src)?;
             self.forbid_groups(dst)?;

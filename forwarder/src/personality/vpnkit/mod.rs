@@ -38,6 +38,7 @@ pub(crate) use self::outgoing::dial;
 use self::plane::{CHANNELS, Plane};
 use super::Particulars;
 use crate::config::{Config, LogLevel, Settings, UnixPath};
+use crate::dns::Upstream;
 use crate::sidecar::Door;
 
 const NAME: &str = "vpnkit";
@@ -156,7 +157,8 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
     config.metadata = true;
     // vpnkit's networks are IPv4 alone, and its callers configure nothing else.
     config.ipv6 = None;
-    config.dns_upstream = resolvers.servers.clone();
+    let everywhere = |server: &std::net::SocketAddr| Upstream { domain: None, server: (*server).into() };
+    config.dns_upstream = resolvers.servers.iter().map(everywhere).collect();
     config.dns_host = args.names(&plan);
     if let Some(seconds) = args.port_max_idle_time {
         config.limits.tcp_idle =
