@@ -84,6 +84,26 @@ fuzz-smoke: ## each fuzz target for FUZZ_SECONDS, where a nightly toolchain and 
 fuzz: ## as fuzz-smoke, five minutes each
 	@$(MAKE) --no-print-directory fuzz-smoke FUZZ_SECONDS=300
 
+# Where `make install` puts things; DESTDIR goes before all of them, for packages.
+PREFIX ?= /usr/local
+SYSTEMD_USER ?= $(PREFIX)/lib/systemd/user
+
+.PHONY: install
+install: ## the program, man pages, completions and a systemd user unit (PREFIX=/usr/local, DESTDIR=)
+	@cargo build --release --locked -p portway
+	program=$(TARGET)/release/portway
+	dir() { install -d "$(DESTDIR)$$1"; }
+	dir $(PREFIX)/bin; dir $(PREFIX)/share/man/man1; dir $(SYSTEMD_USER)
+	dir $(PREFIX)/share/bash-completion/completions; dir $(PREFIX)/share/zsh/site-functions; dir $(PREFIX)/share/fish/vendor_completions.d
+	install --strip -m 755 "$$program" "$(DESTDIR)$(PREFIX)/bin/portway"
+	"$$program" man --output "$(DESTDIR)$(PREFIX)/share/man/man1"
+	"$$program" completions bash > "$(DESTDIR)$(PREFIX)/share/bash-completion/completions/portway"
+	"$$program" completions zsh > "$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_portway"
+	"$$program" completions fish > "$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/portway.fish"
+	sed 's|@PREFIX@|$(PREFIX)|' docs/systemd/portway@.service > "$(DESTDIR)$(SYSTEMD_USER)/portway@.service"
+	install -m 644 docs/systemd/portway@.socket "$(DESTDIR)$(SYSTEMD_USER)/portway@.socket"
+	echo "installed under $(DESTDIR)$(PREFIX)"
+
 # Which rows of the side-by-side benchmark, rounds of each, and seconds of a measurement.
 ROWS ?= *
 ROUNDS ?= 3

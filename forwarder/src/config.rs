@@ -11,7 +11,7 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -21,6 +21,8 @@ use serde::Deserialize;
 
 use crate::agent::rules::Rule;
 use crate::agent::{AgentConfig, AgentSpec, GuestBinds, SocketPair};
+use crate::dns::Upstream;
+use crate::personality::Particulars;
 use crate::publish::spec::{HostEnd, PublishArg, PublishSpec};
 use crate::vsock::VsockSpec;
 
@@ -85,15 +87,30 @@ pub struct Settings {
     /// On which host addresses a guest may ask to be published [default: loopback]
     #[arg(long, value_name = "loopback|any")]
     pub guest_binds: Option<GuestBinds>,
-    /// Ask this resolver, IP[:PORT], and not those of the host's resolv.conf; repeatable
-    #[arg(long, value_name = "IP[:PORT]")]
+    /// Ask this resolver and not those of the host's resolv.conf: for every name, or for those of one DOMAIN; repeatable
+    #[arg(long, value_name = "[DOMAIN=]IP[:PORT]")]
     pub dns_upstream: Vec<Upstream>,
-    /// A name of our own, NAME=IP; repeatable
+    /// Keep answers of resolvers from guests that lead to private or local addresses [default: off]
+    #[arg(long, value_name = "on|off")]
+    pub dns_rebind_protection: Option<Switch>,
+    /// With --dns-rebind-protection on: names of this domain may have private addresses; repeatable
+    #[arg(long, value_name = "DOMAIN")]
+    pub dns_private: Vec<String>,
+    /// A name of our own, NAME=IP; `*.NAME` stands for every name under NAME; repeatable
     #[arg(long, value_name = "NAME=IP")]
     pub dns_host: Vec<DnsHost>,
     /// An address that belongs to one VM, MAC=IP[,NAME]; repeatable
     #[arg(long, value_name = "MAC=IP[,NAME]")]
     pub static_lease: Vec<LeaseSpec>,
+    /// After how many idle seconds both ends of a TCP connection are asked whether they are still there; 0: never [default: 7200]
+    #[arg(long, value_name = "SECONDS")]
+    pub tcp_keepalive: Option<u32>,
+    /// How long a DHCP lease lasts, in seconds; a guest may ask for a shorter one [default: 3600]
+    #[arg(long, value_name = "SECONDS")]
+    pub lease_time: Option<u32>,
+    /// A time server guests are told of by DHCP; repeatable
+    #[arg(long, value_name = "IP")]
+    pub ntp_server: Vec<Ipv4Addr>,
     /// The network's name; its control socket is $XDG_RUNTIME_DIR/portway/NAME.sock [default: default]
     #[arg(long, value_name = "NAME")]
     pub network: Option<String>,
@@ -115,7 +132,16 @@ pub struct Settings {
     /// error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
-    /// Keep leases here, so that they survive a restart
+    /// text or json, one object per line [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Serve /metrics for Prometheus here
+    #[arg(long, value_name = "HOST:PORT")]
+    pub metrics: Option<MetricsAddress>,
+    /// Write every frame of every link here, as pcapng; an old file is replaced
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+    /// Keep leases and live ports here, so that they survive a restart
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// A guest's vsock, KIND:ADDRESS[,cid=N][,name=VM]: vhost-user:unix:PATH, vhost:CID, firecracker:PATH or dir:PATH; repeatable
@@ -196,12 +222,20 @@ pub struct Config {
     pub publish: Vec<PublishSpec>,
     /// Guest agents and what they may.
     pub agent: AgentConfig,
-    /// Resolvers; empty: those of `resolv_conf`.
-    pub dns_upstream: Vec<SocketAddr>,
+    /// Resolvers; where none is for every name, those of `resolv_conf` are.
+    pub dns_upstream: Vec<Upstream>,
+    /// See [`Settings`].
+    pub dns_rebind_protection: bool,
+    /// See [`Settings`].
+    pub dns_private: Vec<String>,
     /// Names of our own.
     pub dns_host: Vec<(String, IpAddr)>,
     /// Fixed addresses.
     pub static_lease: Vec<StaticLease>,
+    /// The longest lease.
+    pub lease_time: std::time::Duration,
+    /// Time servers.
+    pub ntp: Vec<Ipv4Addr>,
     /// The network's name.
     pub network: String,
     /// The control socket.
@@ -216,6 +250,12 @@ pub struct Config {
     pub log_file: Option<PathBuf>,
     /// See [`Settings`].
     pub log_level: LogLevel,
+    /// See [`Settings`].
+    pub log_format: LogFormat,
+    /// Where Prometheus finds the counters.
+    pub metrics: Option<String>,
+    /// Where every frame is written.
+    pub pcap: Option<PathBuf>,
     /// See [`Settings`].
     pub state_dir: Option<PathBuf>,
     /// The guests' vsocks.
@@ -238,6 +278,8 @@ pub struct Config {
     pub hosts_file: Option<PathBuf>,
     /// The limits of what a guest can make grow.
     pub limits: Limits,
+    /// What only a personality sets.
+    pub particulars: Particulars,
 }
 
 /// IPv6 of the guests' network.
@@ -379,6 +421,13 @@ pub enum Namespace {
     Path(PathBuf),
     /// That of a process.
     Process(u32),
+    /// A network namespace and the user namespace it belongs to, both by path.
+    Within {
+        /// The user namespace, entered first.
+        user: PathBuf,
+        /// The network namespace.
+        net: PathBuf,
+    },
 }
 
 /// One link, checked.
@@ -407,8 +456,10 @@ pub enum LinkAddress {
     Listen(PathBuf),
     /// We connect, and again when it is gone.
     Connect(PathBuf),
-    /// A descriptor we inherited.
+    /// A descriptor we inherited, with a VMM at its other end or listening for one.
     Fd(i32),
+    /// The same, under the name systemd gives it (`FileDescriptorName=`).
+    Activated(String),
     /// Standard input and output.
     Stdio,
     /// A tap device.
@@ -418,6 +469,8 @@ pub enum LinkAddress {
         name: String,
         /// Where it is; ours when nothing is said.
         namespace: Option<Namespace>,
+        /// How it is set up there; `None`: the guest side does that.
+        setup: Option<crate::link::tap::Setup>,
     },
 }
 
@@ -427,6 +480,7 @@ impl std::fmt::Display for LinkAddress {
             Self::Listen(path) => write!(f, "unix:{}", path.display()),
             Self::Connect(path) => write!(f, "connect:unix:{}", path.display()),
             Self::Fd(fd) => write!(f, "fd:{fd}"),
+            Self::Activated(name) => write!(f, "fd:{name}"),
             Self::Stdio => f.write_str("stdio"),
             #[cfg(target_os = "linux")]
             Self::Tap { name, .. } => f.write_str(name),
@@ -458,7 +512,7 @@ macro_rules! from_string {
         }
     )+};
 }
-from_string!(LinkSpec, Upstream, DnsHost, LeaseSpec, UnixPath);
+from_string!(LinkSpec, DnsHost, LeaseSpec, UnixPath, MetricsAddress);
 
 fn from_text<'de, D: serde::Deserializer<'de>, T: FromStr<Err: std::fmt::Display>>(
     d: D,
@@ -544,8 +598,13 @@ fn socket_address(text: &str) -> Result<Option<LinkAddress>, String> {
     if let Some(path) = text.strip_prefix("connect:unix:") {
         return absolute(path).map(|p| Some(LinkAddress::Connect(p)));
     }
-    let fd = text.strip_prefix("fd:").and_then(|n| n.parse().ok()).filter(|fd| *fd >= 0);
-    Ok(fd.map(LinkAddress::Fd))
+    let Some(fd) = text.strip_prefix("fd:") else { return Ok(None) };
+    if let Ok(fd) = fd.parse() {
+        return Ok(Some(fd).filter(|fd| *fd >= 0).map(LinkAddress::Fd));
+    }
+    let name =
+        !fd.is_empty() && fd.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    Ok((name && !fd.starts_with('-')).then(|| LinkAddress::Activated(fd.to_owned())))
 }
 
 /// A device name as the kernel allows it: at most 15 bytes, no slash, no space.
@@ -555,7 +614,7 @@ fn tap_address(name: &str) -> Option<LinkAddress> {
         && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%')
         && name != "."
         && name != "..";
-    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None })
+    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None, setup: None })
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -596,30 +655,10 @@ fn mtu_of(text: &str) -> Result<u16, String> {
     mtu.ok_or_else(|| format!("mtu={text}: 576 to 65535 bytes"))
 }
 
-/// `IP[:PORT]` of a resolver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Upstream(pub SocketAddr);
-
-impl FromStr for Upstream {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bare = text
-            .trim_start_matches('[')
-            .trim_end_matches(']')
-            .parse::<IpAddr>()
-            .map(|ip| SocketAddr::new(ip, 53));
-        let full = text.parse::<SocketAddr>();
-        bare.or(full)
-            .map(Self)
-            .map_err(|_| format!("{text:?} is not IP[:PORT]; an example: 192.0.2.53 or [2001:db8::1]:53"))
-    }
-}
-
 /// `NAME=IP` of a record.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct DnsHost(String, IpAddr);
+pub struct DnsHost(pub String, pub IpAddr);
 
 impl FromStr for DnsHost {
     type Err = String;
@@ -628,7 +667,9 @@ impl FromStr for DnsHost {
         let (name, ip) = text.split_once('=').ok_or_else(fault)?;
         let ip = ip.parse().map_err(|_| fault())?;
         let name = name.trim_end_matches('.');
-        let labels = name.split('.').all(|l| {
+        // `*` for every name below is the first label, and not the only one.
+        let below = name.strip_prefix("*.").unwrap_or(name);
+        let labels = below.split('.').all(|l| {
             (1..=63).contains(&l.len())
                 && l.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
         });
@@ -739,6 +780,37 @@ pub enum LogLevel {
     Trace,
 }
 
+/// How the log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// `HOST:PORT` to listen on.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct MetricsAddress(String);
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fault = || format!("{text:?} is not HOST:PORT; an example: 127.0.0.1:9110");
+        let (host, port) = text.rsplit_once(':').ok_or_else(fault)?;
+        let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+        let good = match bare {
+            Some(v6) => v6.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => !host.is_empty() && !host.contains(':'),
+        };
+        let port: Option<u16> = port.parse().ok();
+        if good && port.is_some() { Ok(Self(text.to_owned())) } else { Err(fault()) }
+    }
+}
+
 impl Settings {
     /// The settings of a file.
     ///
@@ -747,10 +819,65 @@ impl Settings {
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let text =
             std::fs::read_to_string(path).map_err(|e| bad("--config", format!("{}: {e}", path.display())))?;
-        toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].lines().count().max(1));
-            bad("--config", format!("{}, line {line}: {}", path.display(), e.message()))
+        Self::from_toml(&text).map_err(|e| bad("--config", format!("{}, {e}", path.display())))
+    }
+
+    /// The settings of a file's text.
+    ///
+    /// # Errors
+    /// The line, what is wrong, and the key that was probably meant.
+    fn from_toml(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].matches('\n').count() + 1);
+            let unknown = e.message().strip_prefix("unknown field `").and_then(|m| m.split('`').next());
+            let message = match unknown {
+                Some(key) => not_a_setting(key),
+                None => e.message().to_owned(),
+            };
+            format!("line {line}: {message}")
         })
+    }
+
+    /// The command-line options that the settings are.
+    #[must_use]
+    pub fn command() -> clap::Command {
+        use clap::Args;
+        Self::augment_args(clap::Command::new("settings").no_binary_name(true))
+    }
+
+    /// The settings of environment variables, `PORTWAY_DNS_UPSTREAM` for `--dns-upstream`; lists have blanks between.
+    ///
+    /// # Errors
+    /// A value that is none for its setting.
+    pub fn from_env(
+        variables: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
+    ) -> Result<Self, ConfigError> {
+        use clap::FromArgMatches;
+        let command = Self::command();
+        let mut words = Vec::new();
+        let mut names = Vec::new();
+        for (name, value) in variables {
+            let Some(name) = name.to_str().filter(|n| n.starts_with("PORTWAY_")) else { continue };
+            let is = |arg: &&clap::Arg| arg.get_long().is_some_and(|long| variable(long) == name);
+            let Some(arg) = command.get_arguments().find(is) else { continue };
+            let Some(long) = arg.get_long() else { continue };
+            let Some(value) = value.to_str() else {
+                return Err(bad("environment", format!("{name} is no text")));
+            };
+            names.push(name.to_owned());
+            if matches!(arg.get_action(), clap::ArgAction::Append) {
+                words.extend(value.split_whitespace().map(|v| format!("--{long}={v}")));
+            } else {
+                words.push(format!("--{long}={value}"));
+            }
+        }
+        let fault = |e: clap::Error| {
+            let text = e.to_string();
+            let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            bad("environment", format!("{first} (from {})", names.join(", ")))
+        };
+        let matches = command.try_get_matches_from(words).map_err(fault)?;
+        Self::from_arg_matches(&matches).map_err(fault)
     }
 
     /// These settings over `file`'s: what is set here wins, lists append.
@@ -774,8 +901,13 @@ impl Settings {
             guest_socket: join(file.guest_socket, self.guest_socket),
             guest_binds: self.guest_binds.or(file.guest_binds),
             dns_upstream: join(file.dns_upstream, self.dns_upstream),
+            dns_rebind_protection: self.dns_rebind_protection.or(file.dns_rebind_protection),
+            dns_private: join(file.dns_private, self.dns_private),
             dns_host: join(file.dns_host, self.dns_host),
             static_lease: join(file.static_lease, self.static_lease),
+            tcp_keepalive: self.tcp_keepalive.or(file.tcp_keepalive),
+            lease_time: self.lease_time.or(file.lease_time),
+            ntp_server: join(file.ntp_server, self.ntp_server),
             network: self.network.or(file.network),
             api: self.api.or(file.api),
             join: self.join.or(file.join),
@@ -783,6 +915,9 @@ impl Settings {
             pid_file: self.pid_file.or(file.pid_file),
             log_file: self.log_file.or(file.log_file),
             log_level: self.log_level.or(file.log_level),
+            log_format: self.log_format.or(file.log_format),
+            metrics: self.metrics.or(file.metrics),
+            pcap: self.pcap.or(file.pcap),
             state_dir: self.state_dir.or(file.state_dir),
             vsock: join(file.vsock, self.vsock),
             vsock_ports: join(file.vsock_ports, self.vsock_ports),
@@ -792,6 +927,22 @@ impl Settings {
             resolv_conf: self.resolv_conf.or(file.resolv_conf),
             hosts_file: self.hosts_file.or(file.hosts_file),
         }
+    }
+}
+
+/// The environment variable of a setting.
+#[must_use]
+pub fn variable(long: &str) -> String {
+    format!("PORTWAY_{}", long.to_ascii_uppercase().replace('-', "_"))
+}
+
+/// A key that is none, and the one that was probably meant.
+fn not_a_setting(key: &str) -> String {
+    let command = Settings::command();
+    let known: Vec<&str> = command.get_arguments().filter_map(clap::Arg::get_long).collect();
+    match crate::nearest::name(key, known.iter().copied()) {
+        Some(near) => format!("{key:?} is not a setting: did you mean {near:?}?"),
+        None => format!("{key:?} is not a setting; there are {}", known.join(", ")),
     }
 }
 
@@ -876,13 +1027,24 @@ impl TryFrom<Settings> for Config {
                 return Err(bad("--publish", format!("{spec}: its host port is given twice")));
             }
         }
+        let tcp_keepalive = match s.tcp_keepalive.unwrap_or(7200) {
+            0 => None,
+            // The largest the kernel takes.
+            seconds @ 1..=32_767 => Some(std::time::Duration::from_secs(seconds.into())),
+            other => return Err(bad("--tcp-keepalive", format!("{other}: 0 to 32767 seconds"))),
+        };
         let agent = AgentConfig {
             agents: s.agent,
             rules,
             sockets: s.guest_socket,
             binds: s.guest_binds.unwrap_or_default(),
+            keep_alive: tcp_keepalive,
         };
         agent.check(&publish, !s.vsock.is_empty())?;
+        let lease_time = s.lease_time.unwrap_or(3600);
+        if lease_time < 60 {
+            return Err(bad("--lease-time", format!("{lease_time}: 60 seconds at least")));
+        }
         let vsock_dir = s.vsock_dir.or_else(|| s.state_dir.clone());
         crate::vsock::check(&s.vsock, &s.vsock_ports, vsock_dir.is_some())?;
         let network = s.network.unwrap_or_else(|| "default".into());
@@ -900,9 +1062,13 @@ impl TryFrom<Settings> for Config {
             host_alias,
             publish,
             agent,
-            dns_upstream: s.dns_upstream.into_iter().map(|u| u.0).collect(),
+            dns_upstream: s.dns_upstream,
+            dns_rebind_protection: s.dns_rebind_protection == Some(Switch::On),
+            dns_private: s.dns_private,
             dns_host: s.dns_host.into_iter().map(|h| (h.0, h.1)).collect(),
             static_lease,
+            lease_time: std::time::Duration::from_secs(lease_time.into()),
+            ntp: s.ntp_server,
             network,
             api,
             join: s.join.map(|UnixPath(path)| path),
@@ -910,6 +1076,9 @@ impl TryFrom<Settings> for Config {
             pid_file: s.pid_file,
             log_file: s.log_file,
             log_level: s.log_level.unwrap_or_default(),
+            log_format: s.log_format.unwrap_or_default(),
+            metrics: s.metrics.map(|m| m.0),
+            pcap: s.pcap,
             state_dir: s.state_dir,
             vsock: s.vsock,
             vsock_ports: s.vsock_ports,
@@ -926,7 +1095,8 @@ impl TryFrom<Settings> for Config {
                 Some(p) if p.as_os_str() == "off" => None,
                 other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
             },
-            limits: Limits::default(),
+            limits: Limits { tcp_keepalive, ..Limits::default() },
+            particulars: Particulars::default(),
         })
     }
 }
@@ -962,7 +1132,7 @@ mod tests {
     use super::*;
 
     fn settings(toml: &str) -> Result<Config, String> {
-        let settings: Settings = toml::from_str(toml).map_err(|e| e.message().to_owned())?;
+        let settings = Settings::from_toml(toml)?;
         Config::try_from(settings).map_err(|e| e.to_string())
     }
 
@@ -985,8 +1155,33 @@ mod tests {
             (Ipv4Addr::new(10, 1, 0, 1), Ipv4Addr::new(10, 1, 255, 254))
         );
         assert_eq!((config.links[0].mtu, config.links[1].mtu), (1500, 65_520));
-        assert_eq!(config.dns_upstream[0].port(), 53);
+        assert_eq!(config.dns_upstream[0].server.address.port(), 53);
         assert!(!config.host_loopback && !config.metadata);
+    }
+
+    fn environment(pairs: &[(&str, &str)]) -> Result<Settings, String> {
+        Settings::from_env(pairs.iter().map(|(k, v)| (k.into(), v.into()))).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_environment_has_the_flags_names_too() {
+        let settings = environment(&[
+            ("PORTWAY_LINK", "qemu:unix:/a qemu:unix:/b,name=db"),
+            ("PORTWAY_MTU", "1500"),
+            ("PORTWAY_DNS_HOST", "a.test=192.0.2.1"),
+            ("PORTWAY_BIN", "/not/a/setting"),
+            ("PATH", "/bin"),
+        ]);
+        let settings = settings.unwrap();
+        assert_eq!((settings.link.len(), settings.mtu, settings.dns_host.len()), (2, Some(1500), 1));
+        for (pair, fault) in [
+            (("PORTWAY_MTU", "big"), "PORTWAY_MTU"),
+            (("PORTWAY_LINK", "wire:fd:1"), "is not a kind of link"),
+            (("PORTWAY_LOG_LEVEL", ""), "PORTWAY_LOG_LEVEL"),
+        ] {
+            let error = environment(&[pair]).unwrap_err();
+            assert!(error.contains(fault), "{pair:?}: {error}");
+        }
     }
 
     #[test]
@@ -1035,7 +1230,10 @@ mod tests {
             ("link = [\"qemu:unix:/x\", \"qemu:unix:/x\"]", "the same address or name"),
             ("link = [\"qemu:unix:/x\"]\npublish = [\"1:1\", \"1:2\"]", "given twice"),
             ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"dns.test\"]", "is not IP[:PORT]"),
+            ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"a..b=1.1.1.1\"]", "\"a..b\" is not a domain"),
+            ("link = [\"qemu:unix:/x\"]\ndns-host = [\"*=1.1.1.1\"]", "is not NAME=IP"),
             ("link = [\"qemu:unix:/x\"]\nstatic-lease = [\"a=b\"]", "is not MAC=IP"),
+            ("link = [\"qemu:unix:/x\"]\nlease-time = 5", "--lease-time: 5: 60 seconds at least"),
             ("link = [\"qemu:unix:/x\"]\nvsock = [\"wire:/x\"]", "is not a kind of vsock"),
             ("link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\", \"dir:/y\"]", "--vsock: two guests have CID 3"),
             ("link = [\"qemu:unix:/x\"]\nvsock-ports = [1]", "--vsock-ports: there is no --vsock"),
@@ -1043,7 +1241,12 @@ mod tests {
                 "link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\"]\nvsock-ports = [1]",
                 "--vsock-ports: they need",
             ),
-            ("link = [\"qemu:unix:/x\"]\nmto = 3", "unknown field `mto`"),
+            ("link = [\"qemu:unix:/x\"]\nmto = 3", "line 2: \"mto\" is not a setting: did you mean \"mtu\"?"),
+            ("link = [\"qemu:unix:/x\"]\ncolour = 3", "is not a setting; there are link, subnet"),
+            ("link = [\"qemu:unix:/x\"]\nmtu = \"big\"", "line 2: invalid type"),
+            ("link = [\"qemu:unix:/x\"]\nmtu = 1500\nmtu = 1501", "duplicate key"),
+            ("link = [\"qemu:unix:/x\"]\nmetrics = \"9110\"", "is not HOST:PORT"),
+            ("link = [\"qemu:unix:/x\"]\nlog-format = \"xml\"", "unknown variant"),
         ] {
             let error = settings(toml).expect_err(toml);
             assert!(error.contains(fault), "{toml}: {error}");

@@ -6,12 +6,15 @@
 //! ```
 
 pub mod agent;
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod control;
 mod datagrams;
 
 pub mod dns;
+#[cfg(test)]
+mod drift;
 pub mod driver;
 pub mod events;
 mod fd;
@@ -19,6 +22,8 @@ pub mod host;
 mod host_errors;
 pub mod link;
 mod log;
+mod nearest;
+pub mod personality;
 pub mod publish;
 pub mod request;
 pub mod rings;

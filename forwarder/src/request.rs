@@ -13,10 +13,12 @@ use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
 
 use portway_api::agent::AgentInfo;
-use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
-use portway_netstack::PortId;
+use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, Protocol, Stats};
+use portway_netstack::udp::BindingReport;
+use portway_netstack::{Direction, FlowReport, FlowState, PortId, Reach};
 use tokio::sync::oneshot;
 
+use crate::capture::{CAPTURES, Capture};
 use crate::config::LinkConfig;
 use crate::events::Event;
 use crate::publish::spec::{GuestName, PublishSpec};
@@ -51,8 +53,29 @@ pub enum Request {
     /// Every flow and NAT binding, with its counters.
     Flows {
         /// Where the answer goes.
-        reply: oneshot::Sender<Vec<FlowInfo>>,
+        reply: oneshot::Sender<FlowReports>,
     },
+    /// Every link.
+    Links {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<LinkInfo>>,
+    },
+    /// What stands behind an address for a guest.
+    Reach {
+        /// The address.
+        to: SocketAddr,
+        /// Where the answer goes, with the name of the guest's link when it is a guest.
+        reply: oneshot::Sender<(Reach, Option<String>)>,
+    },
+    /// Begin a capture. It ends when its reader is dropped and [`Request::EndCaptures`] has been said.
+    Capture {
+        /// The capture.
+        capture: Arc<Capture>,
+        /// Where the answer goes: the names of the links it sees, or the limit that is reached.
+        reply: oneshot::Sender<Result<Vec<String>, CaptureError>>,
+    },
+    /// Take captures off the links whose readers have gone.
+    EndCaptures,
     /// The counters of the whole process.
     Stats {
         /// Where the answer goes.
@@ -86,6 +109,20 @@ pub enum Request {
         port: Option<u16>,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), PublishError>>,
+    },
+    /// The answer to [`crate::driver::Slow::HandOver`]: the connection, or that it is refused.
+    HandedOver {
+        /// The flow.
+        flow: portway_netstack::FlowId,
+        /// The connection.
+        stream: Option<std::os::unix::net::UnixStream>,
+    },
+    /// Replace the ports of the gateway that lead elsewhere.
+    GatewayForwards(Vec<portway_netstack::GatewayForward>),
+    /// Other domains for guests to search, from their next DHCP answer on.
+    Search {
+        /// The domains.
+        domains: Vec<String>,
     },
     /// One more VM, while the network runs. The answer is its link and what was published for it.
     Join {
@@ -131,6 +168,66 @@ pub enum JoinError {
     /// There are as many as may be.
     #[error("the network has {0} VMs, and no more may join")]
     Limit(usize),
+}
+
+/// Every flow and binding, as the stack tells them: the data thread copies numbers and leaves the texts to others.
+#[derive(Debug, Default)]
+pub struct FlowReports {
+    /// TCP flows.
+    pub tcp: Vec<FlowReport>,
+    /// UDP bindings.
+    pub udp: Vec<BindingReport>,
+    /// The names of the links.
+    pub links: Vec<(PortId, String)>,
+}
+
+impl FlowReports {
+    /// What listings show.
+    pub fn infos(&self) -> impl Iterator<Item = FlowInfo> + '_ {
+        let vm = |port| self.links.iter().find(|(p, _)| *p == port).map_or_else(String::new, |l| l.1.clone());
+        let direction = |published| if published { "published" } else { "outbound" }.to_owned();
+        let tcp = self.tcp.iter().map(move |f| FlowInfo {
+            vm: vm(f.port),
+            proto: Protocol::Tcp,
+            direction: direction(f.direction == Direction::Published),
+            guest: f.guest.to_string(),
+            remote: f.remote.to_string(),
+            state: match f.state {
+                FlowState::Dialing => "dialing",
+                FlowState::Open => "open",
+                FlowState::Closing => "closing",
+            }
+            .into(),
+            bytes_to_host: f.bytes_to_host,
+            bytes_to_guest: f.bytes_to_guest,
+            age_s: f.age.as_secs(),
+            idle_s: f.idle.as_secs(),
+        });
+        let udp = self.udp.iter().map(move |b| FlowInfo {
+            vm: vm(b.port),
+            proto: Protocol::Udp,
+            direction: direction(b.published),
+            guest: b.guest.to_string(),
+            remote: b.remote.to_string(),
+            state: "bound".into(),
+            bytes_to_host: b.bytes_to_host,
+            bytes_to_guest: b.bytes_to_guest,
+            age_s: b.age.as_secs(),
+            idle_s: b.idle.as_secs(),
+        });
+        tcp.chain(udp)
+    }
+}
+
+/// Why a capture cannot begin.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CaptureError {
+    /// There are as many as may be.
+    #[error("{CAPTURES} captures run already: end one of them first")]
+    Limit,
+    /// Its filter names a VM that is not there.
+    #[error("no link is called {0:?}: `portway links` lists them")]
+    NoLink(String),
 }
 
 /// Why a port could not be published or taken away; `to_string()` is the line a user reads.
@@ -193,6 +290,21 @@ impl Requests {
     pub(crate) fn by_way_of(&self, agents: tokio::sync::mpsc::Sender<Request>) {
         // There is one service, made once.
         let _ = self.agents.set(agents);
+    }
+
+    /// As [`Self::send`], for a request that must not be lost.
+    ///
+    /// # Errors
+    /// The request, when the queue is full or the data thread is gone.
+    pub fn offer(&self, request: Request) -> Result<(), Box<Request>> {
+        self.queue.try_send(request).map_err(|e| match e {
+            mpsc::TrySendError::Full(request) | mpsc::TrySendError::Disconnected(request) => {
+                Box::new(request)
+            }
+        })?;
+        // Without a waker the data thread is ending, and looks at nothing any more.
+        let _ = self.waker.wake();
+        Ok(())
     }
 
     /// Puts one request into the queue and wakes the data thread.

@@ -2,6 +2,9 @@
 
 pub mod agent;
 pub mod guest;
+pub mod launch;
 pub mod namespace;
+pub mod program;
+pub mod resolver;
 pub mod sidecar;
 pub mod vm;

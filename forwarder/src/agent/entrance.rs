@@ -48,8 +48,13 @@ impl BoundPort {
     ///
     /// # Errors
     /// See [`publish::bind`].
-    pub(super) fn new(host: &HostEnd, port: u16, proto: Protocol) -> Result<Self, PublishError> {
-        let (listeners, bound, host_port) = publish::bind(host, port, proto)?;
+    pub(super) fn new(
+        host: &HostEnd,
+        port: u16,
+        proto: Protocol,
+        keep_alive: Option<std::time::Duration>,
+    ) -> Result<Self, PublishError> {
+        let (listeners, bound, host_port) = publish::bind(host, port, proto, keep_alive)?;
         Ok(Self { listeners, bound, host_port })
     }
 

@@ -608,7 +608,7 @@ impl Guest {
                     HostEnd::Ports { first, .. } => first,
                     HostEnd::Unix(_) => 0,
                 };
-                let bound = BoundPort::new(&host, port, proto)?;
+                let bound = BoundPort::new(&host, port, proto, self.config.keep_alive)?;
                 let port = self.serve(&host, bound, proto, target)?;
                 note_published(&self.requests, &port.info());
                 Ok(port)
@@ -774,7 +774,7 @@ impl Guest {
 
     fn publish_configured(&mut self, spec: &PublishSpec) -> Vec<Result<PortInfo, PublishError>> {
         let publish = |n: u16| {
-            let bound = bind(spec, n)?;
+            let bound = bind(spec, n, self.config.keep_alive)?;
             let port = self.serve(&spec.host, bound, spec.proto, carried_target(spec, n))?;
             let info = port.info();
             note_published(&self.requests, &info);

@@ -72,6 +72,8 @@ pub struct AgentConfig {
     pub sockets: Vec<SocketPair>,
     /// Where a guest may ask to be published.
     pub binds: GuestBinds,
+    /// After which idle time the client of a carried port is asked whether it is still there; `None`: never.
+    pub keep_alive: Option<Duration>,
 }
 
 impl AgentConfig {
@@ -213,7 +215,8 @@ impl Agents {
         }
         let mut bound = Vec::new();
         for spec in ports {
-            let all: Result<Vec<BoundPort>, PublishError> = (0..spec.count).map(|n| bind(&spec, n)).collect();
+            let all: Result<Vec<BoundPort>, PublishError> =
+                (0..spec.count).map(|n| bind(&spec, n, config.keep_alive)).collect();
             bound.push((spec, all.map_err(|e| ConfigError::new("--publish", e.to_string()))?));
         }
         Ok((Self { config: Arc::new(config.clone()), listeners, ports: bound }, files))
@@ -264,12 +267,12 @@ impl Agents {
 }
 
 /// Binds place `n` of a spec that goes through the agent.
-fn bind(spec: &PublishSpec, n: u16) -> Result<BoundPort, PublishError> {
+fn bind(spec: &PublishSpec, n: u16, keep_alive: Option<Duration>) -> Result<BoundPort, PublishError> {
     let port = match spec.host {
         HostEnd::Ports { first: 0, .. } | HostEnd::Unix(_) => 0,
         HostEnd::Ports { first, .. } => first.saturating_add(n),
     };
-    BoundPort::new(&spec.host, port, spec.proto)
+    BoundPort::new(&spec.host, port, spec.proto, keep_alive)
 }
 
 async fn accept(listener: tokio::net::UnixListener, arrive: mpsc::Sender<UnixStream>) {

@@ -32,7 +32,13 @@ impl Host {
     fn with(rules: Vec<Rule>, publish: &[&str], sockets: Vec<SocketPair>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let agent = AgentSpec { path: dir.path().join("agent"), name: None };
-        let config = AgentConfig { agents: vec![agent], rules, sockets, binds: GuestBinds::Loopback };
+        let config = AgentConfig {
+            agents: vec![agent],
+            rules,
+            sockets,
+            binds: GuestBinds::Loopback,
+            keep_alive: None,
+        };
         let specs = publish.iter().map(|s| s.parse().unwrap());
         let (agents, files) = Agents::open(&config, specs).unwrap();
         let poll = mio::Poll::new().unwrap();

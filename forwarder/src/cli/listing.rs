@@ -2,7 +2,7 @@
 #![allow(clippy::print_stderr, reason = "this is where the program speaks")]
 
 use portway_api::agent::AgentInfo;
-use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
+use portway_api::control::{DnsRecord, FlowInfo, LeaseInfo, LinkInfo, PortInfo, Stats};
 use portway_launcher::VmInfo;
 use serde::Serialize;
 
@@ -105,9 +105,29 @@ pub(super) fn leases(leases: &[LeaseInfo]) {
     table(&["ADDRESS", "MAC", "NAME", "EXPIRES", ""], &leases.iter().map(row).collect::<Vec<_>>());
 }
 
+pub(super) fn dns(records: &[DnsRecord]) {
+    let row = |r: &DnsRecord| vec![r.name.clone(), r.address.clone(), r.origin.clone()];
+    table(&["NAME", "ADDRESS", "ORIGIN"], &records.iter().map(row).collect::<Vec<_>>());
+}
+
+pub(super) fn links(links: &[LinkInfo]) {
+    let row = |l: &LinkInfo| {
+        vec![
+            l.name.clone(),
+            l.kind.clone(),
+            if l.up { "up" } else { "down" }.into(),
+            l.ip.clone().unwrap_or_else(|| "-".into()),
+            l.mtu.to_string(),
+            l.address.clone(),
+        ]
+    };
+    table(&["VM", "LINK", "STATE", "GUEST", "MTU", "ADDRESS"], &links.iter().map(row).collect::<Vec<_>>());
+}
+
 pub(super) fn flows(flows: &[FlowInfo]) {
     let row = |f: &FlowInfo| {
         vec![
+            f.vm.clone(),
             f.proto.to_string(),
             f.direction.clone(),
             f.guest.clone(),
@@ -118,7 +138,7 @@ pub(super) fn flows(flows: &[FlowInfo]) {
             format!("{} s", f.idle_s),
         ]
     };
-    let head = ["PROTO", "DIRECTION", "GUEST", "REMOTE", "STATE", "TO HOST", "TO GUEST", "IDLE"];
+    let head = ["VM", "PROTO", "DIRECTION", "GUEST", "REMOTE", "STATE", "TO HOST", "TO GUEST", "IDLE"];
     table(&head, &flows.iter().map(row).collect::<Vec<_>>());
 }
 

@@ -12,7 +12,8 @@ use axum::routing::any;
 use portway_api::control::{PortInfo, Protocol};
 use serde::{Deserialize, Serialize};
 
-use super::{App, Unanswered, publish_one};
+use super::problem::Fault;
+use super::{App, publish_one};
 use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::{PublishError, Request};
 
@@ -59,7 +60,7 @@ fn local_of(port: &PortInfo) -> String {
     }
 }
 
-async fn all(State(app): State<App>) -> Result<Response, Unanswered> {
+async fn all(State(app): State<App>) -> Result<Response, Fault> {
     let ports = app.ask(|reply| Request::Ports { reply }).await?;
     let mut list: Vec<Exposed> = ports
         .iter()
@@ -136,7 +137,7 @@ fn protocol(name: &str) -> Option<(Protocol, &'static str)> {
     }
 }
 
-async fn expose(State(app): State<App>, method: Method, bytes: Bytes) -> Result<Response, Unanswered> {
+async fn expose(State(app): State<App>, method: Method, bytes: Bytes) -> Result<Response, Fault> {
     let body = match body(&method, &bytes) {
         Ok(body) => body,
         Err(response) => return Ok(response),
@@ -176,7 +177,7 @@ async fn expose(State(app): State<App>, method: Method, bytes: Bytes) -> Result<
     }
 }
 
-async fn unexpose(State(app): State<App>, method: Method, bytes: Bytes) -> Result<Response, Unanswered> {
+async fn unexpose(State(app): State<App>, method: Method, bytes: Bytes) -> Result<Response, Fault> {
     let body = match body(&method, &bytes) {
         Ok(body) => body,
         Err(response) => return Ok(response),
@@ -189,7 +190,7 @@ async fn unexpose(State(app): State<App>, method: Method, bytes: Bytes) -> Resul
     }
     // The guest does not count: a host end is published once.
     let spec = PublishSpec { host, guest: GuestName::Default, guest_port: 1, count: 1, proto };
-    match app.ask(|reply| Request::Unpublish { spec, reply }).await? {
+    match app.unpublish(spec).await? {
         Ok(_) => Ok(StatusCode::OK.into_response()),
         Err(_) => Ok(unknown),
     }

@@ -68,7 +68,7 @@ impl std::fmt::Debug for Packets {
 }
 
 impl Packets {
-    /// Takes a connected socket.
+    /// Takes a socket: one that is connected, or one that is bound where its peer will send from, as systemd makes it.
     ///
     /// # Errors
     /// When it is of another type than `kind`.
@@ -79,7 +79,10 @@ impl Packets {
                 "the descriptor is a socket of type {found:?}, not {kind:?}"
             )));
         }
-        Self::new(fd, None)
+        let connected = socket2::SockRef::from(&fd).peer_addr().is_ok();
+        let mut packets = Self::new(fd, None)?;
+        packets.bound = !connected;
+        Ok(packets)
     }
 
     /// Binds a datagram socket to `path`, replacing one that nobody has.

@@ -55,6 +55,8 @@ impl BindingId {
 /// What a listing says of one binding of UDP, or one client of a published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BindingReport {
+    /// The guest's port of the switch.
+    pub port: PortId,
     /// The guest's end.
     pub guest: SocketAddr,
     /// Where its last datagram went (host's view); of a published client, the client.
@@ -340,6 +342,7 @@ impl Bindings {
     pub(crate) fn reports(&self, now: Instant) -> impl Iterator<Item = BindingReport> + '_ {
         let entries = self.slots.iter().filter_map(|(_, e)| e.as_ref());
         entries.filter(|e| !matches!(e.key, Key::Echo(..))).map(move |e| BindingReport {
+            port: e.port,
             guest: e.guest,
             remote: e.remote,
             published: matches!(e.key, Key::Client(..)),
