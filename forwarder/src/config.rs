@@ -11,7 +11,7 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -20,7 +20,11 @@ use portway_netstack::dhcp::StaticLease;
 use portway_netstack::{Ipv6Config, Limits, Mac, Subnet, UdpConfig, UdpFilter};
 use serde::Deserialize;
 
-use crate::publish::spec::{HostEnd, PublishSpec};
+use crate::agent::rules::Rule;
+use crate::agent::{AgentConfig, AgentSpec, GuestBinds, SocketPair};
+use crate::dns::Upstream;
+use crate::personality::Particulars;
+use crate::publish::spec::{HostEnd, PublishArg, PublishSpec};
 use crate::vsock::VsockSpec;
 
 /// A setting that cannot be used: its name, the value, and what to do.
@@ -69,18 +73,45 @@ pub struct Settings {
     /// The largest IP packet on links that do not say mtu= themselves [default: 65520 on qemu links, 1500 on others]
     #[arg(long, value_name = "BYTES")]
     pub mtu: Option<u16>,
-    /// Publish a guest's port on the host: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
+    /// Publish a guest's port on the host: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp], or `auto[,next-free]` for every port the guest listens on; repeatable
     #[arg(long, short, value_name = "SPEC")]
-    pub publish: Vec<PublishSpec>,
-    /// Ask this resolver, IP[:PORT], and not those of the host's resolv.conf; repeatable
-    #[arg(long, value_name = "IP[:PORT]")]
+    pub publish: Vec<PublishArg>,
+    /// Rules for ports that publish themselves: tables of the file of --config
+    #[arg(skip)]
+    pub auto_publish: Vec<Rule>,
+    /// Guest agents come to this unix socket, unix:PATH[,name=VM]; those behind --vsock need no option; repeatable
+    #[arg(long, value_name = "unix:PATH")]
+    pub agent: Vec<AgentSpec>,
+    /// A unix socket in the guest that leads to one of the host, GUEST_PATH:HOST_PATH; repeatable
+    #[arg(long, value_name = "GUEST:HOST")]
+    pub guest_socket: Vec<SocketPair>,
+    /// On which host addresses a guest may ask to be published [default: loopback]
+    #[arg(long, value_name = "loopback|any")]
+    pub guest_binds: Option<GuestBinds>,
+    /// Ask this resolver and not those of the host's resolv.conf: for every name, or for those of one DOMAIN; repeatable
+    #[arg(long, value_name = "[DOMAIN=]IP[:PORT]")]
     pub dns_upstream: Vec<Upstream>,
-    /// A name of our own, NAME=IP; repeatable
+    /// Keep answers of resolvers from guests that lead to private or local addresses [default: off]
+    #[arg(long, value_name = "on|off")]
+    pub dns_rebind_protection: Option<Switch>,
+    /// With --dns-rebind-protection on: names of this domain may have private addresses; repeatable
+    #[arg(long, value_name = "DOMAIN")]
+    pub dns_private: Vec<String>,
+    /// A name of our own, NAME=IP; `*.NAME` stands for every name under NAME; repeatable
     #[arg(long, value_name = "NAME=IP")]
     pub dns_host: Vec<DnsHost>,
     /// An address that belongs to one VM, MAC=IP[,NAME]; repeatable
     #[arg(long, value_name = "MAC=IP[,NAME]")]
     pub static_lease: Vec<LeaseSpec>,
+    /// After how many idle seconds both ends of a TCP connection are asked whether they are still there; 0: never [default: 7200]
+    #[arg(long, value_name = "SECONDS")]
+    pub tcp_keepalive: Option<u32>,
+    /// How long a DHCP lease lasts, in seconds; a guest may ask for a shorter one [default: 3600]
+    #[arg(long, value_name = "SECONDS")]
+    pub lease_time: Option<u32>,
+    /// A time server guests are told of by DHCP; repeatable
+    #[arg(long, value_name = "IP")]
+    pub ntp_server: Vec<Ipv4Addr>,
     /// The network's name; its control socket is $XDG_RUNTIME_DIR/portway/NAME.sock [default: default]
     #[arg(long, value_name = "NAME")]
     pub network: Option<String>,
@@ -179,8 +210,6 @@ fn usable(
 }
 
 const RUNTIME_DIR_MODE: u32 = 0o700;
-/// Our Ethernet address: gvproxy's, which its callers know.
-const GATEWAY_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
 
 /// The settings, checked: what is in here works or fails at the host, not in the grammar.
 #[derive(Debug, Clone)]
@@ -195,12 +224,22 @@ pub struct Config {
     pub host_alias: Ipv4Addr,
     /// What to publish at the start.
     pub publish: Vec<PublishSpec>,
-    /// Resolvers; empty: those of `resolv_conf`.
-    pub dns_upstream: Vec<SocketAddr>,
+    /// Guest agents and what they may.
+    pub agent: AgentConfig,
+    /// Resolvers; where none is for every name, those of `resolv_conf` are.
+    pub dns_upstream: Vec<Upstream>,
+    /// See [`Settings`].
+    pub dns_rebind_protection: bool,
+    /// See [`Settings`].
+    pub dns_private: Vec<String>,
     /// Names of our own.
     pub dns_host: Vec<(String, IpAddr)>,
     /// Fixed addresses.
     pub static_lease: Vec<StaticLease>,
+    /// The longest lease.
+    pub lease_time: std::time::Duration,
+    /// Time servers.
+    pub ntp: Vec<Ipv4Addr>,
     /// The network's name.
     pub network: String,
     /// The control socket.
@@ -243,10 +282,10 @@ pub struct Config {
     pub hosts_file: Option<PathBuf>,
     /// The limits of what a guest can make grow.
     pub limits: Limits,
+    /// What only a personality sets.
+    pub particulars: Particulars,
     /// What guests may ask of the gateway's port 80.
     pub guest_api: GuestApi,
-    /// Our Ethernet address.
-    pub gateway_mac: Mac,
     /// The search domains guests are told; `None`: the host's.
     pub dns_search: Option<Vec<String>>,
     /// Ethernet addresses of vpnkit's VMs, by UUID; others get one that is made from theirs.
@@ -431,6 +470,13 @@ pub enum Namespace {
     Path(PathBuf),
     /// That of a process.
     Process(u32),
+    /// A network namespace and the user namespace it belongs to, both by path.
+    Within {
+        /// The user namespace, entered first.
+        user: PathBuf,
+        /// The network namespace.
+        net: PathBuf,
+    },
 }
 
 /// One link, checked.
@@ -474,6 +520,8 @@ pub enum LinkAddress {
         name: String,
         /// Where it is; ours when nothing is said.
         namespace: Option<Namespace>,
+        /// How it is set up there; `None`: the guest side does that.
+        setup: Option<crate::link::tap::Setup>,
     },
 }
 
@@ -483,7 +531,9 @@ impl PartialEq for LinkAddress {
         match (self, other) {
             (Self::Held(a), Self::Held(b)) => Arc::ptr_eq(a, b),
             #[cfg(target_os = "linux")]
-            (Self::Tap { name: a, namespace: m }, Self::Tap { name: b, namespace: n }) => (a, m) == (b, n),
+            (Self::Tap { name: a, namespace: m, .. }, Self::Tap { name: b, namespace: n, .. }) => {
+                (a, m) == (b, n)
+            }
             _ => {
                 std::mem::discriminant(self) == std::mem::discriminant(other)
                     && self.to_string() == other.to_string()
@@ -533,7 +583,7 @@ macro_rules! from_string {
         }
     )+};
 }
-from_string!(LinkSpec, Upstream, DnsHost, LeaseSpec, UnixPath, MetricsAddress);
+from_string!(LinkSpec, DnsHost, LeaseSpec, UnixPath, MetricsAddress);
 
 fn from_text<'de, D: serde::Deserializer<'de>, T: FromStr<Err: std::fmt::Display>>(
     d: D,
@@ -635,7 +685,7 @@ fn tap_address(name: &str) -> Option<LinkAddress> {
         && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b':' && b != b'%')
         && name != "."
         && name != "..";
-    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None })
+    good.then(|| LinkAddress::Tap { name: name.to_owned(), namespace: None, setup: None })
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -676,30 +726,10 @@ fn mtu_of(text: &str) -> Result<u16, String> {
     mtu.ok_or_else(|| format!("mtu={text}: 576 to 65535 bytes"))
 }
 
-/// `IP[:PORT]` of a resolver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Upstream(pub SocketAddr);
-
-impl FromStr for Upstream {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bare = text
-            .trim_start_matches('[')
-            .trim_end_matches(']')
-            .parse::<IpAddr>()
-            .map(|ip| SocketAddr::new(ip, 53));
-        let full = text.parse::<SocketAddr>();
-        bare.or(full)
-            .map(Self)
-            .map_err(|_| format!("{text:?} is not IP[:PORT]; an example: 192.0.2.53 or [2001:db8::1]:53"))
-    }
-}
-
 /// `NAME=IP` of a record.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct DnsHost(String, IpAddr);
+pub struct DnsHost(pub String, pub IpAddr);
 
 impl FromStr for DnsHost {
     type Err = String;
@@ -708,7 +738,9 @@ impl FromStr for DnsHost {
         let (name, ip) = text.split_once('=').ok_or_else(fault)?;
         let ip = ip.parse().map_err(|_| fault())?;
         let name = name.trim_end_matches('.');
-        let labels = name.split('.').all(|l| {
+        // `*` for every name below is the first label, and not the only one.
+        let below = name.strip_prefix("*.").unwrap_or(name);
+        let labels = below.split('.').all(|l| {
             (1..=63).contains(&l.len())
                 && l.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
         });
@@ -935,9 +967,18 @@ impl Settings {
             udp_idle: self.udp_idle.or(file.udp_idle),
             mtu: self.mtu.or(file.mtu),
             publish: join(file.publish, self.publish),
+            auto_publish: join(file.auto_publish, self.auto_publish),
+            agent: join(file.agent, self.agent),
+            guest_socket: join(file.guest_socket, self.guest_socket),
+            guest_binds: self.guest_binds.or(file.guest_binds),
             dns_upstream: join(file.dns_upstream, self.dns_upstream),
+            dns_rebind_protection: self.dns_rebind_protection.or(file.dns_rebind_protection),
+            dns_private: join(file.dns_private, self.dns_private),
             dns_host: join(file.dns_host, self.dns_host),
             static_lease: join(file.static_lease, self.static_lease),
+            tcp_keepalive: self.tcp_keepalive.or(file.tcp_keepalive),
+            lease_time: self.lease_time.or(file.lease_time),
+            ntp_server: join(file.ntp_server, self.ntp_server),
             network: self.network.or(file.network),
             api: self.api.or(file.api),
             join: self.join.or(file.join),
@@ -1045,11 +1086,36 @@ impl TryFrom<Settings> for Config {
                 return Err(bad("--static-lease", format!("{} and {} are given twice", lease.mac, lease.ip)));
             }
         }
-        for (n, spec) in s.publish.iter().enumerate() {
+        let (mut publish, mut rules) = (Vec::new(), s.auto_publish);
+        for arg in s.publish {
+            match arg {
+                PublishArg::Port(spec) => publish.push(spec),
+                PublishArg::Auto { next_free } => rules.push(Rule::everything(next_free)),
+            }
+        }
+        for (n, spec) in publish.iter().enumerate() {
             let free = matches!(spec.host, HostEnd::Ports { first: 0, .. });
-            if !free && s.publish[..n].iter().any(|o| o.host == spec.host && o.proto == spec.proto) {
+            if !free && publish[..n].iter().any(|o| o.host == spec.host && o.proto == spec.proto) {
                 return Err(bad("--publish", format!("{spec}: its host port is given twice")));
             }
+        }
+        let tcp_keepalive = match s.tcp_keepalive.unwrap_or(7200) {
+            0 => None,
+            // The largest the kernel takes.
+            seconds @ 1..=32_767 => Some(std::time::Duration::from_secs(seconds.into())),
+            other => return Err(bad("--tcp-keepalive", format!("{other}: 0 to 32767 seconds"))),
+        };
+        let agent = AgentConfig {
+            agents: s.agent,
+            rules,
+            sockets: s.guest_socket,
+            binds: s.guest_binds.unwrap_or_default(),
+            keep_alive: tcp_keepalive,
+        };
+        agent.check(&publish, !s.vsock.is_empty())?;
+        let lease_time = s.lease_time.unwrap_or(3600);
+        if lease_time < 60 {
+            return Err(bad("--lease-time", format!("{lease_time}: 60 seconds at least")));
         }
         let vsock_dir = s.vsock_dir.or_else(|| s.state_dir.clone());
         crate::vsock::check(&s.vsock, &s.vsock_ports, vsock_dir.is_some())?;
@@ -1066,10 +1132,15 @@ impl TryFrom<Settings> for Config {
             subnet,
             gateway,
             host_alias,
-            publish: s.publish,
-            dns_upstream: s.dns_upstream.into_iter().map(|u| u.0).collect(),
+            publish,
+            agent,
+            dns_upstream: s.dns_upstream,
+            dns_rebind_protection: s.dns_rebind_protection == Some(Switch::On),
+            dns_private: s.dns_private,
             dns_host: s.dns_host.into_iter().map(|h| (h.0, h.1)).collect(),
             static_lease,
+            lease_time: std::time::Duration::from_secs(lease_time.into()),
+            ntp: s.ntp_server,
             network,
             api,
             join: s.join.map(|UnixPath(path)| path),
@@ -1096,9 +1167,9 @@ impl TryFrom<Settings> for Config {
                 Some(p) if p.as_os_str() == "off" => None,
                 other => Some(other.unwrap_or_else(|| "/etc/hosts".into())),
             },
-            limits: Limits::default(),
+            limits: Limits { tcp_keepalive, ..Limits::default() },
+            particulars: Particulars::default(),
             guest_api: if s.guest_api == Some(Switch::Off) { GuestApi::Off } else { GuestApi::Loopback },
-            gateway_mac: GATEWAY_MAC,
             dns_search: None,
             vpnkit_macs: Vec::new(),
             ends_with_vm: false,
@@ -1164,7 +1235,7 @@ mod tests {
             (Ipv4Addr::new(10, 1, 0, 1), Ipv4Addr::new(10, 1, 255, 254))
         );
         assert_eq!((config.links[0].mtu, config.links[1].mtu), (1500, 65_520));
-        assert_eq!(config.dns_upstream[0].port(), 53);
+        assert_eq!(config.dns_upstream[0].server.address.port(), 53);
         assert!(!config.host_loopback && !config.metadata);
     }
 
@@ -1239,7 +1310,10 @@ mod tests {
             ("link = [\"qemu:unix:/x\", \"qemu:unix:/x\"]", "the same address or name"),
             ("link = [\"qemu:unix:/x\"]\npublish = [\"1:1\", \"1:2\"]", "given twice"),
             ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"dns.test\"]", "is not IP[:PORT]"),
+            ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"a..b=1.1.1.1\"]", "\"a..b\" is not a domain"),
+            ("link = [\"qemu:unix:/x\"]\ndns-host = [\"*=1.1.1.1\"]", "is not NAME=IP"),
             ("link = [\"qemu:unix:/x\"]\nstatic-lease = [\"a=b\"]", "is not MAC=IP"),
+            ("link = [\"qemu:unix:/x\"]\nlease-time = 5", "--lease-time: 5: 60 seconds at least"),
             ("link = [\"qemu:unix:/x\"]\nvsock = [\"wire:/x\"]", "is not a kind of vsock"),
             ("link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\", \"dir:/y\"]", "--vsock: two guests have CID 3"),
             ("link = [\"qemu:unix:/x\"]\nvsock-ports = [1]", "--vsock-ports: there is no --vsock"),

@@ -28,6 +28,14 @@ pub enum Event {
     Published(PortInfo),
     /// A port is not published any more.
     Unpublished(PortInfo),
+    /// The agent of the guest of this name has a session.
+    AgentUp(String),
+    /// It has none any more.
+    AgentDown(String),
+    /// The guest of this name says that it is ready.
+    GuestReady(String),
+    /// A guest's listener, which a rule wants published, is not: the guest, the listener, and why.
+    NotPublished(String, String, String),
 }
 
 impl From<Event> for control::Event {
@@ -39,6 +47,10 @@ impl From<Event> for control::Event {
             Event::LeaseEnded(ip, mac) => Self::LeaseEnded { ip, mac },
             Event::Published(port) => Self::PortPublished { port },
             Event::Unpublished(port) => Self::PortUnpublished { port },
+            Event::AgentUp(guest) => Self::AgentUp { guest },
+            Event::AgentDown(guest) => Self::AgentDown { guest },
+            Event::GuestReady(guest) => Self::GuestReady { guest },
+            Event::NotPublished(guest, listener, reason) => Self::NotPublished { guest, listener, reason },
         }
     }
 }

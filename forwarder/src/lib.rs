@@ -5,6 +5,7 @@
 //!                                    └─ control thread (tokio): control · dns
 //! ```
 
+pub mod agent;
 pub mod capture;
 pub mod cli;
 pub mod config;
@@ -23,6 +24,7 @@ mod host_errors;
 pub mod link;
 mod log;
 mod nearest;
+pub mod personality;
 pub mod publish;
 pub mod request;
 pub mod rings;

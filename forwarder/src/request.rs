@@ -8,11 +8,12 @@
 //! The data thread never waits for anybody: a reply is a `oneshot` that is sent and forgotten. The queue holds
 //! control messages and DNS answers only, never the bytes of flows.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 
+use portway_api::agent::AgentInfo;
 use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, Protocol, Stats};
 use portway_netstack::udp::BindingReport;
 use portway_netstack::{Direction, FlowReport, FlowState, Mac, PortId, Reach};
@@ -20,7 +21,8 @@ use tokio::sync::oneshot;
 
 use crate::capture::{CAPTURES, Capture};
 use crate::config::LinkConfig;
-use crate::publish::spec::PublishSpec;
+use crate::events::Event;
+use crate::publish::spec::{GuestName, PublishSpec};
 
 /// One thing asked of the data thread.
 #[derive(Debug)]
@@ -103,6 +105,42 @@ pub enum Request {
         ticket: DnsTicket,
         /// The message.
         answer: Vec<u8>,
+    },
+    /// The address a guest has now.
+    GuestAddress {
+        /// Whose.
+        guest: GuestName,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Option<IpAddr>>,
+    },
+    /// Something the control thread saw, for those who watch events.
+    Note(Event),
+    /// Every guest agent. Answered by the agent service.
+    Agents {
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<AgentInfo>>,
+    },
+    /// Answer when a guest is ready, or when a published port has its listener in the guest. Answered by the agent
+    /// service; whoever does not want to wait any more drops the receiver.
+    Await {
+        /// A host port; `None`: the first guest's readiness.
+        port: Option<u16>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), PublishError>>,
+    },
+    /// The answer to [`crate::driver::Slow::HandOver`]: the connection, or that it is refused.
+    HandedOver {
+        /// The flow.
+        flow: portway_netstack::FlowId,
+        /// The connection.
+        stream: Option<std::os::unix::net::UnixStream>,
+    },
+    /// Replace the ports of the gateway that lead elsewhere.
+    GatewayForwards(Vec<portway_netstack::GatewayForward>),
+    /// Other domains for guests to search, from their next DHCP answer on.
+    Search {
+        /// The domains.
+        domains: Vec<String>,
     },
     /// One more VM, while the network runs. The answer is its link and what was published for it.
     Join {
@@ -242,6 +280,12 @@ pub enum PublishError {
     /// A named limit is reached.
     #[error("limit reached: {0}")]
     Limit(String),
+    /// It takes a guest agent, and there is none to be expected.
+    #[error("{0} needs the guest agent: give the network a way to it, --vsock or --agent")]
+    NoAgent(String),
+    /// The policy for what guests ask does not allow it.
+    #[error("not allowed for a guest: {0}")]
+    Policy(String),
 }
 
 /// The sending end of the queue: cheap to clone, used by the control and DNS threads.
@@ -249,6 +293,8 @@ pub enum PublishError {
 pub struct Requests {
     queue: mpsc::SyncSender<Request>,
     waker: Arc<mio::Waker>,
+    /// The agent service, where there is one: what is asked about ports is asked of it first.
+    agents: Arc<OnceLock<tokio::sync::mpsc::Sender<Request>>>,
 }
 
 /// The data thread has ended, or its queue is full.
@@ -264,7 +310,28 @@ impl Requests {
     #[must_use]
     pub fn new(waker: Arc<mio::Waker>) -> (Self, mpsc::Receiver<Request>) {
         let (queue, requests) = mpsc::sync_channel(Self::LIMIT);
-        (Self { queue, waker }, requests)
+        (Self { queue, waker, agents: Arc::default() }, requests)
+    }
+
+    /// From now on the agent service gets what is asked about ports and agents.
+    pub(crate) fn by_way_of(&self, agents: tokio::sync::mpsc::Sender<Request>) {
+        // There is one service, made once.
+        let _ = self.agents.set(agents);
+    }
+
+    /// As [`Self::send`], for a request that must not be lost.
+    ///
+    /// # Errors
+    /// The request, when the queue is full or the data thread is gone.
+    pub fn offer(&self, request: Request) -> Result<(), Box<Request>> {
+        self.queue.try_send(request).map_err(|e| match e {
+            mpsc::TrySendError::Full(request) | mpsc::TrySendError::Disconnected(request) => {
+                Box::new(request)
+            }
+        })?;
+        // Without a waker the data thread is ending, and looks at nothing any more.
+        let _ = self.waker.wake();
+        Ok(())
     }
 
     /// Puts one request into the queue and wakes the data thread.
@@ -272,6 +339,25 @@ impl Requests {
     /// # Errors
     /// `Unavailable` when the queue is full or the data thread is gone.
     pub fn send(&self, request: Request) -> Result<(), Unavailable> {
+        use Request::{Agents, Await, Ports, Publish, Unpublish};
+        match self.agents.get() {
+            Some(agents)
+                if matches!(
+                    request,
+                    Publish { .. } | Unpublish { .. } | Ports { .. } | Agents { .. } | Await { .. }
+                ) =>
+            {
+                agents.try_send(request).map_err(|_| Unavailable)
+            }
+            _ => self.send_to_data_thread(request),
+        }
+    }
+
+    /// As [`Self::send`], past the agent service.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub(crate) fn send_to_data_thread(&self, request: Request) -> Result<(), Unavailable> {
         self.queue.try_send(request).map_err(|_| Unavailable)?;
         self.waker.wake().map_err(|_| Unavailable)
     }

@@ -1,6 +1,10 @@
 //! What the system tests stand on: the lab around the real binary.
 
+pub mod agent;
 pub mod guest;
+pub mod launch;
 pub mod namespace;
+pub mod program;
+pub mod resolver;
 pub mod sidecar;
 pub mod vm;

@@ -68,6 +68,21 @@ impl Sidecar {
         Ok(self.child.try_wait()?.is_none())
     }
 
+    /// The CPU time it has used.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // proc(5): user and system time are the 12th and 13th field after the name, in ticks of 10 ms.
+        let after = stat.rsplit_once(')').context("no name")?.1;
+        let mut ticks = 0;
+        for field in after.split_whitespace().skip(11).take(2) {
+            ticks += field.parse::<u64>()?;
+        }
+        Ok(Duration::from_millis(ticks * 10))
+    }
+
     /// A command of the CLI about this network.
     ///
     /// # Errors

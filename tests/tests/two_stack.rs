@@ -135,7 +135,8 @@ fn a_stock_dhcpv6_client_gets_a_lease_that_is_listed_and_named() -> Result<()> {
     let sidecar = attach(dir.path(), None, &guest, &[])?;
     made_itself(&guest)?;
     let (leases, pid) = (dir.path().join("dhclient.leases"), dir.path().join("dhclient.pid"));
-    // Without its script: what it got stands in the file.
+    // Never with its own script, which rewrites /etc/resolv.conf of the whole machine: a network namespace has no files of its own.
+    // What it got stands in the file.
     let client = format!("dhclient -6 -1 -sf /bin/true -lf {} -pf {} tap0", leases.display(), pid.display());
     let (_, text) = guest.run(&client)?;
     let kept = std::fs::read_to_string(&leases).with_context(|| text.clone())?;

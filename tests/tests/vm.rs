@@ -2,7 +2,10 @@
 //!
 //! Needs QEMU, ssh, busybox and dropbear (`tests/setup.sh`); without QEMU it is skipped, with a line that says so.
 
-use std::net::Ipv4Addr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -53,7 +56,8 @@ fn whole_network(net: &str) -> Result<()> {
     let sum = sha256(&file)?;
     let upstream = format!("127.0.0.1:{}", resolver(OUTSIDE_NAME, OUTSIDE_ADDRESS)?);
     let publish = ["-publish", "0:80", "-publish", "0:7001", "-publish", "0:7002", "-publish", "0:7003/udp"];
-    let vm = Vm::boot(dir.path(), &[&publish[..], &["--net", net, "--dns-upstream", &upstream]].concat())?;
+    let options = ["--net", net, "--dns-upstream", &upstream, "-vsock-ports", "7000,7003"];
+    let vm = Vm::boot(dir.path(), &[&publish[..], &options].concat())?;
 
     let step = |what: &str, start: Instant| eprintln!("vm: {what}: {:.1} s", start.elapsed().as_secs_f32());
     let start = Instant::now();
@@ -63,6 +67,7 @@ fn whole_network(net: &str) -> Result<()> {
     names(&vm)?;
     refused(&vm)?;
     udp(&vm)?;
+    vsock(&dir.path().join("state"))?;
     ipv6(&vm)?;
     let start = Instant::now();
     black_hole(&vm)?;
@@ -96,6 +101,7 @@ fn whole_network(net: &str) -> Result<()> {
 
     let (status, console) = vm.stop()?;
     ensure!(status.success(), "portway run ended with {status}:\n{console}");
+    ensure!(!dir.path().join("state/guest.00001b58").exists(), "a vsock port's socket is left behind");
     ensure!(console.contains("portway-agent: powering off: power button"), "no clean power-down:\n{console}");
     Ok(())
 }
@@ -169,6 +175,20 @@ fn udp(vm: &Vm) -> Result<()> {
     let mut buffer = [0; 16];
     let len = socket.recv(&mut buffer).context("published: no echo")?;
     ensure!(buffer.get(..len) == Some(b"hello".as_slice()), "published: other bytes");
+    Ok(())
+}
+
+/// The sockets of vsock ports in the state directory, by both names that LinuxKit documents.
+fn vsock(state: &Path) -> Result<()> {
+    for name in ["guest.00001b58", "00000003.00001b58"] {
+        let mut shell = UnixStream::connect(state.join(name)).context(name)?;
+        shell.set_read_timeout(Some(std::time::Duration::from_secs(30)))?;
+        shell.write_all(b"echo by $0\n")?;
+        shell.shutdown(Shutdown::Write)?;
+        let mut said = String::new();
+        shell.read_to_string(&mut said)?;
+        ensure!(said == "by /bin/sh\n", "{name}: {said:?}");
+    }
     Ok(())
 }
 

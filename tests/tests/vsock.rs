@@ -300,8 +300,8 @@ fn a_sidecar_that_was_killed_comes_back_to_a_running_guest() -> Result<()> {
     // QEMU connects again by itself, but its vsock device never negotiates again: so it is plugged in anew. And it must be
     // plugged in, for at the start QEMU does not wait for a socket that reconnects.
     let chardev = format!("socket,id=vsock,path={},reconnect=1", dir.join("vsock").display());
-    let mut machine = Machine::boot(dir, &["-chardev", &chardev, "-device", "pcie-root-port,id=port"])?;
-    let plug = r#"{"execute":"device_add","arguments":{"driver":"vhost-user-vsock-pci","chardev":"vsock","id":"vsock0","bus":"port","vectors":0}}"#;
+    let mut machine = Machine::boot(dir, &["-chardev", &chardev, "-device", "pcie-root-port,id=slot0"])?;
+    let plug = r#"{"execute":"device_add","arguments":{"driver":"vhost-user-vsock-pci","chardev":"vsock","id":"vsock0","bus":"slot0","vectors":0}}"#;
     let attached = |sidecar: &Sidecar| until(PATIENCE, || sidecar.log().contains("vsock: VMM attached"));
     attached(&sidecar)?;
     machine.command(plug)?;

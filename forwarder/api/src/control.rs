@@ -250,6 +250,30 @@ pub enum Event {
         /// The port.
         port: PortInfo,
     },
+    /// A guest's agent has a session.
+    AgentUp {
+        /// The guest's name.
+        guest: String,
+    },
+    /// It has none any more.
+    AgentDown {
+        /// The guest's name.
+        guest: String,
+    },
+    /// A guest says that it is ready.
+    GuestReady {
+        /// The guest's name.
+        guest: String,
+    },
+    /// A guest's listener, which a rule wants published, is not.
+    NotPublished {
+        /// The guest's name.
+        guest: String,
+        /// The listener.
+        listener: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// `GET /v1/explain`: what would happen to a connection of a guest, and why.
@@ -306,6 +330,28 @@ pub struct PortsResponse {
     /// The same failures, each with a stable code, the spec it is about and what helps.
     #[serde(default)]
     pub problems: Vec<Problem>,
+}
+
+/// One DNS name that the network answers itself, and one address it stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct DnsRecord {
+    /// The name, without a dot at the end; it may begin with `*.`.
+    pub name: String,
+    /// The address.
+    pub address: String,
+    /// `network` (gateway, host), `guest` (a lease), `config` (`--dns-host`) or `live` (`POST /v1/dns`).
+    pub origin: String,
+}
+
+/// The body of `POST /v1/dns` (records `NAME=IP`) and `DELETE /v1/dns` (`NAME=IP`, or `NAME` for all its addresses). All of
+/// it is done, or nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DnsRequest {
+    /// One or more records.
+    pub records: Vec<String>,
 }
 
 /// An error's body (RFC 9457, `application/problem+json`).

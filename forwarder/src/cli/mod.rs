@@ -7,6 +7,7 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
+mod dns;
 mod doctor;
 mod explain;
 mod listing;
@@ -16,6 +17,7 @@ mod run;
 mod support;
 mod top;
 mod vms;
+mod wait;
 mod watch;
 
 use std::ffi::OsString;
@@ -24,6 +26,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hyper::Method;
+use portway_api::agent::AgentInfo;
 use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, PortsRequest, PortsResponse, Stats};
 
 use crate::config::{Config, Settings, UnixPath, runtime_socket};
@@ -33,6 +36,9 @@ use crate::publish::spec::PublishSpec;
 /// The network of a virtual machine, as one unprivileged process.
 #[derive(Debug, Parser)]
 #[command(name = "portway", version, about, max_term_width = 100, subcommand_required = true)]
+#[command(
+    after_help = "Called as slirp4netns or vpnkit (or `portway vpnkit ...`), it takes that program's options."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -54,8 +60,8 @@ enum Command {
     Kill(vms::Which),
     /// The console of a VM that runs in the background; Ctrl-] leaves it
     Console(vms::Which),
-    /// Wait for a VM's end; the exit code is the VM's
-    Wait(vms::Which),
+    /// Wait for a VM's end, the exit code is the VM's; or with --ready or --port for its beginning
+    Wait(wait::WaitArgs),
     /// The network alone, for any hypervisor
     Serve {
         #[command(flatten)]
@@ -87,12 +93,17 @@ enum Command {
     Ports(Target),
     /// List DHCP leases
     Leases(Target),
+    /// Names the network answers itself
+    #[command(subcommand)]
+    Dns(dns::DnsCommand),
     /// List the links and the VMs behind them
     Links(Target),
     /// List flows and NAT bindings
     Flows(FlowsArgs),
     /// Show counters
     Stats(Target),
+    /// List guest agents
+    Agents(Target),
     /// Show what has happened
     Events(watch::EventsArgs),
     /// Copy frames as they pass, for Wireshark
@@ -196,6 +207,9 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     if args.get(1).is_some_and(|a| a == portway_launcher::GUARD) {
         return portway_launcher::guard();
     }
+    if let Some(code) = crate::personality::main(&args) {
+        return code;
+    }
     let called = args.first().and_then(|a| std::path::Path::new(a).file_name());
     if called.is_some_and(crate::gvproxy::is_called) {
         return as_gvproxy(args.get(1..).unwrap_or_default());
@@ -289,7 +303,6 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Stop(which) => vms::stop(&which),
         Command::Kill(which) => vms::kill(&which),
         Command::Console(which) => vms::console(&which),
-        Command::Wait(which) => vms::wait(&which),
         Command::Serve { settings, config, check_config } => {
             let mut settings =
                 settings.over(Settings::from_env(std::env::vars_os()).map_err(Failure::usage)?);
@@ -311,6 +324,9 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Unpublish { specs, at } => change(&Method::DELETE, &specs, &at),
         Command::Ports(at) => list::<PortInfo>(&at, "/v1/ports", listing::ports),
         Command::Leases(at) => list::<LeaseInfo>(&at, "/v1/leases", listing::leases),
+        Command::Agents(at) => list::<AgentInfo>(&at, "/v1/agents", listing::agents),
+        Command::Wait(args) => wait::run(&args),
+        Command::Dns(command) => dns::run(command),
         Command::Links(at) => list::<LinkInfo>(&at, "/v1/links", listing::links),
         Command::Flows(args) => list::<FlowInfo>(&args.at, &args.route(), listing::flows),
         Command::Events(args) => watch::events(&args),

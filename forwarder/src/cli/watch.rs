@@ -81,6 +81,12 @@ fn line(event: &EventInfo) -> String {
         Event::LeaseEnded { ip, mac } => format!("lease ended {ip} {mac}"),
         Event::PortPublished { port } => listing::published(port),
         Event::PortUnpublished { port } => listing::unpublished(port),
+        Event::AgentUp { guest } => format!("agent of {guest} up"),
+        Event::AgentDown { guest } => format!("agent of {guest} down"),
+        Event::GuestReady { guest } => format!("guest {guest} ready"),
+        Event::NotPublished { guest, listener, reason } => {
+            format!("not published: {listener} of {guest}: {reason}")
+        }
     };
     format!("{} {:>4} {text}", clock(event.time_ms), event.id)
 }

@@ -11,7 +11,7 @@ use axum::extract::{RawQuery, State};
 use hickory_proto::op::{Message, Query as DnsQuery};
 use hickory_proto::rr::{Name, RData, RecordType};
 use portway_api::control::{ExplainedAddress, Explanation, Problem};
-use portway_netstack::{DropReason, Reach};
+use portway_netstack::{DropReason, PortId, Reach};
 
 use super::App;
 use super::problem::Fault;
@@ -96,7 +96,7 @@ impl App {
             message.metadata.recursion_desired = true;
             message.add_query(DnsQuery::query(name.clone(), kind));
             let Ok(bytes) = message.to_vec() else { continue };
-            let answer = match self.dns.answer_datagram(&bytes).await {
+            let answer = match self.dns.answer_datagram(PortId(u16::MAX), &bytes).await {
                 Some(bytes) => Message::from_vec(&bytes),
                 None => {
                     steps.push(format!("{kind} {name}: no answer: too many queries wait for the resolvers"));

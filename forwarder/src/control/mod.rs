@@ -9,7 +9,9 @@
 //! channel. Limits: [`CONNECTIONS`], [`BODY`], [`PATIENCE`], [`stream::STREAMS`]. The document at `/v1/openapi.json` is made
 //! from the handlers, and checked in under `docs/reference`.
 
+mod agents;
 pub mod client;
+mod dns;
 mod explain;
 mod gvproxy;
 mod hijack;
@@ -236,6 +238,7 @@ where
 
 fn router(app: App) -> Router {
     Router::new()
+        .merge(agents::routes())
         .merge(v1::routes())
         .merge(gvproxy::routes())
         .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))

@@ -4,7 +4,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
-use super::{explain, stream, v1};
+use super::{dns, explain, stream, v1};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -22,6 +22,9 @@ use super::{explain, stream, v1};
         v1::publish,
         v1::unpublish,
         v1::leases,
+        dns::list,
+        dns::add,
+        dns::remove,
         v1::flows,
         v1::stats,
         v1::metrics,

@@ -82,6 +82,12 @@ impl From<&PublishError> for Fault {
             PublishError::NoGuest(_) => {
                 (StatusCode::NOT_FOUND, "no_guest", "GET /v1/links lists the names; an address is good too")
             }
+            PublishError::NoAgent(_) => {
+                (StatusCode::CONFLICT, "no_agent", "start the network with --vsock or --agent")
+            }
+            PublishError::Policy(_) => {
+                (StatusCode::FORBIDDEN, "not_allowed", "--guest-binds says where guests may publish")
+            }
             PublishError::Limit(_) => {
                 (StatusCode::CONFLICT, "limit", "unpublish ports that are not needed any more")
             }

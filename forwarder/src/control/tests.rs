@@ -81,9 +81,16 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
             Request::Macs { reply } => drop(reply.send(vec![(portway_netstack::Mac([2; 6]), PortId(0))])),
             Request::Attach { .. }
             | Request::Tunnel { .. }
+            | Request::DnsAnswer { .. }
             | Request::Join { .. }
             | Request::Leave(_)
-            | Request::DnsAnswer { .. }
+            | Request::HandedOver { .. }
+            | Request::GatewayForwards(_)
+            | Request::Search { .. }
+            | Request::GuestAddress { .. }
+            | Request::Note(_)
+            | Request::Agents { .. }
+            | Request::Await { .. }
             | Request::Shutdown => {}
         }
     }
@@ -138,8 +145,12 @@ impl Server {
                 host: vec![[192, 168, 127, 254].into()],
                 host_loopback: true,
                 records: Vec::new(),
-                upstreams: Some(Vec::new()),
+                subnets: Vec::new(),
+                upstreams: vec!["127.0.0.1:1".parse().unwrap()],
+                rebind_protection: false,
+                private_domains: Vec::new(),
                 resolv_conf: "/nonexistent".into(),
+                uplinks: None,
                 hosts: None,
             });
             let events = Arc::new(EventLog::default());
@@ -261,12 +272,13 @@ fn without_a_network_the_client_says_what_to_do() {
 }
 
 /// Every route that is read, and what it takes.
-const READ: [&str; 12] = [
+const READ: [&str; 13] = [
     "/v1/network",
     "/v1/links",
     "/v1/links/web",
     "/v1/ports",
     "/v1/leases",
+    "/v1/dns",
     "/v1/flows",
     "/v1/stats",
     "/v1/metrics",
@@ -439,4 +451,37 @@ fn an_explanation_says_where_the_host_would_connect() {
     assert_eq!(told.addresses[0].address, "192.168.127.1:53");
     let told: Explanation = server.client().get("/v1/explain?dest=nobody.portway.internal").unwrap();
     assert!(told.addresses.is_empty() && told.dns.iter().any(|l| l.contains("no address")), "{told:?}");
+}
+
+#[test]
+fn names_are_added_listed_and_removed_all_or_nothing() {
+    let server = Server::start();
+    let names = |body: &str| -> Vec<String> {
+        let all: Vec<portway_api::control::DnsRecord> = serde_json::from_str(body).unwrap();
+        all.into_iter().map(|r| format!("{} {} {}", r.name, r.address, r.origin)).collect()
+    };
+    let own =
+        ["gateway.portway.internal 192.168.127.1 network", "host.portway.internal 192.168.127.254 network"];
+    let with_own =
+        |more: &[&str]| -> Vec<String> { more.iter().chain(&own).map(ToString::to_string).collect() };
+    let (status, body) =
+        server.raw("POST", "/v1/dns", r#"{"records":["Db.example=192.0.2.7","*.apps.example=::9"]}"#);
+    assert_eq!(
+        (status, names(&body)),
+        (200, with_own(&["*.apps.example ::9 live", "db.example 192.0.2.7 live"]))
+    );
+    for (method, body, status) in [
+        ("POST", r#"{"records":["x.example=192.0.2.8","y"]}"#, 400),
+        ("POST", r#"{"records":[]}"#, 400),
+        ("POST", r#"{"names":["x.example=192.0.2.8"]}"#, 400),
+        ("DELETE", r#"{"records":["db.example","x.example"]}"#, 404),
+        ("DELETE", r#"{"records":["db.example=192.0.2.9"]}"#, 404),
+        ("DELETE", r#"{"records":["db.example=here"]}"#, 400),
+    ] {
+        assert_eq!(server.raw(method, "/v1/dns", body).0, status, "{method} {body}");
+    }
+    assert_eq!(names(&server.raw("GET", "/v1/dns", "").1).len(), 4);
+    let (status, body) =
+        server.raw("DELETE", "/v1/dns", r#"{"records":["DB.example","*.apps.example=::9"]}"#);
+    assert_eq!((status, names(&body)), (200, with_own(&[])));
 }

@@ -15,7 +15,7 @@ use portway_api::control::{
 
 use super::problem::{self, Fault};
 use super::query::Query;
-use super::{App, metrics, openapi, stream};
+use super::{App, dns, metrics, openapi, stream};
 use crate::publish::spec::{PublishSpec, SpecError};
 use crate::request::Request;
 
@@ -26,6 +26,7 @@ pub(super) fn routes() -> Router<App> {
         .route("/links/{name}", get(link))
         .route("/ports", get(ports).post(publish).delete(unpublish))
         .route("/leases", get(leases))
+        .route("/dns", get(dns::list).post(dns::add).delete(dns::remove))
         .route("/flows", get(flows))
         .route("/stats", get(stats))
         .route("/metrics", get(metrics))

@@ -13,9 +13,11 @@
 //! come in as [`Request`]s and go out as [`Slow`]s.
 
 mod alarm;
+mod backlog;
 mod commands;
 mod flows;
 mod join;
+mod names;
 mod ping;
 mod requests;
 mod routes;
@@ -30,6 +32,8 @@ use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
 use self::alarm::Alarm;
+use self::backlog::Backlog;
+pub use self::backlog::Waiting;
 use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::capture::Capture;
@@ -45,13 +49,30 @@ use crate::rings::MappedRings;
 #[derive(Debug)]
 pub enum Slow {
     /// A guest's DNS query; the answer comes back as [`Request::DnsAnswer`].
-    Dns(DnsTicket, Vec<u8>),
-    /// A guest's connection to the DNS service.
-    DnsStream(std::os::unix::net::UnixStream),
+    Dns(DnsTicket, Vec<u8>, Waiting),
+    /// The connection of a guest, that on this port, to the DNS service.
+    DnsStream(PortId, std::os::unix::net::UnixStream),
     /// A guest's connection to the gateway's port 80, and the guest.
     ApiStream(std::os::unix::net::UnixStream, std::net::IpAddr),
-    /// The leases as they are now: to be kept, and their names to be known.
-    Leases(Vec<portway_netstack::dhcp::LeaseReport>, Vec<(String, std::net::IpAddr)>),
+    /// A guest's connection that a program behind a unix socket is to take; the answer comes back as
+    /// [`Request::HandedOver`].
+    HandOver {
+        /// The flow.
+        flow: FlowId,
+        /// Its destination.
+        to: std::net::SocketAddr,
+        /// The program's socket.
+        path: std::path::PathBuf,
+    },
+}
+
+/// The leases as they are now, and the names they give: to be kept, and to be known to DNS.
+#[derive(Debug, Clone, Default)]
+pub struct LeaseBook {
+    /// Every lease.
+    pub leases: Vec<portway_netstack::dhcp::LeaseReport>,
+    /// Names and their addresses, no name twice.
+    pub names: Vec<(String, std::net::IpAddr)>,
 }
 
 /// Slow things that may wait for the control thread; at it DNS queries are dropped, and the guest asks again.
@@ -129,6 +150,11 @@ pub struct Driver {
     /// Flows with news from their sockets.
     ready: VecDeque<FlowId>,
     udp: UdpSockets,
+    /// Destinations that are handed over, and flows whose takers have not answered yet.
+    outgoing: Vec<crate::personality::vpnkit::Outgoing>,
+    handing: Vec<FlowId>,
+    /// The address outgoing connections leave from.
+    outbound: Option<std::net::Ipv4Addr>,
     /// News of the host's routes, where guests' depend on them.
     routes: Option<Routes>,
     published: Vec<Option<Published>>,
@@ -139,7 +165,11 @@ pub struct Driver {
     starved: bool,
     requests: mpsc::Receiver<Request>,
     slow: tokio::sync::mpsc::Sender<Slow>,
-    names: Vec<(String, std::net::IpAddr)>,
+    backlog: Backlog,
+    /// After which idle time the host's end of a connection is asked for.
+    keep_alive: Option<std::time::Duration>,
+    /// Where leases are told. Only the newest matters, so a slow reader misses nothing but what is over.
+    leases: tokio::sync::watch::Sender<LeaseBook>,
     events: EventQueue,
     /// Whether VMs may still come when there is none.
     joinable: bool,
@@ -168,9 +198,15 @@ impl Driver {
             subnet: config.subnet,
             gateway: config.gateway,
             host_alias: config.host_alias,
-            gateway_mac: config.gateway_mac,
-            domain: crate::DOMAIN.to_owned(),
-            search: config.dns_search.clone().unwrap_or(search),
+            gateway_mac: config.particulars.gateway_mac,
+            services: config.particulars.services.clone(),
+            domain: config.particulars.domain.clone(),
+            search: match &config.dns_search {
+                Some(search) => search.clone(),
+                None => [config.particulars.search.clone(), search].concat(),
+            },
+            ntp: config.ntp.clone(),
+            lease_time: config.lease_time,
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
@@ -224,7 +260,10 @@ impl Driver {
             vpnkit_macs: config.vpnkit_macs.clone(),
             flows: Vec::new(),
             ready: VecDeque::new(),
-            udp: UdpSockets::new(),
+            udp: UdpSockets::new(config.particulars.outbound),
+            outgoing: config.particulars.outgoing.clone(),
+            handing: Vec::new(),
+            outbound: config.particulars.outbound,
             routes,
             published: Vec::new(),
             entrances: Vec::new(),
@@ -232,7 +271,9 @@ impl Driver {
             starved: false,
             requests,
             slow,
-            names: Vec::new(),
+            backlog: Backlog::new(),
+            keep_alive: config.limits.tcp_keepalive,
+            leases: tokio::sync::watch::Sender::default(),
             events: EventQueue::default(),
             joinable: config.join.is_some(),
             known_leases: Vec::new(),
@@ -250,6 +291,19 @@ impl Driver {
     /// Takes leases of an earlier run back.
     pub fn restore_leases(&mut self, leases: Vec<portway_netstack::dhcp::LeaseReport>) {
         self.stack.restore_leases(self.now, leases);
+        self.tell_leases();
+    }
+
+    /// Where leases are told when they change.
+    #[must_use]
+    pub fn watch_leases(&self) -> tokio::sync::watch::Receiver<LeaseBook> {
+        self.leases.subscribe()
+    }
+
+    /// The leases as they are now.
+    #[must_use]
+    pub fn lease_reports(&self) -> Vec<portway_netstack::dhcp::LeaseReport> {
+        self.stack.leases(self.now)
     }
 
     /// Runs until it is told to end, or nothing can attach any more.
@@ -410,7 +464,7 @@ impl Driver {
         let Some((link, after)) = rest.split_first_mut() else { return false };
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
-        let entrances = &self.entrances;
+        let (entrances, backlog) = (&self.entrances, &self.backlog);
         let state = link.receive(|frame, offload| {
             let (whole, mut handled);
             handled = stack.handle_frame(now, port, frame);
@@ -424,7 +478,10 @@ impl Driver {
                 Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
                 Handled::Dns { guest, asked, query } => {
                     // At the limit the query is dropped: the guest asks again.
-                    let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+                    if let Some(waiting) = backlog.admit(port) {
+                        let ticket = DnsTicket { guest, asked, port };
+                        let _ = slow.try_send(Slow::Dns(ticket, query.to_vec(), waiting));
+                    }
                 }
                 Handled::Forward(to) => {
                     for other in before.iter_mut().chain(after.iter_mut()) {
@@ -444,6 +501,14 @@ impl Driver {
             self.take_down(n);
         } else if let Some(hello) = self.links[n].take_hello() {
             let answer = self.admit(hello);
+            if let Ok(mac) = answer
+                && let Some(old) =
+                    (0..self.links.len()).find(|i| *i != n && self.links[*i].given() == Some(mac))
+            {
+                // A VM that comes again before its first connection ended is one VM: rootlesskit asks for its address on
+                // a connection of its own.
+                self.take_down(old);
+            }
             if self.links[n].answer(answer) == LinkState::Gone {
                 self.take_down(n);
             }

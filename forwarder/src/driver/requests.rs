@@ -6,7 +6,7 @@ use std::sync::Arc;
 use portway_api::control::{LeaseInfo, LinkInfo, LinkStats, PortInfo, Stats};
 use portway_netstack::{Mac, Netstack, Reach};
 
-use super::{Driver, Entrance, Kind, Slow, token};
+use super::{Driver, Entrance, Kind, LeaseBook, names, token};
 use crate::capture::{CAPTURES, Capture};
 use crate::events::Event;
 use crate::host::{HostFlow, HostStream};
@@ -53,11 +53,21 @@ impl Driver {
                 Request::Tunnel { to, stream } => self.tunnel(to, stream),
                 Request::Macs { reply } => drop(reply.send(self.stack.macs().collect())),
                 Request::Stats { reply } => drop(reply.send(self.stats())),
+                Request::Search { domains } => self.stack.set_search(domains),
                 Request::DnsAnswer { ticket, answer } => {
                     if let Some(sink) = Self::sink(&mut self.links, ticket.port) {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::GuestAddress { guest, reply } => drop(reply.send(self.guest_address(&guest))),
+                Request::Note(event) => self.events.push(event),
+                // Without an agent service there are no agents.
+                Request::Agents { reply } => drop(reply.send(Vec::new())),
+                Request::Await { reply, .. } => {
+                    drop(reply.send(Err(PublishError::NoAgent("waiting".into()))))
+                }
+                Request::HandedOver { flow, stream } => self.handed_over(flow, stream),
+                Request::GatewayForwards(forwards) => self.stack.set_gateway_forwards(forwards),
                 Request::Join { link, publish, reply } => {
                     // One who has gone meanwhile does not stay.
                     if let Err(Ok((port, _))) = reply.send(self.join(&link, publish)) {
@@ -75,6 +85,9 @@ impl Driver {
     }
 
     fn publish_one(&mut self, spec: &PublishSpec, n: u16) -> Result<PortInfo, PublishError> {
+        if spec.needs_agent() {
+            return Err(PublishError::NoAgent(spec.to_string()));
+        }
         if let GuestName::Name(name) = &spec.guest
             && !self.links.iter().any(|l| l.name.as_ref() == Some(name))
         {
@@ -91,7 +104,7 @@ impl Driver {
             HostEnd::Ports { first: 0, .. } | HostEnd::Unix(_) => 0,
             HostEnd::Ports { first, .. } => first.saturating_add(n),
         };
-        let (listeners, bound, host_port) = publish::bind(&spec.host, port, spec.proto)?;
+        let (listeners, bound, host_port) = publish::bind(&spec.host, port, spec.proto, self.keep_alive)?;
         let slot = self.published.iter().position(Option::is_none).unwrap_or(self.published.len());
         for mut listener in listeners {
             let at = self.entrances.iter().position(Option::is_none).unwrap_or(self.entrances.len());
@@ -171,6 +184,7 @@ impl Driver {
             GuestName::Name(name) => {
                 links.iter().find(|l| l.name.as_ref() == Some(name)).and_then(|l| stack.guest_of(l.port))
             }
+            GuestName::Socket(_) => None,
         }
     }
 
@@ -182,64 +196,52 @@ impl Driver {
         })
     }
 
-    fn lease_name(&self, lease: &portway_netstack::dhcp::LeaseReport) -> Option<String> {
-        let link =
-            lease.port.and_then(|p| self.links.iter().find(|l| l.port == p)).and_then(|l| l.name.clone());
-        link.or_else(|| lease.name.clone())
-    }
-
     fn leases(&self) -> Vec<LeaseInfo> {
         let all = self.stack.leases(self.now).into_iter();
         let info = |l: portway_netstack::dhcp::LeaseReport| LeaseInfo {
             ip: l.ip.to_string(),
             mac: l.mac.to_string(),
-            name: self.lease_name(&l),
+            name: l.name,
             expires_in_s: l.remaining.map(|d| d.as_secs()),
             fixed: l.fixed,
         };
         let v6 = self.stack.leases6(self.now).into_iter().map(|l| LeaseInfo {
             ip: l.ip.to_string(),
             mac: l.mac.to_string(),
-            name: self.lease6_name(&l),
+            name: self.lease6_name(&l).map(|(name, _)| name),
             expires_in_s: Some(l.remaining.as_secs()),
             fixed: false,
         });
         all.map(info).chain(v6).collect()
     }
 
-    /// The name of a guest by its IPv6 lease: its link's, the one its IPv4 lease has, or what it sent.
-    fn lease6_name(&self, lease: &portway_netstack::dhcp6::Lease6Report) -> Option<String> {
+    /// The name of a guest by its IPv6 lease: its link's, the one its IPv4 lease has, or what it sent; and whether it is
+    /// that last one.
+    fn lease6_name(&self, lease: &portway_netstack::dhcp6::Lease6Report) -> Option<(String, bool)> {
         let v4 = self.stack.leases(self.now).into_iter().find(|l| l.mac == lease.mac);
         let link = self.links.iter().find(|l| Some(l.port) == lease.port).and_then(|l| l.name.clone());
-        link.or_else(|| v4.and_then(|l| self.lease_name(&l))).or_else(|| lease.name.clone())
+        let given = link.or_else(|| v4.and_then(|l| l.name));
+        given.map(|name| (name, false)).or_else(|| lease.name.clone().map(|name| (name, true)))
     }
 
     /// Tells the control thread which leases there are, and which names they give.
     pub(super) fn tell_leases(&mut self) {
         let leases = self.stack.leases(self.now);
-        let mut names: Vec<(String, IpAddr)> = Vec::new();
-        for lease in &leases {
-            // A name is its first owner's: a guest cannot take another's by calling itself so.
-            if let Some(name) = self.lease_name(lease).filter(|n| !names.iter().any(|(known, _)| known == n))
-            {
-                names.push((name, lease.ip.into()));
-            }
-        }
+        let links = || self.link_configs.iter().filter_map(|l| l.name.as_deref());
+        let mut names = names::of(&leases, links());
         let of_v4 = names.len();
         for lease in self.stack.leases6(self.now) {
-            let Some(name) = self.lease6_name(&lease) else { continue };
-            // One address of each version, of the same machine.
+            let Some((name, own)) = self.lease6_name(&lease) else { continue };
+            // One address of each version, of the same machine; a link's name is nobody else's.
             let owner = names.iter().find(|(known, _)| *known == name).map(|(_, ip)| *ip);
             let same = owner.is_none_or(|ip| leases.iter().any(|l| l.mac == lease.mac && ip == l.ip));
-            if same && !names[of_v4..].iter().any(|(known, _)| *known == name) {
+            let free = !own || links().all(|link| link != name);
+            if same && free && !names[of_v4..].iter().any(|(known, _)| *known == name) {
                 names.push((name, lease.ip.into()));
             }
         }
         self.tell_lease_events(&leases);
-        self.names.clone_from(&names);
-        if self.slow.try_send(Slow::Leases(leases, names)).is_err() {
-            tracing::warn!("the control thread is busy: leases are kept at the next change");
-        }
+        self.leases.send_replace(LeaseBook { leases, names });
     }
 
     /// Events for leases that are new, and for those that have ended.

@@ -247,6 +247,8 @@ pub(super) struct UdpSockets {
     /// Slots with datagrams to read.
     ready: Vec<usize>,
     receiver: Receiver,
+    /// The address datagrams leave from.
+    outbound: Option<Ipv4Addr>,
     waiting: Option<Segments>,
     faults: Vec<HostFault>,
     /// Echo requests the host does not send on: bindings, and where they went.
@@ -256,11 +258,12 @@ pub(super) struct UdpSockets {
 }
 
 impl UdpSockets {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(outbound: Option<Ipv4Addr>) -> Self {
         Self {
             sockets: Vec::new(),
             ready: Vec::new(),
             receiver: Receiver::new(),
+            outbound,
             waiting: None,
             faults: Vec::new(),
             refused: Vec::new(),
@@ -425,7 +428,7 @@ impl UdpSockets {
             return Err(io::Error::other("the host gave no socket a moment ago"));
         }
         let any = match remote {
-            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V4(_) => SocketAddr::from((self.outbound.unwrap_or(Ipv4Addr::UNSPECIFIED), 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
         };
         let made = UdpSocket::bind(any).and_then(|mut socket| {

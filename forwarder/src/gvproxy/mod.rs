@@ -222,7 +222,8 @@ fn plan(flags: &Flags) -> Result<Config, String> {
         notification(&file.notification, from_file && flags.text("notification").is_none())?;
     if !file.stack.gateway_mac_address.is_empty() {
         let mac = &file.stack.gateway_mac_address;
-        config.gateway_mac = mac.parse().map_err(|e| format!("gatewayMacAddress {mac:?}: {e}"))?;
+        config.particulars.gateway_mac =
+            mac.parse().map_err(|e| format!("gatewayMacAddress {mac:?}: {e}"))?;
     }
     config.dns_search = match (file.stack.dns_search_domains.clone(), from_file) {
         (Some(domains), _) => Some(domains),

@@ -75,7 +75,7 @@ fn a_file_is_read_and_a_key_that_is_none_is_told() {
     )
     .unwrap();
     assert_eq!((good.gateway, good.host_alias), (Ipv4Addr::new(10, 1, 2, 1), Ipv4Addr::new(10, 1, 2, 254)));
-    assert_eq!(good.gateway_mac, Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xaa]));
+    assert_eq!(good.particulars.gateway_mac, Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xaa]));
     assert_eq!(good.dns_host, [("db.test".to_owned(), IpAddr::from([10, 1, 2, 9]))]);
     assert_eq!(good.dns_search, Some(vec!["a.test".to_owned()]));
     assert_eq!((good.publish.len(), good.static_lease.len(), good.attached_mtu), (2, 1, 4000));

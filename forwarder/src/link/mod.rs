@@ -268,6 +268,8 @@ pub struct Link {
     mtu: u16,
     /// Sums and segments are left to us, and no header says so.
     implied: bool,
+    /// The MAC given in a handshake.
+    given: Option<Mac>,
     /// Who came to a listener for several VMs while this link had one.
     arrivals: Vec<OwnedFd>,
     /// What is watched of a vhost-user front end beside its socket.
@@ -329,10 +331,7 @@ impl Link {
                 link.attach(Carrier::Packets(Box::new(Packets::bound(path)?)), registry)?;
             }
             LinkAddress::Listen(path) => {
-                let listener = unix_path::listen_as(path, 0o600, socket_type(config.kind))?;
-                let fd = listener.as_raw_fd();
-                registry.register(&mut SourceFd(&fd), tokens.get(Tokens::LISTENER), Interest::READABLE)?;
-                link.listener = Some(listener);
+                link.listen_on(unix_path::listen_as(path, 0o600, socket_type(config.kind))?, registry)?;
             }
             LinkAddress::Connect(_) => link.connect(registry),
             LinkAddress::Fd(fd) => link.adopt(crate::fd::inherit(*fd)?, registry)?,
@@ -352,8 +351,8 @@ impl Link {
                 link.attach(Carrier::Stream(Box::new(stream)), registry)?;
             }
             #[cfg(target_os = "linux")]
-            LinkAddress::Tap { name, namespace } => {
-                let tap = Tap::open(name, namespace.as_ref())?;
+            LinkAddress::Tap { name, namespace, setup } => {
+                let tap = Tap::open(name, namespace.as_ref(), setup.as_ref())?;
                 link.attach(Carrier::Tap(Box::new(tap)), registry)?;
             }
         }
@@ -398,6 +397,7 @@ impl Link {
             counters: LinkCounters::default(),
             mtu: config.mtu,
             implied: config.offload,
+            given: None,
             arrivals: Vec::new(),
             #[cfg(target_os = "linux")]
             kicks: Vec::new(),
@@ -471,6 +471,13 @@ impl Link {
 
     // ---- how a VMM comes and goes ----
 
+    fn listen_on(&mut self, listener: socket2::Socket, registry: &Registry) -> io::Result<()> {
+        let raw = listener.as_raw_fd();
+        registry.register(&mut SourceFd(&raw), self.tokens.get(Tokens::LISTENER), Interest::READABLE)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
     /// Takes a socket over: one that listens, or one with a VMM at its other end.
     fn adopt(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
         if !socket2::SockRef::from(&fd).is_listener().unwrap_or(false) {
@@ -478,10 +485,7 @@ impl Link {
         }
         let listener = socket2::Socket::from(fd);
         listener.set_nonblocking(true)?;
-        let raw = listener.as_raw_fd();
-        registry.register(&mut SourceFd(&raw), self.tokens.get(Tokens::LISTENER), Interest::READABLE)?;
-        self.listener = Some(listener);
-        Ok(())
+        self.listen_on(listener, registry)
     }
 
     fn attach_socket(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
@@ -659,6 +663,7 @@ impl Link {
         };
         match answer {
             Ok(mac) => {
+                self.given = Some(mac);
                 stream.answer(&vpnkit::accept(mac, mtu));
                 LinkState::Same
             }
@@ -671,9 +676,16 @@ impl Link {
         }
     }
 
+    /// The MAC that the VMM was given in a handshake.
+    #[must_use]
+    pub const fn given(&self) -> Option<Mac> {
+        self.given
+    }
+
     /// Forgets the VMM and makes ready for the next one.
     pub fn detach(&mut self, registry: &Registry) {
         self.counters = self.counters();
+        self.given = None;
         #[cfg(target_os = "linux")]
         self.forget_kicks(registry);
         if let Some(carrier) = self.carrier.take() {

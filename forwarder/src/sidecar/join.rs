@@ -35,7 +35,7 @@ const FIRST: Duration = Duration::from_secs(10);
 struct Shared {
     config: Config,
     requests: Requests,
-    /// VMs that are there; the network ends with the last.
+    /// As many as there are VMs, and one more; the network ends with the last VM.
     vms: Arc<()>,
     ending: AtomicBool,
 }
@@ -83,7 +83,19 @@ impl Shared {
         let _ = self.requests.send(Request::Shutdown);
     }
 
-    async fn serve(&self, mut stream: UnixStream) {
+    async fn serve(&self, stream: UnixStream) {
+        // From here on: a VM that is just being let in keeps the network from ending under it.
+        let here = Arc::clone(&self.vms);
+        self.host(stream).await;
+        drop(here);
+        if Arc::strong_count(&self.vms) == 1 {
+            tracing::info!("the last VM has gone");
+            self.end();
+        }
+    }
+
+    /// One VM, from its request to the end of its connection.
+    async fn host(&self, mut stream: UnixStream) {
         let (port, answer) = match tokio::time::timeout(PATIENCE, self.admit(&mut stream)).await {
             Ok(Ok((port, ports))) => (Some(port), JoinAnswer { ports, error: None }),
             Ok(Err(error)) => (None, JoinAnswer { ports: Vec::new(), error: Some(error) }),
@@ -91,7 +103,6 @@ impl Shared {
                 (None, JoinAnswer { ports: Vec::new(), error: Some("the request took too long".into()) })
             }
         };
-        let here = port.map(|_| Arc::clone(&self.vms));
         let mut line = serde_json::to_vec(&answer).unwrap_or_default();
         line.push(b'\n');
         // Who does not take its answer has gone.
@@ -102,11 +113,6 @@ impl Shared {
             let _ = stream.read(&mut [0; 1]).await;
         }
         self.leave(port).await;
-        drop(here);
-        if Arc::strong_count(&self.vms) == 1 {
-            tracing::info!("the last VM has gone");
-            self.end();
-        }
     }
 
     /// A full queue does not keep a VM's link for ever.

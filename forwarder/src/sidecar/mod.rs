@@ -8,6 +8,7 @@
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
 mod join;
+mod network;
 mod pcap;
 mod state;
 
@@ -22,14 +23,17 @@ use portway_api::control::{NetworkInfo, PortInfo};
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
+use crate::agent::Agents;
 use crate::config::{Config, DoorAddress, GuestApi};
+use crate::control::App;
+use crate::control::DoorListener;
 use crate::control::kept::KeptPorts;
-use crate::control::{App, DoorListener};
 use crate::dns::{Dns, DnsConfig};
-use crate::driver::{Driver, SLOW_LIMIT, Slow, WAKER};
+use crate::driver::{Driver, LeaseBook, SLOW_LIMIT, Slow, WAKER};
 use crate::events::{EventLog, EventQueue, Numbered};
+use crate::publish::spec::PublishSpec;
 use crate::request::{PublishError, Request, Requests};
 use crate::unix_path::Removed;
 use crate::vsock::{PortSockets, Vsock};
@@ -39,6 +43,27 @@ use crate::vsock::{PortSockets, Vsock};
 /// # Errors
 /// When something of the configuration cannot be had at this host.
 pub fn run(config: &Config) -> anyhow::Result<()> {
+    run_with(config, Vec::new())
+}
+
+/// What a personality serves beside the network. It is called on the control thread, inside its runtime, when everything
+/// is bound: what cannot be had must have been found out before.
+pub type Door = Box<dyn FnOnce(&DoorContext) + Send>;
+
+/// What a [`Door`] is given.
+#[derive(Debug, Clone)]
+pub struct DoorContext {
+    /// The way to the data thread.
+    pub requests: Requests,
+    /// The names guests are answered.
+    pub dns: Arc<Dns>,
+}
+
+/// As [`run`], with more doors.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     raise_descriptor_limit();
     if let Some(dir) = &config.state_dir {
         std::fs::create_dir_all(dir).with_context(|| format!("--state-dir: {}", dir.display()))?;
@@ -51,15 +76,22 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
 
     let dns = Dns::new(dns_config(config)).map_err(|e| anyhow!("{e}"))?;
     let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
-    if let Some(dir) = &config.state_dir {
-        driver.restore_leases(state::leases(dir));
-    }
+    let keeper = match &config.state_dir {
+        Some(dir) => {
+            driver.restore_leases(state::leases(dir));
+            Some(state::Keeper::start(dir).context("cannot start the thread that keeps leases")?)
+        }
+        None => None,
+    };
     let join = config.join.as_deref().map(|path| crate::unix_path::listen(path, 0o600)).transpose();
     let join = join.context("--join")?;
     let _join = config.join.as_deref().map(RemovedAtEnd);
     let (queue, event_queue) = EventQueue::new();
     driver.tell_events(queue);
-    let mut ports = driver.publish_at_start(&config.publish).context("--publish")?;
+    let (carried, direct): (Vec<_>, Vec<_>) =
+        config.publish.iter().cloned().partition(PublishSpec::needs_agent);
+    let mut ports = driver.publish_at_start(&direct).context("--publish")?;
+    let (agents, _agent_files) = Agents::open(&config.agent, carried.into_iter())?;
     let kept = config.state_dir.as_deref().map(|dir| Arc::new(KeptPorts::read(dir)));
     if let Some(kept) = &kept {
         ports.extend(publish_kept(&mut driver, kept));
@@ -70,7 +102,8 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         .map(|path| pcap::start(&mut driver, path).with_context(|| format!("--pcap: {}", path.display())));
     let pcap = pcap.transpose()?;
     let (vsocks, _names) = vsocks(config)?;
-    let (api, _api) = api_listener(config)?;
+    let api = config.particulars.control.then(|| api_listener(config)).transpose()?;
+    let (api, _api) = api.map_or((None, None), |(api, guard)| (Some(api), guard));
     let metrics = config.metrics.as_deref().map(metrics_listener).transpose()?;
     for p in &ports {
         tracing::info!(proto = %p.proto, bind = p.bind.join(","), host_port = p.host_port, guest = p.guest, guest_port = p.guest_port, "published");
@@ -81,27 +114,35 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         requests: requests.clone(),
         dns,
         network: network(config),
+        agents: Some(agents),
+        leases: driver.watch_leases(),
+        keep: keeper.as_ref().map(state::Keeper::sender),
         kept,
         guest_api: config.guest_api,
         notification: config.notification.clone(),
-        state_dir: config.state_dir.clone(),
         vsocks,
         join: join.map(|listener| (listener, config.clone())),
     };
     let (up, is_up) = std::sync::mpsc::channel();
     let (more, _more) = further_doors(config)?;
-    let doors = Doors { more, up, api, metrics, events: event_queue, slow: slow_incoming };
+    let doors =
+        Doors { more, up, api, metrics, events: event_queue, slow: slow_incoming, personality: doors };
     let thread = std::thread::Builder::new().name("control".into());
-    thread.spawn(move || control.run(doors)).context("cannot start the control thread")?;
+    let thread = thread.spawn(move || control.run(doors)).context("cannot start the control thread")?;
     // Ready means too that signals are heard: who is told so may end us at once.
     is_up.recv().context("the control thread has not started")?;
-    say_ready(config.ready_fd)?;
+    say_ready(config.ready_fd, config.particulars.ready)?;
     tell_supervisor(&[NotifyState::Ready, NotifyState::Status("ready")]);
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
     let ended = driver.run();
     tell_supervisor(&[NotifyState::Stopping]);
+    if let Some(keeper) = keeper {
+        keeper.finish(&driver.lease_reports());
+    }
     ended.context("the data thread")?;
+    // With the data thread the control thread has nothing to serve: it ends, and its listeners' files go with them.
     drop(driver);
+    let _ = thread.join();
     if let Some(writer) = pcap {
         // What was seen is written before the end.
         let _ = writer.join();
@@ -134,7 +175,7 @@ fn network(config: &Config) -> NetworkInfo {
         pid: std::process::id(),
         subnet: config.subnet.to_string(),
         gateway: config.gateway.to_string(),
-        gateway_mac: config.gateway_mac.to_string(),
+        gateway_mac: config.particulars.gateway_mac.to_string(),
         host_alias: config.host_alias.to_string(),
         domain: crate::DOMAIN.into(),
         // These change while it runs: they are filled in when somebody asks.
@@ -218,11 +259,20 @@ fn dns_config(config: &Config) -> DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
         gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
-        host: both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias)),
+        // Where nothing of the host is behind the gateway's own address, the host has none.
+        host: if config.host_loopback || config.host_alias != config.gateway {
+            both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias))
+        } else {
+            Vec::new()
+        },
         host_loopback: config.host_loopback,
         records: config.dns_host.clone(),
-        upstreams: (!config.dns_upstream.is_empty()).then(|| config.dns_upstream.clone()),
+        subnets: std::iter::once(config.subnet).chain(config.ipv6.as_ref().map(|v6| v6.subnet)).collect(),
+        upstreams: config.dns_upstream.clone(),
+        rebind_protection: config.dns_rebind_protection,
+        private_domains: config.dns_private.clone(),
         resolv_conf: config.resolv_conf.clone(),
+        uplinks: Some("/run/systemd/resolve/resolv.conf".into()),
         hosts: config.hosts_file.clone(),
     }
 }
@@ -256,11 +306,11 @@ fn write_pid(path: &Path) -> anyhow::Result<RemovedAtEnd<'_>> {
     Ok(RemovedAtEnd(path))
 }
 
-fn say_ready(fd: Option<i32>) -> anyhow::Result<()> {
+fn say_ready(fd: Option<i32>, word: &str) -> anyhow::Result<()> {
     let Some(fd) = fd else { return Ok(()) };
     let mut file = std::fs::File::from(crate::fd::inherit(fd).context("--ready-fd")?);
     // One who has stopped waiting does not keep us from serving.
-    let _ = file.write_all(b"ready\n");
+    let _ = file.write_all(word.as_bytes());
     Ok(())
 }
 
@@ -272,10 +322,12 @@ struct Control {
     requests: Requests,
     dns: Arc<Dns>,
     network: NetworkInfo,
+    agents: Option<Agents>,
+    leases: watch::Receiver<LeaseBook>,
+    keep: Option<state::Keep>,
     kept: Option<Arc<KeptPorts>>,
     guest_api: GuestApi,
     notification: Option<std::path::PathBuf>,
-    state_dir: Option<std::path::PathBuf>,
     vsocks: Vec<GuestVsock>,
     join: Option<(std::os::unix::net::UnixListener, Config)>,
 }
@@ -285,10 +337,11 @@ struct Doors {
     more: FurtherDoors,
     /// Told when everything is served and signals are heard.
     up: std::sync::mpsc::Sender<()>,
-    api: StdUnixListener,
+    api: Option<StdUnixListener>,
     metrics: Option<std::net::TcpListener>,
     events: mpsc::Receiver<Numbered>,
     slow: mpsc::Receiver<Slow>,
+    personality: Vec<Door>,
 }
 
 impl Control {
@@ -301,7 +354,7 @@ impl Control {
                 return;
             }
         };
-        let Doors { more, up, api, metrics, events, slow } = doors;
+        let Doors { more, up, api, metrics, events, slow, personality } = doors;
         runtime.block_on(async {
             let log = Arc::new(EventLog::default());
             let app = App::new(
@@ -320,14 +373,23 @@ impl Control {
                 app.serve_door(listener, connect);
             }
             tokio::spawn(async move { log.keep(events).await });
-            match UnixListener::from_std(api) {
-                Ok(api) => drop(tokio::spawn(crate::control::serve(api, app.clone()))),
-                Err(error) => tracing::error!(%error, "the control socket cannot be served"),
+            match api.map(UnixListener::from_std) {
+                Some(Ok(api)) => drop(tokio::spawn(crate::control::serve(api, app.clone()))),
+                Some(Err(error)) => tracing::error!(%error, "the control socket cannot be served"),
+                None => {}
             }
+            let context = DoorContext { requests: self.requests.clone(), dns: Arc::clone(&self.dns) };
+            personality.into_iter().for_each(|door| door(&context));
+            let mut agents_streams = Vec::new();
             for (vsock, ports) in self.vsocks.drain(..) {
+                agents_streams
+                    .push((vsock.name().map(str::to_owned), vsock.listen(portway_api::agent::PORT)));
                 if let Some(ports) = ports {
                     tokio::spawn(ports.serve(vsock));
                 }
+            }
+            if let Some(agents) = self.agents.take() {
+                agents.serve(&self.requests, agents_streams);
             }
             if let Some((listener, config)) = self.join.take() {
                 match UnixListener::from_std(listener) {
@@ -335,6 +397,9 @@ impl Control {
                     Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
                 }
             }
+            tokio::spawn(follow_leases(self.leases.clone(), Arc::clone(&self.dns), self.keep.clone()));
+            tokio::spawn(network::follow(Arc::clone(&self.dns)));
+            tokio::spawn(follow_search(Arc::clone(&self.dns), self.requests.clone()));
             match metrics.map(tokio::net::TcpListener::from_std) {
                 Some(Ok(listener)) => {
                     drop(tokio::spawn(crate::control::serve_metrics(listener, app.clone())))
@@ -353,57 +418,67 @@ impl Control {
     }
 
     async fn slow_things(self, mut slow: mpsc::Receiver<Slow>, app: App) {
-        let mut known = Vec::new();
         while let Some(thing) = slow.recv().await {
             match thing {
-                Slow::Dns(ticket, query) => {
+                Slow::Dns(ticket, query, waiting) => {
+                    drop(waiting);
                     let (dns, requests) = (Arc::clone(&self.dns), self.requests.clone());
                     tokio::spawn(async move {
-                        if let Some(answer) = dns.answer_datagram(&query).await {
+                        if let Some(answer) = dns.answer_datagram(ticket.port, &query).await {
                             // When the queue is full the answer is lost, and the guest asks again.
                             let _ = requests.send(Request::DnsAnswer { ticket, answer });
                         }
                     });
                 }
-                Slow::DnsStream(stream) => match tokio::net::UnixStream::from_std(stream) {
-                    Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(stream))),
+                Slow::HandOver { flow, to, path } => {
+                    let requests = self.requests.clone();
+                    tokio::spawn(async move {
+                        let stream = crate::personality::vpnkit::dial(&path, to).await;
+                        let stream = stream.inspect_err(
+                            |error| tracing::debug!(%error, path = %path.display(), "not taken"),
+                        );
+                        let mut answer = Request::HandedOver { flow, stream: stream.ok() };
+                        // A full queue is about to be read; without an answer the guest would wait for ever.
+                        while let Err(unsent) = requests.offer(answer) {
+                            answer = *unsent;
+                            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                        }
+                    });
+                }
+                Slow::DnsStream(port, stream) => match tokio::net::UnixStream::from_std(stream) {
+                    Ok(stream) => drop(tokio::spawn(Arc::clone(&self.dns).serve_stream(port, stream))),
                     Err(error) => tracing::warn!(%error, "a DNS connection cannot be served"),
                 },
                 Slow::ApiStream(stream, guest) => match tokio::net::UnixStream::from_std(stream) {
                     Ok(stream) => app.serve_guest(stream, guest),
                     Err(error) => tracing::warn!(%error, "a guest's connection to port 80 cannot be served"),
                 },
-                Slow::Leases(leases, names) => {
-                    self.name_guests(&names, &mut known);
-                    if let Some(dir) = &self.state_dir
-                        && let Err(error) = state::keep_leases(dir, &leases)
-                    {
-                        tracing::warn!(%error, dir = %dir.display(), "leases could not be kept");
-                    }
-                }
             }
         }
     }
 }
 
-impl Control {
-    /// Makes DNS know the guests by the names they have now, and forget those in `known` that are gone.
-    fn name_guests(&self, names: &[(String, std::net::IpAddr)], known: &mut Vec<String>) {
-        for gone in known.iter().filter(|k| !names.iter().any(|(name, _)| name == *k)) {
-            self.dns.remove_guest(gone);
+/// Makes DNS know the guests by the names they have, and has their leases kept.
+async fn follow_leases(mut leases: watch::Receiver<LeaseBook>, dns: Arc<Dns>, keep: Option<state::Keep>) {
+    loop {
+        let book = leases.borrow_and_update().clone();
+        dns.set_guests(&book.names);
+        if let Some(keep) = &keep {
+            keep.keep(book.leases);
         }
-        known.clear();
-        for (name, _) in names {
-            if known.contains(name) {
-                continue;
-            }
-            let addresses: Vec<_> = names.iter().filter(|(n, _)| n == name).map(|(_, ip)| *ip).collect();
-            match self.dns.set_guest(name, &addresses) {
-                Ok(()) => known.push(name.clone()),
-                // A guest may call itself anything; it just has no name then.
-                Err(error) => tracing::debug!(%error, "a guest's name is not given"),
-            }
+        if leases.changed().await.is_err() {
+            return; // the data thread has ended
         }
+    }
+}
+
+/// Tells the data thread which domains the host searches, when that changes.
+async fn follow_search(dns: Arc<Dns>, requests: Requests) {
+    let mut search = dns.watch_search();
+    while search.changed().await.is_ok() {
+        let domains = search.borrow_and_update().clone();
+        // When the queue is full guests go on with what they were told.
+        let _ = requests.send(Request::Search { domains });
     }
 }
 

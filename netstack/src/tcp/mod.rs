@@ -22,7 +22,7 @@
 //! ([`Live::is_remembered`]). docs/adr/0003 has the reasons.
 //!
 //! Limits: [`crate::Limits`] (`flows`, `dialing`, `dialing_loopback`, `resolving` and the times). Sources: RFC 9293,
-//! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp).
+//! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp, but for resets inside the window).
 
 mod clock;
 mod device;
@@ -38,7 +38,7 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
-use self::clock::{engine_time, our_time};
+use self::clock::{engine_span, engine_time, our_time};
 use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
 use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving, Shown};
@@ -441,6 +441,8 @@ impl Tcp {
             return false;
         };
         let local = listen_on(&flow.key);
+        // Before the socket begins: later, smoltcp would ask at once.
+        live.socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
         let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
         Self::queue(port, flow, id);
         self.arm(now, id);
@@ -532,6 +534,7 @@ impl Tcp {
             port.dialing -= 1;
         }
         let local = listen_on(&key);
+        socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
         if socket.tcp().listen(local).is_ok() {
             let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
             port.iface.poll_ingress_single(engine_time(now), &mut device, &mut socket.set);
