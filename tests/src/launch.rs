@@ -182,7 +182,7 @@ impl Terminal {
     /// When it does not come; with the screen.
     pub fn shows(&self, text: &str) -> Result<()> {
         let screen = || self.tmux(&["capture-pane", "-p", "-J"]).unwrap_or_default();
-        until(Duration::from_secs(60), || screen().contains(text))
+        until(Duration::from_secs(120), || screen().contains(text))
             .with_context(|| format!("no {text:?}:\n{}", screen()))
     }
 }

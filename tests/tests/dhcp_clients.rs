@@ -127,7 +127,13 @@ fn dhclient_gets_a_lease_and_its_old_address_again_after_a_restart_of_both() -> 
             .args(["-cf", text(&config), "tap0"])
             .output()?;
         ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        let pid: i32 = std::fs::read_to_string(&pid)?.trim().parse()?;
+        // Its child writes that, in its own time.
+        let mut child = None;
+        until(Duration::from_secs(10), || {
+            child = std::fs::read_to_string(&pid).ok().and_then(|text| text.trim().parse().ok());
+            child.is_some()
+        })?;
+        let pid: i32 = child.context("no pid")?;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
         Ok(())
     };

@@ -362,8 +362,7 @@ impl Driver {
                 let n = n / Tokens::COUNT;
                 if let Some(link) = self.links.get_mut(n) {
                     let was_up = link.is_up();
-                    let readable = event.is_readable() || event.is_error() || event.is_read_closed();
-                    match link.note(event.token(), readable, event.is_writable(), self.poll.registry()) {
+                    match link.note(event, self.poll.registry()) {
                         LinkState::Same => self.note_link_up(n, was_up),
                         LinkState::Gone => self.take_down(n),
                         LinkState::Restarted => self.restart(n),

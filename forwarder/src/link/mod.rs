@@ -29,6 +29,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use portway_netstack::{FrameSink, Mac, Offload, PortId};
@@ -206,17 +207,17 @@ impl Carrier {
         }
     }
 
-    fn note(&mut self, readable: bool, writable: bool) {
+    fn note(&mut self, readable: bool, writable: bool, closed: bool) {
         match self {
-            Self::Tapped(t) => t.inner.note(readable, writable),
-            Self::Stream(s) => s.note(readable, writable),
+            Self::Tapped(t) => t.inner.note(readable, writable, closed),
+            Self::Stream(s) => s.note(readable, writable, closed),
             #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.note(readable, writable),
+            Self::Tap(t) => t.note(readable || closed, writable),
             // Its news are messages and kicks: see `Link::note`.
             #[cfg(target_os = "linux")]
             Self::VhostUser(_) => {}
             #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.note(readable, writable),
+            Self::Packets(p) => p.note(readable, writable, closed),
         }
     }
 }
@@ -563,7 +564,8 @@ impl Link {
     }
 
     /// One of the link's descriptors has news.
-    pub fn note(&mut self, token: Token, readable: bool, writable: bool, registry: &Registry) -> LinkState {
+    pub fn note(&mut self, event: &Event, registry: &Registry) -> LinkState {
+        let token = event.token();
         if token == self.tokens.get(Tokens::LISTENER) {
             self.accept(registry);
             return LinkState::Same;
@@ -580,7 +582,8 @@ impl Link {
                 noted.unwrap_or_else(|error| self.lost(&error))
             }
             Some(carrier) => {
-                carrier.note(readable, writable);
+                let closed = event.is_error() || event.is_read_closed();
+                carrier.note(event.is_readable(), event.is_writable(), closed);
                 LinkState::Same
             }
         }
