@@ -105,7 +105,7 @@ fn forwarded_ports_of_the_gateway_lead_on_and_answers_come_from_the_port_that_wa
     assert!(matches!(&lab.guest_sees()[..], [Seen::Udp { src, .. }] if src == "192.168.127.1:123"));
 
     lab.stack.set_gateway_forwards(vec![forward(Transport::Tcp, 81, "127.0.0.1:8081")]);
-    lab.guest_sends(&syn("192.168.127.2:40002", "192.168.127.1:80"));
+    lab.guest_sends(&syn("192.168.127.2:40002", "192.168.127.1:82"));
     assert!(lab.host_sees().is_empty());
     lab.guest_sends(&syn("192.168.127.2:40003", "192.168.127.1:81"));
     assert!(matches!(lab.host_sees()[..], [HostCommand::Connect { .. }]));

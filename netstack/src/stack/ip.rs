@@ -488,6 +488,15 @@ impl Netstack {
             }
     }
 
+    /// Whether the API for guests is there: on the gateway itself, and not on a resolver's own address.
+    fn is_api(&self, to: SocketAddr) -> bool {
+        let gateway = match to.ip() {
+            IpAddr::V4(ip) => ip == self.config.gateway,
+            ip @ IpAddr::V6(_) => self.is_gateway(ip),
+        };
+        self.config.guest_api && to.port() == HTTP && gateway
+    }
+
     /// Where a port of the gateway leads, when it is forwarded.
     fn forwarded(&self, to: SocketAddr, transport: Transport) -> Option<SocketAddr> {
         let gateway = to.ip() == IpAddr::V4(self.config.gateway);
@@ -541,7 +550,7 @@ impl Netstack {
             Ok(HostTarget::Service(Service::Dns))
         } else if let Some(to) = self.forwarded(remote, Transport::Tcp) {
             Ok(HostTarget::Address(to))
-        } else if self.config.guest_api && remote.port() == HTTP && self.is_gateway(remote.ip()) {
+        } else if self.is_api(remote) {
             Ok(HostTarget::Service(Service::Api))
         } else {
             self.host_view(remote).map(HostTarget::Address)

@@ -21,7 +21,7 @@ use portway_netstack::{DnsAt, Mac, Services, Subnet};
 
 use super::Particulars;
 use crate::config::{
-    Config, Ipv6, LinkAddress, LinkConfig, LinkKind, LogLevel, Namespace, Settings, UnixPath,
+    Config, GuestApi, Ipv6, LinkAddress, LinkConfig, LinkKind, LogLevel, Namespace, Settings, UnixPath,
 };
 use crate::link::tap::Setup;
 use crate::request::{Request, Requests};
@@ -242,6 +242,8 @@ fn prepare(args: &Args) -> Result<(Config, Vec<Door>), String> {
     }];
     (config.subnet, config.gateway, config.host_alias) = (plan.subnet, plan.gateway, plan.gateway);
     config.host_loopback = !args.disable_host_loopback;
+    // Its guests never had a say in ports.
+    config.guest_api = GuestApi::Off;
     config.ipv6 = args.enable_ipv6.then(ipv6).transpose()?;
     // slirp keeps nothing from its guest but the host's loopback.
     config.metadata = true;

@@ -37,7 +37,7 @@ pub use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::dial;
 use self::plane::{CHANNELS, Plane};
 use super::Particulars;
-use crate::config::{Config, LogLevel, Settings, UnixPath};
+use crate::config::{Config, GuestApi, LogLevel, Settings, UnixPath};
 use crate::dns::Upstream;
 use crate::sidecar::Door;
 
@@ -157,6 +157,8 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
     config.metadata = true;
     // vpnkit's networks are IPv4 alone, and its callers configure nothing else.
     config.ipv6 = None;
+    // Its guests never had a say in ports.
+    config.guest_api = GuestApi::Off;
     let everywhere = |server: &std::net::SocketAddr| Upstream { domain: None, server: (*server).into() };
     config.dns_upstream = resolvers.servers.iter().map(everywhere).collect();
     config.dns_host = args.names(&plan);
