@@ -488,13 +488,13 @@ impl Netstack {
             }
     }
 
-    /// Whether the API for guests is there: on the gateway itself, and not on a resolver's own address.
+    /// Whether the API for guests is there: on the gateway's IPv4 address, where gvproxy's guests look for it, and not where
+    /// that is the host's as well.
     fn is_api(&self, to: SocketAddr) -> bool {
-        let gateway = match to.ip() {
-            IpAddr::V4(ip) => ip == self.config.gateway,
-            ip @ IpAddr::V6(_) => self.is_gateway(ip),
-        };
-        self.config.guest_api && to.port() == HTTP && gateway
+        let gateway = self.config.gateway;
+        self.config.guest_api
+            && to == SocketAddr::new(gateway.into(), HTTP)
+            && gateway != self.config.host_alias
     }
 
     /// Where a port of the gateway leads, when it is forwarded.
