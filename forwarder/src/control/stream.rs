@@ -1,7 +1,7 @@
 //! Answers that do not end: events (server-sent events) and captures (pcapng).
 //!
 //! Each has a place of its own ([`STREAMS`]), so that streams never keep listings out. What a client does not read waits in a
-//! bounded queue: events are skipped beyond [`EventLog::BEHIND`], frames are counted as lost beyond
+//! bounded queue: events are skipped beyond [`crate::events::EventLog::BEHIND`], frames are counted as lost beyond
 //! [`crate::capture::BUDGET`].
 
 use std::pin::Pin;

@@ -69,7 +69,7 @@ pub fn main(args: &[OsString]) -> Option<ExitCode> {
     }
 }
 
-/// The program that is meant, and its argv: by the file name of argv[0], or by the first argument of `portway`.
+/// The program that is meant, and its argv: by the file name of `argv[0]`, or by the first argument of `portway`.
 fn called(args: &[OsString]) -> Option<(&str, &[OsString])> {
     const NAMES: [&str; 2] = ["slirp4netns", "vpnkit"];
     let name = Path::new(args.first()?).file_name()?.to_str()?;
