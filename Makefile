@@ -84,6 +84,26 @@ fuzz-smoke: ## each fuzz target for FUZZ_SECONDS, where a nightly toolchain and 
 fuzz: ## as fuzz-smoke, five minutes each
 	@$(MAKE) --no-print-directory fuzz-smoke FUZZ_SECONDS=300
 
+# Where `make install` puts things; DESTDIR goes before all of them, for packages.
+PREFIX ?= /usr/local
+SYSTEMD_USER ?= $(PREFIX)/lib/systemd/user
+
+.PHONY: install
+install: ## the program, man pages, completions and a systemd user unit (PREFIX=/usr/local, DESTDIR=)
+	@cargo build --release --locked -p portway
+	program=$(TARGET)/release/portway
+	dir() { install -d "$(DESTDIR)$$1"; }
+	dir $(PREFIX)/bin; dir $(PREFIX)/share/man/man1; dir $(SYSTEMD_USER)
+	dir $(PREFIX)/share/bash-completion/completions; dir $(PREFIX)/share/zsh/site-functions; dir $(PREFIX)/share/fish/vendor_completions.d
+	install --strip -m 755 "$$program" "$(DESTDIR)$(PREFIX)/bin/portway"
+	"$$program" man --output "$(DESTDIR)$(PREFIX)/share/man/man1"
+	"$$program" completions bash > "$(DESTDIR)$(PREFIX)/share/bash-completion/completions/portway"
+	"$$program" completions zsh > "$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_portway"
+	"$$program" completions fish > "$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/portway.fish"
+	sed 's|@PREFIX@|$(PREFIX)|' docs/systemd/portway@.service > "$(DESTDIR)$(SYSTEMD_USER)/portway@.service"
+	install -m 644 docs/systemd/portway@.socket "$(DESTDIR)$(SYSTEMD_USER)/portway@.socket"
+	echo "installed under $(DESTDIR)$(PREFIX)"
+
 # Which rows of the side-by-side benchmark, rounds of each, and seconds of a measurement.
 ROWS ?= *
 ROUNDS ?= 3
@@ -105,6 +125,26 @@ unsafe-count: ## where unsafe blocks are, and how many
 kills: ## the sidecar killed a hundred times at random moments
 	@cargo build --locked -p portway
 	PORTWAY_KILLS=100 cargo test --locked -p portway-tests --test faults -- killed
+
+# How long the load lasts; the plot is target/soak/soak.svg.
+MINUTES ?= 5
+GUESTS ?= 8
+
+.PHONY: soak
+soak: ## mixed load of many guests for MINUTES=5; everything has to come back to where it was
+	@cargo build --locked --workspace --bins
+	PORTWAY_BIN=$(TARGET)/debug/portway $(TARGET)/debug/soak --minutes $(MINUTES) --guests $(GUESTS) --out $(TARGET)/soak
+
+.PHONY: calls
+calls: ## the system tests under strace: no call outside of the sandbox's list
+	@cargo build --locked --workspace --bins
+	PORTWAY_BIN=$(TARGET)/debug/portway tests/calls.sh
+
+# AddressSanitizer of a nightly compiler, on the modules that have unsafe blocks and what stands on them.
+.PHONY: sanitize
+sanitize: ## unit tests of the unsafe modules under AddressSanitizer (nightly)
+	@RUSTFLAGS=-Zsanitizer=address cargo +nightly test --locked --target $(shell rustc -vV | sed -n 's/host: //p') -p portway --lib -- \
+	  rings:: link:: vhost_user:: vsock:: datagrams:: fd:: host
 
 .PHONY: bench-flows
 bench-flows: ## cost per packet and memory per flow with many flows held

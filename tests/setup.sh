@@ -9,9 +9,11 @@ export PATH=$PATH:/usr/sbin:/sbin
 # What is looked for, and the package that has it.
 wanted=(
   qemu-system-x86_64:qemu-system-x86 dropbear:dropbear-bin ssh:openssh-client curl:curl ip:iproute2 ss:iproute2
-  ping:iputils-ping dig:bind9-dnsutils gcc:gcc setpriv:util-linux python3:python3
+  ping:iputils-ping dig:bind9-dnsutils gcc:gcc setpriv:util-linux python3:python3 rootlesskit:rootlesskit newuidmap:uidmap
+  dnsperf:dnsperf dhclient:isc-dhcp-client dhcpcd:dhcpcd-base perfdhcp:kea-admin
   tmux:tmux mksquashfs:squashfs-tools xorriso:xorriso grub-mkrescue:grub-common mformat:mtools qemu-img:qemu-utils sfdisk:fdisk
-  qemu-system-aarch64:qemu-system-arm
+  qemu-system-aarch64:qemu-system-arm tshark:tshark
+  traceroute:traceroute rdisc6:ndisc6 dhclient:isc-dhcp-client iperf3:iperf3
 )
 packages=()
 for pair in "${wanted[@]}"; do

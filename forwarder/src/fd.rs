@@ -58,6 +58,15 @@ pub(crate) fn inherit(fd: i32) -> io::Result<OwnedFd> {
     }
 }
 
+/// The socket systemd holds for us under `name` (`FileDescriptorName=`, sd_listen_fds(3)), when there is one.
+///
+/// # Errors
+/// When the environment promises descriptors that are not there.
+pub(crate) fn activated(name: &str) -> io::Result<Option<OwnedFd>> {
+    let found = sd_notify::listen_fds_with_names()?.find(|(_, n)| n == name);
+    found.map(|(fd, _)| inherit(fd)).transpose()
+}
+
 /// Makes reads and writes of `fd` return at once.
 ///
 /// # Errors

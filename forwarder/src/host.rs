@@ -1,13 +1,33 @@
 //! Host sockets of TCP flows, and what their errors mean to a guest.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
+use std::time::Duration;
 
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use portway_netstack::{ConnectError, FlowId, HostError};
+use socket2::{SockRef, TcpKeepalive};
+
+/// What every TCP socket of the host has, those that a listener will accept with it.
+///
+/// Urgent bytes stay where they are in the stream (RFC 6093 §4): without this the kernel takes them out, and the guest would
+/// miss them. A connection that is idle for `keep_alive` is asked for.
+///
+/// # Errors
+/// The kernel's.
+pub fn settle(socket: &SockRef<'_>, keep_alive: Option<Duration>) -> io::Result<()> {
+    /// What Linux does when it is not told otherwise (tcp(7)).
+    const USUAL: Duration = Duration::from_secs(7200);
+    socket.set_out_of_band_inline(true)?;
+    match keep_alive {
+        None => Ok(()),
+        Some(USUAL) => socket.set_keepalive(true),
+        Some(idle) => socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle)),
+    }
+}
 
 /// What the sandbox lets flows do: sockets of the host's protocols (ping sockets are datagram sockets).
 #[cfg(target_os = "linux")]
@@ -44,16 +64,32 @@ pub enum HostStream {
 }
 
 impl HostStream {
-    /// Begins a connection.
+    /// Begins a connection; `from` is the host's address it leaves from, for destinations beyond the host.
     ///
     /// # Errors
     /// When the kernel refuses at once.
-    pub fn connect(to: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(to)?;
+    pub fn connect(to: SocketAddr, from: Option<Ipv4Addr>, keep_alive: Option<Duration>) -> io::Result<Self> {
+        let stream = match from.filter(|_| to.is_ipv4() && !to.ip().is_loopback()) {
+            None => TcpStream::connect(to)?,
+            Some(from) => Self::connect_from(to, from)?,
+        };
         crate::fd::within_share(&stream)?;
         // The applications at both ends have decided about small segments already.
         stream.set_nodelay(true)?;
+        settle(&SockRef::from(&stream), keep_alive)?;
         Ok(Self::Tcp(stream))
+    }
+
+    fn connect_from(to: SocketAddr, from: Ipv4Addr) -> io::Result<TcpStream> {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM.nonblocking(), None)?;
+        // The port is chosen at connect, so that the same one can serve several destinations (ip(7)).
+        #[cfg(target_os = "linux")]
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::from((from, 0)).into())?;
+        match socket.connect(&to.into()) {
+            Err(e) if e.raw_os_error() != Some(nix::libc::EINPROGRESS) => Err(e),
+            _ => Ok(TcpStream::from_std(socket.into())),
+        }
     }
 
     /// Whether the connection stands: `None` when it is still on its way.
@@ -115,7 +151,7 @@ impl HostStream {
     /// Closes with RST, as the guest did.
     pub fn reset(self) {
         if let Self::Tcp(s) = &self {
-            let _ = socket2::SockRef::from(s).set_linger(Some(std::time::Duration::ZERO));
+            let _ = SockRef::from(s).set_linger(Some(Duration::ZERO));
         }
     }
 }

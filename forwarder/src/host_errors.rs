@@ -66,6 +66,8 @@ mod linux {
     pub(crate) fn watch(socket: &UdpSocket, v6: bool) -> io::Result<()> {
         if v6 {
             setsockopt(socket, sockopt::Ipv6RecvErr, &true)?;
+            // For mapped addresses; a raw socket has none.
+            let _ = setsockopt(socket, sockopt::Ipv4RecvErr, &true);
         } else {
             setsockopt(socket, sockopt::Ipv4RecvErr, &true)?;
         }
@@ -95,7 +97,7 @@ mod linux {
         Ok(())
     }
 
-    /// Takes errors off `socket`'s queue. `echo`: what its packets carry is ICMP.
+    /// Takes errors off `socket`'s queue, and hands them to `each`; how many they were.
     pub(crate) fn drain(socket: &UdpSocket, mut each: impl FnMut(Report)) -> usize {
         let mut payload = [0; QUOTED];
         let mut space = nix::cmsg_space!(sock_extended_err, libc::sockaddr_in6);

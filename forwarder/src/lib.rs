@@ -5,20 +5,28 @@
 //!                                    └─ control thread (tokio): control · dns
 //! ```
 
+pub mod agent;
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod control;
 mod datagrams;
 
 pub mod dns;
+#[cfg(test)]
+mod drift;
 pub mod driver;
 pub mod events;
 mod fd;
+pub mod gvproxy;
 pub mod host;
 mod host_errors;
+mod last_net;
 pub mod limits;
 pub mod link;
 mod log;
+mod nearest;
+pub mod personality;
 pub mod publish;
 pub mod request;
 pub mod rings;

@@ -72,7 +72,7 @@ fuzz_target!(|steps: Vec<Step<'_>>| {
                 let len = usize::from(len) * 8 + usize::from(!more);
                 let mut packet = vec![0x45, 0, 0, 0, 0, id % 4, 0, 0, 64, 17, 0, 0, 192, 168, 127, 2, 192, 0, 2, 7];
                 packet[2..4].copy_from_slice(&u16::try_from(20 + len).unwrap_or(20).to_be_bytes());
-                packet[6..8].copy_from_slice(&(offset & 0x1fff | u16::from(more) << 13).to_be_bytes());
+                packet[6..8].copy_from_slice(&((offset & 0x1fff) | (u16::from(more) << 13)).to_be_bytes());
                 let sum = checksum(&[&packet]).to_be_bytes();
                 packet[10..12].copy_from_slice(&sum);
                 packet.extend(vec![id; len]);

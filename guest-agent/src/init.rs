@@ -1,8 +1,8 @@
 //! Pid 1 of a small guest.
 //!
 //! ```text
-//! mounts ─► modules ─► loopback ─► DHCP client ─► services ─┐
-//!                                                           ▼
+//! mounts ─► modules ─► loopback ─► DHCP client ─► agent ─► services ─┐
+//!                                                                     ▼
 //!            poll: signals · DHCP events · power button ─► "ready" once there is a lease
 //!                                                           ▼
 //!            power button, SIGTERM, SIGINT, SIGUSR1/2 ─► TERM and HUP to all ─► 2 s ─► KILL ─► sync ─► power off
@@ -60,6 +60,7 @@ fn supervise() -> io::Result<String> {
     let mut events = Events::open()?;
     let mut buttons = Button::all()?;
     guest.start_network();
+    guest.running.start_agent();
     guest.running.start_all();
     loop {
         let mut waited = vec![
@@ -95,6 +96,7 @@ fn supervise() -> io::Result<String> {
             return Ok("power button".into());
         }
         guest.complain_once();
+        guest.running.tick(Instant::now());
     }
 }
 
@@ -160,12 +162,13 @@ impl Guest {
     }
 
     fn timeout(&self) -> PollTimeout {
-        if self.lease == Lease::Awaited {
-            let left = LEASE_PATIENCE.saturating_sub(self.started.elapsed());
-            // One millisecond more than the rest: the patience is over when poll returns.
-            PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::NONE)
-        } else {
-            PollTimeout::NONE
+        let overdue =
+            (self.lease == Lease::Awaited).then(|| LEASE_PATIENCE.saturating_sub(self.started.elapsed()));
+        let again = self.running.next().map(|at| at.saturating_duration_since(Instant::now()));
+        match overdue.into_iter().chain(again).min() {
+            // One millisecond more than the rest: the time is there when poll returns.
+            Some(left) => PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::NONE),
+            None => PollTimeout::NONE,
         }
     }
 

@@ -1,19 +1,23 @@
 //! The guest's services: `/etc/portway/services`, one a line, `NAME PROGRAM ARGUMENT…`.
 //!
 //! Words are split at blanks, without quoting: what needs a shell is a script. A service that ends is reported
-//! and stays down; a restart that hides a crash is worse than a service that is missing.
+//! and stays down; a restart that hides a crash is worse than a service that is missing. The agent's own service is the
+//! exception.
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use crate::console::say;
+use crate::run::UNWANTED;
 
 const SERVICES: &str = "/etc/portway/services";
 
@@ -39,9 +43,23 @@ pub(crate) fn parse(text: &str) -> Vec<Result<Service, usize>> {
     services
 }
 
+/// The name of the agent's own service, which pid 1 starts beside those of the file.
+const AGENT: &str = "agent";
+/// Until it is started again when it has ended: it is the one service that others are told to rely on.
+const AGENT_AGAIN: Duration = Duration::from_secs(1);
+
+/// `portway-agent run`, in a process of its own: whatever becomes of it, pid 1 stays.
+fn agent() -> Service {
+    Service { name: AGENT.into(), program: "/proc/self/exe".into(), args: vec!["run".into()] }
+}
+
 /// The processes the agent started, by pid, so that their end can be told by name.
 #[derive(Debug, Default)]
-pub(crate) struct Running(HashMap<Pid, String>);
+pub(crate) struct Running {
+    names: HashMap<Pid, String>,
+    /// When the agent's own service is started again.
+    agent_at: Option<Instant>,
+}
 
 impl Running {
     /// Starts every service of the file.
@@ -59,6 +77,25 @@ impl Running {
         }
     }
 
+    /// Starts the agent's own service, where there is a way to a host.
+    pub(crate) fn start_agent(&mut self) {
+        if Path::new("/dev/vsock").exists() {
+            self.start(&agent());
+        }
+    }
+
+    /// When [`Self::tick`] has something to do.
+    pub(crate) const fn next(&self) -> Option<Instant> {
+        self.agent_at
+    }
+
+    /// Starts again what is to be started again now.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        if self.agent_at.take_if(|at| *at <= now).is_some() {
+            self.start(&agent());
+        }
+    }
+
     /// Starts one program under a name.
     pub(crate) fn start(&mut self, service: &Service) {
         let mut command = Command::new(&service.program);
@@ -71,7 +108,7 @@ impl Running {
         match command.spawn().map(|child| i32::try_from(child.id())) {
             // The `Child` is dropped on purpose: pid 1 reaps everything in one place, by waitpid(-1).
             Ok(Ok(pid)) => {
-                self.0.insert(Pid::from_raw(pid), service.name.clone());
+                self.names.insert(Pid::from_raw(pid), service.name.clone());
                 say(&format!("started {}", service.name));
             }
             Ok(Err(_)) => say(&format!("{}: the kernel gave a pid out of range", service.name)),
@@ -86,8 +123,14 @@ impl Running {
             WaitStatus::Signaled(pid, signal, _) => (pid, format!("was ended by {signal}")),
             _ => return,
         };
-        if let Some(name) = self.0.remove(&pid) {
-            say(&format!("{name} {how}; it is not restarted"));
+        let unwanted = matches!(status, WaitStatus::Exited(_, code) if code == i32::from(UNWANTED));
+        match self.names.remove(&pid) {
+            Some(name) if name == AGENT && !unwanted => {
+                say(&format!("{name} {how}; it is started again"));
+                self.agent_at = Some(Instant::now() + AGENT_AGAIN);
+            }
+            Some(name) => say(&format!("{name} {how}; it is not restarted")),
+            None => {}
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the stack is told when it is made, and the limits of everything a guest can make grow.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::dhcp::StaticLease;
 use crate::ndp;
@@ -18,14 +18,22 @@ pub struct StackConfig {
     pub host_alias: Ipv4Addr,
     /// The Ethernet address of gateway and host alias.
     pub gateway_mac: Mac,
+    /// What the gateway does for guests where that is not the usual.
+    pub services: Services,
     /// The domain name guests are given (DHCP option 15).
     pub domain: String,
     /// More search domains (DHCP option 119).
     pub search: Vec<String>,
+    /// Time servers guests are told of (DHCP option 42).
+    pub ntp: Vec<Ipv4Addr>,
+    /// The longest DHCP lease; a client may ask for a shorter one.
+    pub lease_time: Duration,
     /// Addresses that belong to one guest for ever.
     pub static_leases: Vec<StaticLease>,
     /// Whether the host alias reaches the host's loopback.
     pub host_loopback: bool,
+    /// Whether the gateway's port 80 is [`crate::Service::Api`].
+    pub guest_api: bool,
     /// Whether link-local addresses (cloud metadata, 169.254.0.0/16) may be reached.
     pub metadata: bool,
     /// IPv6; `None` when it is not spoken.
@@ -36,12 +44,72 @@ pub struct StackConfig {
     pub limits: Limits,
 }
 
+/// Where DNS is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DnsAt {
+    /// On the gateway's address.
+    #[default]
+    Gateway,
+    /// On an address of its own, as with slirp.
+    Address(Ipv4Addr),
+    /// Nowhere: guests are told of no resolver.
+    Nowhere,
+}
+
+/// A transport protocol with ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A port of the gateway behind which something of the host's stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GatewayForward {
+    /// Of which protocol.
+    pub transport: Transport,
+    /// The gateway's port.
+    pub port: u16,
+    /// Where its connections and datagrams go.
+    pub to: SocketAddr,
+}
+
+/// What the gateway does for guests where that is not the usual.
+#[derive(Debug, Clone, Default)]
+pub struct Services {
+    /// Where DNS is served.
+    pub dns: DnsAt,
+    /// The first and the last address that is leased; `None`: all of the subnet that are not ours.
+    pub pool: Option<(Ipv4Addr, Ipv4Addr)>,
+    /// Ports of the gateway that lead elsewhere; of two for the same port the first counts.
+    pub forwards: Vec<GatewayForward>,
+}
+
 impl StackConfig {
+    /// Where DNS is served, if anywhere.
+    #[must_use]
+    pub const fn dns(&self) -> Option<Ipv4Addr> {
+        match self.services.dns {
+            DnsAt::Gateway => Some(self.gateway),
+            DnsAt::Address(ip) => Some(ip),
+            DnsAt::Nowhere => None,
+        }
+    }
+
+    /// Where a port of the gateway leads, when it is forwarded.
+    #[must_use]
+    pub fn forward(&self, transport: Transport, port: u16) -> Option<SocketAddr> {
+        let forwards = self.services.forwards.iter();
+        forwards.clone().find(|f| f.transport == transport && f.port == port).map(|f| f.to)
+    }
+
     /// Whether `address` is one of ours on the subnet.
     #[must_use]
     pub fn is_ours(&self, address: IpAddr) -> bool {
         match address {
-            IpAddr::V4(ip) => ip == self.gateway || ip == self.host_alias,
+            IpAddr::V4(ip) => ip == self.gateway || ip == self.host_alias || self.dns() == Some(ip),
             IpAddr::V6(ip) => self.ipv6.as_ref().is_some_and(|v6| {
                 ip == v6.gateway || ip == v6.host_alias || ip == ndp::link_local(self.gateway_mac)
             }),
@@ -120,8 +188,9 @@ pub struct Limits {
     pub macs: usize,
     /// Learned IP addresses per port. At it further ones are not remembered: they can open connections, but not be found.
     pub addresses: usize,
-    /// DHCP leases of one port: offered, in use and declined addresses together, fixed ones not counted. At it a client
-    /// without a lease gets no answer, so that a guest that asks under many names leaves the pool to the others.
+    /// DHCP leases one port has whatever the others do: offered, in use and declined addresses together, fixed ones not
+    /// counted. Beyond it a port gets more as long as half of the pool is free, else a client without a lease gets no
+    /// answer, so that a guest that asks under many names leaves the pool to the others.
     pub leases: usize,
     /// Bytes of answers (ARP, DHCP, ICMP, RST) that wait for one port. At it further answers are dropped.
     pub outbox_bytes: usize,
@@ -129,6 +198,9 @@ pub struct Limits {
     pub resolving: usize,
     /// An open TCP flow without a byte ends after this (RFC 5382 REQ-5: not below 2 h 4 min).
     pub tcp_idle: Duration,
+    /// After this time without a segment the guest is asked whether it is still there (RFC 9293 §3.8.4); a guest that
+    /// answers keeps its flow, whatever `tcp_idle` says. `None`: it is not asked.
+    pub tcp_keepalive: Option<Duration>,
     /// A half-closed or closing TCP flow without a byte ends after this (RFC 5382 REQ-5: not below 4 min).
     pub tcp_half_closed: Duration,
     /// A guest that does not finish its handshake, or does not answer ours, is given up after this.
@@ -153,10 +225,20 @@ impl Default for Limits {
             outbox_bytes: 256 * 1024,
             resolving: 256,
             tcp_idle: Duration::from_secs(7440),
+            tcp_keepalive: None,
             tcp_half_closed: Duration::from_secs(240),
             tcp_handshake: Duration::from_secs(30),
             tcp_unacknowledged: Duration::from_secs(120),
             ring_idle: Duration::from_millis(100),
         }
+    }
+}
+
+impl Limits {
+    /// When an open flow ends from which nothing was heard: a guest that is asked has the time of two questions, for one may
+    /// get lost.
+    pub(crate) fn open_for(&self) -> Duration {
+        const GRACE: Duration = Duration::from_secs(60);
+        self.tcp_keepalive.map_or(self.tcp_idle, |every| self.tcp_idle.max(every * 2 + GRACE))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use crate::drop_reason::DropReason;
 use crate::time::Duration;
 use crate::types::PortId;
 use crate::udp::BindingId;
@@ -27,6 +28,8 @@ impl FlowId {
 pub enum Service {
     /// DNS over TCP (RFC 7766).
     Dns,
+    /// HTTP on port 80, where guests publish ports of theirs.
+    Api,
 }
 
 /// What a guest's connection goes to.
@@ -36,6 +39,19 @@ pub enum HostTarget {
     Address(SocketAddr),
     /// A service of the gateway.
     Service(Service),
+}
+
+/// What stands behind an address for a guest ([`crate::Netstack::reach`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// The gateway itself: DHCP, DNS, echo, and no port else.
+    Gateway,
+    /// A guest on this port of the switch; the switch carries the frames.
+    Guest(PortId),
+    /// The host connects here.
+    Host(SocketAddr),
+    /// Nobody, for this reason.
+    Nowhere(DropReason),
 }
 
 /// What the stack asks of the host side. `FlowId`s in commands stay valid until the driver has been told `Close`
@@ -239,6 +255,8 @@ pub enum FlowState {
 /// What a listing says of one flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FlowReport {
+    /// The guest's port of the switch.
+    pub port: PortId,
     /// Who opened it.
     pub direction: Direction,
     /// The guest's end.

@@ -38,11 +38,14 @@ mod types;
 pub mod udp;
 pub mod wire;
 
-pub use config::{Ipv6Config, Limits, PortConfig, StackConfig, UdpConfig, UdpFilter};
+pub use config::{
+    DnsAt, GatewayForward, Ipv6Config, Limits, PortConfig, Services, StackConfig, Transport, UdpConfig,
+    UdpFilter,
+};
 pub use drop_reason::{DropCounters, DropReason};
 pub use host::{
     ConnectError, Datagram, Direction, Echo, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,
-    HostError, HostEvent, HostTarget, OpenError, Service, UdpPath,
+    HostError, HostEvent, HostTarget, OpenError, Reach, Service, UdpPath,
 };
 pub use rings::{RingClass, RingMemory, Rings};
 pub use sink::{FrameSink, Offload, PartialChecksum, SegmentKind, Segments};

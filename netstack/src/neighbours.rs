@@ -104,6 +104,16 @@ impl Neighbours {
         }
     }
 
+    /// Forgets that `ip` belongs to another port than `port`.
+    pub(crate) fn take_from_others(&mut self, ip: IpAddr, port: PortId) {
+        if let Some(known) = self.by_ip.get(&ip).copied().filter(|known| known.port != port) {
+            self.disown(ip, known);
+            self.by_ip.remove(&ip);
+            self.per_port[usize::from(known.port.0)] -= 1;
+            self.last = None;
+        }
+    }
+
     pub(crate) fn get(&self, ip: IpAddr) -> Option<Neighbour> {
         self.by_ip.get(&ip).copied()
     }

@@ -94,6 +94,11 @@ impl Switch {
         self.last = None;
     }
 
+    /// Every address that is known.
+    pub(crate) fn macs(&self) -> impl Iterator<Item = (Mac, PortId)> + '_ {
+        self.macs.iter().map(|(mac, learned)| (*mac, learned.port))
+    }
+
     /// Where a frame to `mac` goes.
     pub(crate) fn destination(&self, mac: Mac) -> Destination {
         if mac == self.gateway {

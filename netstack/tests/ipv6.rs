@@ -150,6 +150,20 @@ fn a_guest_cannot_advertise_the_gateways_address_or_anothers() {
 }
 
 #[test]
+fn an_address_made_of_a_mac_is_its_owners_whoever_was_first() {
+    let mut lab = Lab::with(Limits::default(), 2, 1500);
+    let mut frame = Vec::new();
+    let (made, echo) = ("fd00:77::ff:fe00:1", ([128, 0, 0, 0, 0, 1], &b""[..]));
+    // The other guest takes it before its owner has come.
+    lab.icmp6(1, made, GATEWAY6, 64, echo, &mut frame);
+    assert_eq!(lab.guest_n_sees(1).len(), 1);
+    lab.icmp6(0, made, GATEWAY6, 64, echo, &mut frame);
+    assert_eq!(lab.guest_n_sees(0).len(), 1);
+    lab.icmp6(1, made, GATEWAY6, 64, echo, &mut frame);
+    assert_eq!((lab.guest_n_sees(1), lab.dropped(DropReason::SourceSpoofed)), (vec![], 1));
+}
+
+#[test]
 fn rfc_6980_5_neighbour_discovery_in_a_fragment_header_is_dropped() {
     let mut lab = Lab::new();
     let mut frame = Vec::new();

@@ -57,13 +57,20 @@ fn a_discover_is_offered_the_first_address_and_the_links_mtu() {
 
 #[test]
 fn a_link_with_all_its_leases_gets_no_offer_and_another_link_does() {
-    let mut lab = Lab::with(Limits { leases: 1, ..Limits::default() }, 2, 1500);
-    lab.frame(0, &discover(mac_of(0)));
-    assert_eq!(lab.guest_n_sees(0).len(), 1);
-    lab.frame(0, &discover(mac_of(8)));
+    let mut lab = Lab::configured_for(2, |config| {
+        // Four addresses are leased: one link has one for certain, and another while two are free.
+        config.subnet = "192.168.127.0/29".parse().unwrap();
+        config.host_alias = "192.168.127.6".parse().unwrap();
+        config.limits.leases = 1;
+    });
+    for guest in [0, 8] {
+        lab.frame(0, &discover(mac_of(guest)));
+        assert_eq!(lab.guest_n_sees(0).len(), 1);
+    }
+    lab.frame(0, &discover(mac_of(9)));
     assert_eq!((lab.guest_n_sees(0), lab.dropped(DropReason::DhcpLimit)), (vec![], 1));
     lab.frame(1, &discover(mac_of(1)));
-    assert!(matches!(&lab.guest_n_sees(1)[..], [Seen::Udp { dst, .. }] if dst == "192.168.127.3:68"));
+    assert!(matches!(&lab.guest_n_sees(1)[..], [Seen::Udp { dst, .. }] if dst == "192.168.127.4:68"));
 }
 
 #[test]

@@ -156,6 +156,18 @@ fn what_the_host_learns_of_a_datagram_reaches_the_guest() {
 }
 
 #[test]
+fn an_echo_the_host_may_not_send_is_prohibited_and_counted() {
+    let mut lab = Lab::new();
+    let mut frame = Vec::new();
+    let echo = ([128, 0, 0, 7, 0, 1], &b"ping"[..]);
+    let Handled::Echo(e) = lab.icmp6(0, lab::GUEST6, "2001:db8::7", 64, echo, &mut frame) else { panic!() };
+    lab.stack.echo_refused(lab.now, e.binding, e.remote, e.message);
+    let [Seen::Icmp { kind: 1, code: 1, rest, .. }] = &lab.guest_sees()[..] else { panic!() };
+    assert_eq!((rest[40], &rest[44..]), (128, &b"\0\x07\0\x01ping"[..]));
+    assert_eq!(lab.dropped(DropReason::NoPing), 1);
+}
+
+#[test]
 fn errors_of_the_host_are_limited_as_answers_are() {
     let mut lab = Lab::new();
     let (binding, remote) = binding(&mut lab, GUEST, FAR);

@@ -59,7 +59,7 @@ ln -sf /run/resolv.conf "$root/etc/resolv.conf"
 rm -f "$dir/squash-squashfs.img"
 mksquashfs "$root" "$dir/squash-squashfs.img" -all-root -comp gzip -Xcompression-level 1 -no-progress -quiet > /dev/null
 cp "$prefix-kernel" "$dir/squash-kernel"
-echo 'console=ttyS0 quiet' > "$dir/squash-cmdline"
+echo 'console=ttyS0 quiet no_timer_check' > "$dir/squash-cmdline"
 
 # --- the CD, and the disk: grub-mkrescue's image is both -------------------------------------------------------
 cd=$work/cd
@@ -71,7 +71,7 @@ terminal_input serial console
 terminal_output serial console
 set timeout=0
 menuentry portway {
-  linux /kernel console=ttyS0 quiet
+  linux /kernel console=ttyS0 quiet no_timer_check
   initrd /initrd.img
 }
 END
@@ -84,7 +84,7 @@ serial --unit=0 --speed=115200
 terminal_input serial console
 terminal_output serial console
 search --no-floppy --set=root --file /kernel
-linux /kernel console=ttyS0 quiet
+linux /kernel console=ttyS0 quiet no_timer_check
 initrd /initrd.img
 boot
 END

@@ -1,4 +1,4 @@
-//! A guest without a VM: smoltcp on the `qemu` stream socket, with DHCP, TCP and UDP.
+//! A guest without a VM: smoltcp on the `qemu` stream socket, or on `vpnkit`'s, with DHCP, TCP and UDP.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -19,10 +19,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Nic {
     incoming: VecDeque<Vec<u8>>,
     outgoing: Vec<u8>,
+    prefix: Prefix,
+}
+
+/// The length before each frame.
+#[derive(Clone, Copy)]
+enum Prefix {
+    Be32,
+    Le16,
 }
 
 struct Frame(Vec<u8>);
-struct Wire<'a>(&'a mut Vec<u8>);
+struct Wire<'a>(&'a mut Vec<u8>, Prefix);
 
 impl RxToken for Frame {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
@@ -34,7 +42,10 @@ impl TxToken for Wire<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut frame = vec![0; len];
         let result = f(&mut frame);
-        self.0.extend(u32::try_from(len).unwrap_or(0).to_be_bytes());
+        match self.1 {
+            Prefix::Be32 => self.0.extend(u32::try_from(len).unwrap_or(0).to_be_bytes()),
+            Prefix::Le16 => self.0.extend(u16::try_from(len).unwrap_or(0).to_le_bytes()),
+        }
         self.0.extend(frame);
         result
     }
@@ -44,15 +55,18 @@ impl Device for Nic {
     type RxToken<'a> = Frame;
     type TxToken<'a> = Wire<'a>;
     fn receive(&mut self, _: smoltcp::time::Instant) -> Option<(Frame, Wire<'_>)> {
-        self.incoming.pop_front().map(|f| (Frame(f), Wire(&mut self.outgoing)))
+        self.incoming.pop_front().map(|f| (Frame(f), Wire(&mut self.outgoing, self.prefix)))
     }
     fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Wire<'_>> {
-        Some(Wire(&mut self.outgoing))
+        Some(Wire(&mut self.outgoing, self.prefix))
     }
     fn capabilities(&self) -> DeviceCapabilities {
         let mut caps = DeviceCapabilities::default();
         caps.medium = Medium::Ethernet;
-        caps.max_transmission_unit = 65_534;
+        caps.max_transmission_unit = match self.prefix {
+            Prefix::Be32 => 65_534,
+            Prefix::Le16 => 1514,
+        };
         caps
     }
 }
@@ -76,9 +90,30 @@ impl Guest {
     /// When nobody listens there.
     pub fn attach(path: &Path, last: u8) -> Result<Self> {
         let link = UnixStream::connect(path).with_context(|| path.display().to_string())?;
+        Self::on(link, EthernetAddress([0x52, 0x54, 0, 0, 0, last]), Prefix::Be32)
+    }
+
+    /// Attaches to the vpnkit socket at `path`, with the handshake hyperkit makes; the MAC is what the answer says.
+    ///
+    /// # Errors
+    /// When nobody listens there, or the answer is no.
+    pub fn attach_vpnkit(path: &Path, uuid: &[u8; 36]) -> Result<Self> {
+        let mut link = UnixStream::connect(path).with_context(|| path.display().to_string())?;
+        link.set_read_timeout(Some(PATIENCE))?;
+        let init = [&b"VMN3T"[..], &22_u32.to_le_bytes(), &[b'0'; 40]].concat();
+        link.write_all(&init)?;
+        link.read_exact(&mut [0; 49])?;
+        link.write_all(&[&[1][..], uuid, &[0; 4]].concat())?;
+        let mut answer = [0; 258];
+        link.read_exact(&mut answer)?;
+        ensure!(answer[0] == 1, "{}", String::from_utf8_lossy(&answer[2..2 + usize::from(answer[1])]));
+        let mac = EthernetAddress::from_bytes(&answer[5..11]);
+        Self::on(link, mac, Prefix::Le16)
+    }
+
+    fn on(link: UnixStream, mac: EthernetAddress, prefix: Prefix) -> Result<Self> {
         link.set_nonblocking(true)?;
-        let mut nic = Nic { incoming: VecDeque::new(), outgoing: Vec::new() };
-        let mac = EthernetAddress([0x52, 0x54, 0, 0, 0, last]);
+        let mut nic = Nic { incoming: VecDeque::new(), outgoing: Vec::new(), prefix };
         let iface = Interface::new(
             Config::new(HardwareAddress::Ethernet(mac)),
             &mut nic,
@@ -104,11 +139,15 @@ impl Guest {
             }
             break;
         }
-        while let Some((len, rest)) = self.partial.split_first_chunk::<4>() {
-            let len = u32::from_be_bytes(*len) as usize;
-            let Some(frame) = rest.get(..len) else { break };
+        loop {
+            let (size, len) = match (self.nic.prefix, &self.partial[..]) {
+                (Prefix::Be32, [a, b, c, d, ..]) => (4, u32::from_be_bytes([*a, *b, *c, *d]) as usize),
+                (Prefix::Le16, [a, b, ..]) => (2, usize::from(u16::from_le_bytes([*a, *b]))),
+                _ => break,
+            };
+            let Some(frame) = self.partial.get(size..size + len) else { break };
             self.nic.incoming.push_back(frame.to_vec());
-            self.partial.drain(..4 + len);
+            self.partial.drain(..size + len);
         }
         let now =
             smoltcp::time::Instant::from_micros(i64::try_from(self.began.elapsed().as_micros()).unwrap_or(0));

@@ -1,7 +1,11 @@
 //! What the system tests stand on: the lab around the real binary.
 
+pub mod agent;
 pub mod guest;
+pub mod launch;
 pub mod namespace;
+pub mod program;
 pub mod raw;
+pub mod resolver;
 pub mod sidecar;
 pub mod vm;

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::namespace::Namespace;
+
 /// A running sidecar with one `qemu` listener.
 #[derive(Debug)]
 pub struct Sidecar {
@@ -23,6 +25,15 @@ impl Sidecar {
     /// When it ends before that; its log is in the error.
     pub fn start(dir: &Path, options: &[&str]) -> Result<Self> {
         Self::start_by(dir, Command::new(crate::vm::portway()?), options)
+    }
+
+    /// The same in a network namespace: its sockets, routes and sysctls are the host's.
+    ///
+    /// # Errors
+    /// As of [`Self::start`].
+    pub fn start_in(namespace: &Namespace, dir: &Path, options: &[&str]) -> Result<Self> {
+        let portway = crate::vm::portway()?;
+        Self::start_by(dir, namespace.command(&portway.display().to_string()), options)
     }
 
     /// As [`Self::start`], by a command that ends in the program: another user's, a tracer's.
@@ -65,6 +76,21 @@ impl Sidecar {
     /// When the kernel does not say.
     pub fn is_alive(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// The CPU time it has used.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // proc(5): user and system time are the 12th and 13th field after the name, in ticks of 10 ms.
+        let after = stat.rsplit_once(')').context("no name")?.1;
+        let mut ticks = 0;
+        for field in after.split_whitespace().skip(11).take(2) {
+            ticks += field.parse::<u64>()?;
+        }
+        Ok(Duration::from_millis(ticks * 10))
     }
 
     /// A command of the CLI about this network.

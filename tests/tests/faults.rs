@@ -117,7 +117,7 @@ fn killed_at_any_moment_it_comes_back_with_its_leases_and_over_its_own_sockets()
     let dir = tempfile::tempdir()?;
     let state = dir.path().join("state");
     let options = ["--state-dir", state.to_str().context("path")?, "--publish", "0:22"];
-    let mut known = None;
+    let (mut known, mut known_port) = (None, None);
     for n in 0..times {
         // The first is left alone until its lease is kept; the others die somewhere between start, lease and traffic.
         let mut sidecar = Sidecar::start(dir.path(), &options)?;
@@ -132,7 +132,13 @@ fn killed_at_any_moment_it_comes_back_with_its_leases_and_over_its_own_sockets()
         };
         if n == 0 {
             until(Duration::from_secs(5), kept)?;
+            ensure!(sidecar.cli(&["publish", "127.0.0.1:0:80"])?.status.success());
         }
+        // What was published live is back with the port it had.
+        let ports = sidecar.json(&["ports"])?;
+        let live = ports.as_array().and_then(|all| all.iter().find(|p| p["guest_port"] == 80));
+        let live = live.and_then(|p| p["host_port"].as_u64()).with_context(|| format!("run {n}: {ports}"))?;
+        ensure!(*known_port.get_or_insert(live) == live, "run {n}: port {known_port:?} became {live}");
         // More leases, so that the file is being written when the end comes.
         let mut others: Vec<[u8; 6]> = Vec::new();
         for other in 0..(n * 7) % 40 {
@@ -272,5 +278,43 @@ fn readers_that_do_not_read_keep_nobody_waiting() -> Result<()> {
         guest.tcp(flow).abort();
     }
     ensure!(sidecar.json(&["stats"])?["links"].as_array().is_some_and(|l| l.len() == 2));
+    Ok(())
+}
+
+/// What a debug build of the program panics at when it is told to (forwarder/src/last_net.rs).
+const PANIC: &str = "panic on purpose";
+
+#[test]
+fn a_panic_costs_the_flow_or_the_link_it_was_about_and_no_other() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut command = Command::new(portway()?);
+    command.env("PORTWAY_TEST_PANIC", PANIC);
+    let second = format!("qemu:unix:{},name=second", dir.path().join("second").display());
+    let mut sidecar = Sidecar::start_by(dir.path(), command, &["--link", &second])?;
+    let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
+    guest.dhcp()?;
+    let mut bystander = Guest::attach(&dir.path().join("second"), 2)?;
+    bystander.dhcp()?;
+    let to = (ALIAS, echo_server()?).into();
+    let bystanders = bystander.connect(to)?.context("refused")?;
+    let (bad, good) = (guest.connect(to)?.context("refused")?, guest.connect(to)?.context("refused")?);
+    // A flow: the guest's other flow goes on, and so does everybody else.
+    guest.tcp(bad).send_slice(PANIC.as_bytes()).map_err(|e| anyhow::anyhow!("{e:?}"))?;
+    guest.until("the end of the flow", |g| (g.tcp(bad).state() == State::Closed).then_some(()))?;
+    ensure!(guest.exchange(good, b"good", 4)? == b"good");
+    ensure!(bystander.exchange(bystanders, b"other", 5)? == b"other");
+    ensure!(sidecar.json(&["stats"])?["panics"] == 1);
+    // A frame: its link is closed, and the VMM may come again.
+    let socket = guest.udp(7000)?;
+    guest.send_udp(socket, to, PANIC.as_bytes())?;
+    until(Duration::from_secs(5), || guest.step())?;
+    ensure!(bystander.exchange(bystanders, b"still", 5)? == b"still");
+    let mut again = Guest::attach(&dir.path().join("vm"), 1)?;
+    again.dhcp()?;
+    let flow = again.connect(to)?.context("refused")?;
+    ensure!(again.exchange(flow, b"again", 5)? == b"again");
+    ensure!(sidecar.json(&["stats"])?["panics"] == 2 && sidecar.is_alive()?);
+    ensure!(sidecar.log().matches("panicked; this is a fault of portway").count() == 2, "{}", sidecar.log());
+    ensure!(sidecar.stop()?.code() == Some(0));
     Ok(())
 }

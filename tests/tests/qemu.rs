@@ -59,8 +59,9 @@ fn boot(dir: &Path, netdev: &str, mac: &str) -> Result<Machine> {
 /// The address that the guest with this MAC has leased.
 fn lease(sidecar: &Sidecar, mac: &str) -> Option<String> {
     let leases = sidecar.json(&["leases"]).ok()?;
-    let lease = leases.as_array()?.iter().find(|l| l["mac"] == mac)?;
-    lease["ip"].as_str().map(str::to_owned)
+    let of_guest = leases.as_array()?.iter().filter(|l| l["mac"] == mac);
+    // It has one of IPv6 too.
+    of_guest.filter_map(|l| l["ip"].as_str()).find(|ip| !ip.contains(':')).map(str::to_owned)
 }
 
 fn awaits_lease(dir: &Path, sidecar: &Sidecar, mac: &str) -> Result<String> {

@@ -1,5 +1,6 @@
 //! What the running sidecar may not do, looked at from outside: `/proc`, strace, files it is led to.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -354,11 +355,50 @@ fn strace_of_a_run_shows_no_call_outside_of_the_list() -> Result<()> {
     let (calls, refused) = traced(&trace)?;
     ensure!(refused == 0, "{refused} calls were refused");
     ensure!(calls.len() > 100, "only {} calls in the trace", calls.len());
-    let allowed: Vec<&str> = portway::sandbox::allowed_calls().into_iter().map(|(_, name)| name).collect();
-    let mut others: Vec<&str> =
-        calls.iter().map(String::as_str).filter(|name| !allowed.contains(name)).collect();
-    others.sort_unstable();
-    others.dedup();
+    let others = not_listed(&calls);
     ensure!(others.is_empty(), "not in the list: {others:?}");
+    Ok(())
+}
+
+/// Those of `calls` that are in no table.
+fn not_listed(calls: &[String]) -> BTreeSet<&str> {
+    let allowed: BTreeSet<&str> =
+        portway::sandbox::allowed_calls().into_iter().map(|(_, name)| name).collect();
+    calls.iter().map(String::as_str).filter(|name| !allowed.contains(name)).collect()
+}
+
+#[test]
+#[ignore = "`make calls` gives it the traces of the whole suite"]
+fn the_suites_traces_show_no_call_outside_of_the_list() -> Result<()> {
+    let traces = std::env::var_os("PORTWAY_TRACES").context("PORTWAY_TRACES: run `make calls`")?;
+    let (mut all, mut runs, mut without, mut refusals) = (Vec::new(), 0, 0, Vec::new());
+    for file in std::fs::read_dir(traces)?.flatten() {
+        if !file.file_name().to_string_lossy().starts_with("trace.") {
+            continue;
+        }
+        // A run that had nothing to serve, or was told to be without, has no filter.
+        let Ok((calls, refused)) = traced(&file.path()) else {
+            without += 1;
+            continue;
+        };
+        runs += 1;
+        all.extend(calls);
+        if refused > 0 {
+            refusals.push(file.path());
+        }
+    }
+    let used: BTreeSet<&str> = all.iter().map(String::as_str).collect();
+    let listed: BTreeSet<&str> =
+        portway::sandbox::allowed_calls().into_iter().map(|(_, name)| name).collect();
+    let unused: Vec<&&str> = listed.difference(&used).collect();
+    eprintln!(
+        "{runs} runs behind the sandbox ({without} without), {} calls of {} kinds; listed and not seen: {unused:?}",
+        all.len(),
+        used.len()
+    );
+    ensure!(runs > 20, "{runs} traces are not the suite's");
+    let others = not_listed(&all);
+    ensure!(others.is_empty(), "not in the list: {others:?}");
+    ensure!(refusals.is_empty(), "calls were refused: {refusals:?}");
     Ok(())
 }

@@ -106,9 +106,11 @@ fn names_come_from_the_gateway_and_from_the_hosts_resolver() -> Result<()> {
     std::thread::spawn(move || {
         let mut buffer = [0; 1500];
         while let Ok((len, from)) = resolver.recv_from(&mut buffer) {
-            let mut reply = buffer[..len].to_vec();
+            // Header and question, without the EDNS record behind them.
+            let name = buffer[12..len].iter().position(|b| *b == 0).unwrap_or(0);
+            let mut reply = buffer[..12 + name + 5].to_vec();
             reply[2] |= 0x80;
-            reply[7] = 1;
+            (reply[7], reply[11]) = (1, 0);
             reply.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4, 192, 0, 2, 80]);
             let _ = resolver.send_to(&reply, from);
         }

@@ -2,7 +2,10 @@
 //!
 //! Needs QEMU, ssh, busybox and dropbear (`tests/setup.sh`); without QEMU it is skipped, with a line that says so.
 
-use std::net::Ipv4Addr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +17,8 @@ use portway_tests::vm::{
 const BLOB_LEN: usize = 100 * 1000 * 1000;
 /// The host, as the guest sees it.
 const HOST: &str = "192.168.127.254";
+/// The IPv6 network that goes with 192.168.127.0/24.
+const PREFIX6: &str = "fd6b:420b:1fb5";
 const OUTSIDE_NAME: &str = "outside.example";
 const OUTSIDE_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 80);
 /// What counts as at once for a refusal under TCG, where a round trip takes some milliseconds.
@@ -51,7 +56,8 @@ fn whole_network(net: &str) -> Result<()> {
     let sum = sha256(&file)?;
     let upstream = format!("127.0.0.1:{}", resolver(OUTSIDE_NAME, OUTSIDE_ADDRESS)?);
     let publish = ["-publish", "0:80", "-publish", "0:7001", "-publish", "0:7002", "-publish", "0:7003/udp"];
-    let vm = Vm::boot(dir.path(), &[&publish[..], &["--net", net, "--dns-upstream", &upstream]].concat())?;
+    let options = ["--net", net, "--dns-upstream", &upstream, "-vsock-ports", "7000,7003"];
+    let vm = Vm::boot(dir.path(), &[&publish[..], &options].concat())?;
 
     let step = |what: &str, start: Instant| eprintln!("vm: {what}: {:.1} s", start.elapsed().as_secs_f32());
     let start = Instant::now();
@@ -61,6 +67,8 @@ fn whole_network(net: &str) -> Result<()> {
     names(&vm)?;
     refused(&vm)?;
     udp(&vm)?;
+    vsock(&dir.path().join("state"))?;
+    ipv6(&vm)?;
     let start = Instant::now();
     black_hole(&vm)?;
     step("200 hanging connects", start);
@@ -93,6 +101,7 @@ fn whole_network(net: &str) -> Result<()> {
 
     let (status, console) = vm.stop()?;
     ensure!(status.success(), "portway run ended with {status}:\n{console}");
+    ensure!(!dir.path().join("state/guest.00001b58").exists(), "a vsock port's socket is left behind");
     ensure!(console.contains("portway-agent: powering off: power button"), "no clean power-down:\n{console}");
     Ok(())
 }
@@ -166,6 +175,44 @@ fn udp(vm: &Vm) -> Result<()> {
     let mut buffer = [0; 16];
     let len = socket.recv(&mut buffer).context("published: no echo")?;
     ensure!(buffer.get(..len) == Some(b"hello".as_slice()), "published: other bytes");
+    Ok(())
+}
+
+/// The sockets of vsock ports in the state directory, by both names that LinuxKit documents.
+fn vsock(state: &Path) -> Result<()> {
+    for name in ["guest.00001b58", "00000003.00001b58"] {
+        let mut shell = UnixStream::connect(state.join(name)).context(name)?;
+        shell.set_read_timeout(Some(std::time::Duration::from_secs(30)))?;
+        shell.write_all(b"echo by $0\n")?;
+        shell.shutdown(Shutdown::Write)?;
+        let mut said = String::new();
+        shell.read_to_string(&mut said)?;
+        ensure!(said == "by /bin/sh\n", "{name}: {said:?}");
+    }
+    Ok(())
+}
+
+/// The guest's own address, the gateway, the host's loopback, names, and the published port of the IPv6 loopback.
+fn ipv6(vm: &Vm) -> Result<()> {
+    // Duplicate address detection takes a second.
+    let mut addresses = String::new();
+    let made = portway_tests::sidecar::until(std::time::Duration::from_secs(20), || {
+        addresses = vm.guest("ip -6 addr show dev eth0 scope global").unwrap_or_default();
+        addresses.contains(PREFIX6) && !addresses.contains("tentative")
+    });
+    made.with_context(|| format!("no address by SLAAC: {addresses}"))?;
+    for last in ["1", "254"] {
+        let answer = vm.guest(&format!("ping6 -c 1 -W 5 {PREFIX6}::{last}"))?;
+        ensure!(answer.contains("1 packets received"), "{answer}");
+    }
+    let answer = vm.guest("nslookup -type=aaaa host.portway.internal")?;
+    ensure!(answer.contains(&format!("Address: {PREFIX6}::254\n")), "{answer}");
+    let echo = udp_echo()?;
+    // The echo is of 127.0.0.1 alone; the host's loopback is meant, of either version.
+    let answer = vm.guest(&format!("guest-probe udp-ping [{PREFIX6}::254]:{echo}"))?;
+    ensure!(answer.starts_with("echoed "), "{answer}");
+    let port = vm.published(7001)?;
+    ensure!(std::net::TcpStream::connect(("::1", port)).is_ok(), "the published port on ::1");
     Ok(())
 }
 

@@ -7,6 +7,20 @@ use std::time::Duration;
 
 use crate::{Accel, Arch, BootImage, Data, DiskSpec, Mac, Net, Share, SharedNetwork};
 
+/// What runs the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HypervisorKind {
+    /// QEMU.
+    Qemu,
+    /// vfkit, on macOS.
+    Vfkit,
+}
+
+impl HypervisorKind {
+    /// This system's.
+    pub const HOST: Self = if cfg!(target_os = "macos") { Self::Vfkit } else { Self::Qemu };
+}
+
 /// Where the VM's console is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Console {
@@ -58,8 +72,12 @@ pub struct LaunchConfig {
     pub mac: Option<Mac>,
     /// The VM's address; `None`: the next free one.
     pub ip: Option<Ipv4Addr>,
-    /// The link's MTU in bytes. The guest learns it from virtio (`host_mtu`) and from DHCP.
-    pub mtu: u16,
+    /// The link's MTU in bytes; `None`: what suits the card. The guest learns it from virtio (`host_mtu`) and from DHCP.
+    pub mtu: Option<u16>,
+    /// Whether the VM has a vsock, where it can have one.
+    pub vsock: bool,
+    /// Ports of the guest's vsock that have sockets in the state directory.
+    pub vsock_ports: Vec<u32>,
     /// Where the VM's Ethernet address, the logs and the sidecar's leases live; made if absent. One VM at a time.
     pub state_dir: PathBuf,
     /// The VM's name: its link's name, and its name in DNS.
@@ -72,6 +90,10 @@ pub struct LaunchConfig {
     pub sidecar: PathBuf,
     /// Further arguments of `serve`, such as `--dns-upstream`.
     pub serve_args: Vec<OsString>,
+    /// What runs the VM.
+    pub hypervisor: HypervisorKind,
+    /// The vfkit program; `None` looks for it in `PATH`.
+    pub vfkit: Option<PathBuf>,
     /// The QEMU program; `None` looks for the machine's own in `PATH`.
     pub qemu: Option<PathBuf>,
     /// Further arguments of QEMU, after ours.
@@ -85,9 +107,6 @@ pub struct LaunchConfig {
 }
 
 impl LaunchConfig {
-    /// The link's MTU unless one is said: few large frames cost less than many small ones, and a large datagram is one
-    /// packet (the network does not reassemble fragments yet).
-    pub const DEFAULT_MTU: u16 = 65520;
     /// The default of `stop_timeout`.
     pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -114,13 +133,17 @@ impl LaunchConfig {
             net: Net::Auto,
             mac: None,
             ip: None,
-            mtu: Self::DEFAULT_MTU,
+            mtu: None,
+            vsock: true,
+            vsock_ports: Vec::new(),
             state_dir,
             name,
             api,
             shared: None,
             sidecar,
             serve_args: Vec::new(),
+            hypervisor: HypervisorKind::HOST,
+            vfkit: None,
             qemu: None,
             qemu_args: Vec::new(),
             console: Console::Stdio,

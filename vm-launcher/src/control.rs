@@ -180,8 +180,11 @@ fn ended(vm: &VmInfo) -> Ended {
 pub fn console(vm: &VmInfo) -> Result<(), LaunchError> {
     if !vm.detached {
         return Err(LaunchError::Setting(format!(
-            "the console of {} is the terminal that started it (process {}); with run --detach it is on a socket",
-            vm.name, vm.pid
+            "the console of {} is not on a socket, as it is with QEMU and run --detach: it is the terminal that started \
+             process {}, and what was written on it is in {}",
+            vm.name,
+            vm.pid,
+            vm.state_dir.join(state::CONSOLE_LOG).display()
         )));
     }
     let failed = |error: io::Error| LaunchError::system("the console", error);

@@ -45,6 +45,11 @@ pub(crate) trait Hypervisor: fmt::Debug {
         false
     }
 
+    /// Whether it serves shared directories itself.
+    fn serves_shares(&self) -> bool {
+        false
+    }
+
     /// Files it makes in the state directory and leaves there when it is killed.
     fn leaves(&self, _state: &StateDir) -> Vec<PathBuf> {
         Vec::new()

@@ -13,9 +13,10 @@
 //! |---|---|
 //! | what boots, and by which firmware | `boot` |
 //! | disks, CDs of metadata, shared directories | `disk`, `metadata` and `iso`, `share` |
-//! | the hypervisor's command line | `qemu` |
-//! | the network card and what is behind it | `net`, `sidecar` |
-//! | start, signals, end | `machine`, `supervise`, `process`, `state` |
+//! | the hypervisor's command line and control | `hypervisor`, `qemu` and `qmp`, `vfkit` and `http` |
+//! | the network card and what is behind it | `net`, `network`, `sidecar`, `shared` |
+//! | start, signals, end | `machine`, `supervise`, `process`, `state`, `guard` |
+//! | VMs that run already | `registry`, `control`, `detach`, `console_log` |
 //!
 //! Not here: the options of the command line (`forwarder`).
 
@@ -29,6 +30,7 @@ mod detach;
 mod disk;
 mod error;
 mod guard;
+mod http;
 mod hypervisor;
 mod iso;
 mod mac;
@@ -50,11 +52,13 @@ mod state;
 mod supervise;
 mod sys;
 mod terminal;
+mod vfkit;
+mod vsock;
 
 pub use accel::Accel;
 pub use arch::Arch;
 pub use boot::BootImage;
-pub use config::{Console, LaunchConfig};
+pub use config::{Console, HypervisorKind, LaunchConfig};
 pub use detach::{Leave, Side, detach};
 pub use disk::{DiskSpec, Format};
 pub use error::LaunchError;

@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 
 use crate::accel;
 use crate::boot::{Asked, Boot, Firmware, Found};
+use crate::config::HypervisorKind;
 use crate::disk::Disk;
 use crate::hypervisor::Hypervisor;
 use crate::metadata::{self, Cd};
 use crate::qemu::Qemu;
 use crate::share::{self, Daemon};
 use crate::state::{self, StateDir};
-use crate::{LaunchConfig, LaunchError, Mac, net};
+use crate::vfkit::Vfkit;
+use crate::{LaunchConfig, LaunchError, Mac, net, vsock};
 
 /// Disks of one VM, which q35's bus has slots for.
 const DISKS: usize = 16;
@@ -35,10 +37,14 @@ impl Plan {
     pub(crate) fn new(config: &LaunchConfig) -> Result<Self, LaunchError> {
         check(config)?;
         net::check(config)?;
+        vsock::check(config)?;
+        // vfkit has no other firmware, and brings it along.
+        let own_firmware = config.hypervisor == HypervisorKind::Vfkit;
         let asked = Asked {
             image: &config.image,
             arch: config.arch,
-            uefi: config.uefi,
+            uefi: config.uefi && !own_firmware,
+            own_firmware,
             firmware: config.firmware.as_deref(),
         };
         let found = asked.resolve()?;
@@ -61,9 +67,16 @@ impl Plan {
         if let Some(path) = &config.ignition {
             metadata::check_ignition(path)?;
         }
-        let virtiofsd = share::check(&config.shares, config.virtiofsd.as_deref())?;
-        let hypervisor: Box<dyn Hypervisor> = Box::new(Qemu::find(config)?);
+        let hypervisor: Box<dyn Hypervisor> = match config.hypervisor {
+            HypervisorKind::Qemu => Box::new(Qemu::find(config)?),
+            HypervisorKind::Vfkit => Box::new(Vfkit::find(config)?),
+        };
         hypervisor.check(config, &found.boot)?;
+        share::check(&config.shares)?;
+        let virtiofsd = match config.shares.is_empty() || hypervisor.serves_shares() {
+            true => None,
+            false => Some(Daemon::find(config.virtiofsd.as_deref())?),
+        };
         let accel = hypervisor.accel(config)?;
         let net = hypervisor.net(config, accel.kind);
         Ok(Self { found, hypervisor, accel, net, virtiofsd, cds })

@@ -73,6 +73,16 @@ impl Card {
     }
 }
 
+/// The MTU unless one is said: few large frames cost less than many small ones, and a large datagram is one packet.
+const LARGE_MTU: u16 = 65520;
+/// What Virtualization.framework takes.
+pub(crate) const DATAGRAM_MTU: u16 = 1500;
+
+/// The link's MTU in bytes.
+pub(crate) fn mtu(config: &LaunchConfig, card: &Card) -> u16 {
+    config.mtu.unwrap_or(if *card == Card::Datagrams { DATAGRAM_MTU } else { LARGE_MTU })
+}
+
 /// The first major version of QEMU whose TCG bears vhost-user.
 const GOOD_TCG: u32 = 8;
 /// Bytes of a device's name in the kernel (IFNAMSIZ without the end).
@@ -129,7 +139,8 @@ impl Net {
     }
 
     /// Whether the sidecar is the VM's network.
-    pub(crate) const fn needs_sidecar(&self) -> bool {
+    #[must_use]
+    pub const fn needs_sidecar(&self) -> bool {
         matches!(self, Self::Auto | Self::VhostUser | Self::Socket)
     }
 }

@@ -102,6 +102,7 @@ impl Sidecar {
             inherited.push(ours);
             (link, VmEnd::Socket(vms))
         };
+        paths.extend(crate::vsock::socket(config));
         for path in &paths {
             guard.socket(path);
         }

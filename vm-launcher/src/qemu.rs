@@ -6,7 +6,7 @@
 //!
 //! The devices of a machine, in the order the guest sees them: the disk it boots or its squashfs, then `--disk` in order
 //! (virtio-blk, `/dev/vda` …); a CD it boots (AHCI on a PC, which every kernel knows); CDs of metadata (virtio-scsi,
-//! `/dev/sr0` …); virtio-net, virtio-rng, a balloon, virtiofs.
+//! `/dev/sr0` …); virtio-net, vsock, virtio-rng, a balloon, virtiofs.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -23,7 +23,7 @@ use crate::net::{self, Card};
 use crate::qmp::Qmp;
 use crate::sidecar::Link;
 use crate::state::StateDir;
-use crate::{Arch, LaunchConfig, LaunchError, programs};
+use crate::{Arch, LaunchConfig, LaunchError, programs, vsock};
 
 /// What connects QEMU with the sidecar, with us, and with those who serve it. Descriptors are inherited.
 #[derive(Debug, Clone, Default)]
@@ -120,7 +120,8 @@ pub(crate) fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires)
     words.option("-display", "none");
     words.option("-name", escaped(&config.name));
     // Who serves the card or a share maps the guest's memory: it has to be a file, if one without a name.
-    let shared = machine.card == Card::VhostUser || !wires.shares.is_empty();
+    let vsock = vsock::socket(config);
+    let shared = machine.card == Card::VhostUser || !wires.shares.is_empty() || vsock.is_some();
     let mut kind = config.arch.machine().to_owned();
     if shared {
         kind += ",memory-backend=ram";
@@ -141,6 +142,12 @@ pub(crate) fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires)
     boot(&mut words, config, machine);
     disks(&mut words, config, machine);
     network(&mut words, config, machine, wires.link.as_ref());
+    if let Some(path) = &vsock {
+        words.option("-chardev", with_path("socket,id=vsock,path=", path, ""));
+        // QEMU 7.2 under TCG dies when a guest masks an MSI-X vector of a vhost-user device: without vectors there is none.
+        let vectors = if machine.accel == Kind::Tcg { ",vectors=0" } else { "" };
+        words.option("-device", format!("vhost-user-vsock-pci,chardev=vsock{vectors}"));
+    }
     words.option("-object", "rng-random,id=rng0,filename=/dev/urandom");
     words.option("-device", "virtio-rng-pci,rng=rng0");
     words.option("-device", "virtio-balloon-pci,deflate-on-oom=on");
@@ -256,7 +263,8 @@ fn network(words: &mut Words, config: &LaunchConfig, machine: &Machine, link: Op
         }
     }
     // romfile=: nobody boots from the network here, and the option ROM is a package of its own.
-    let mtu = if link.is_some() { format!(",host_mtu={}", config.mtu) } else { String::new() };
+    let mtu =
+        if link.is_some() { format!(",host_mtu={}", net::mtu(config, &machine.card)) } else { String::new() };
     words.option("-device", format!("virtio-net-pci,netdev=net0,mac={}{mtu},romfile=", machine.mac));
 }
 

@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use crate::config::Console;
+use crate::config::{Console, HypervisorKind};
 use crate::guard::Guard;
 use crate::sockets::Owned;
 use crate::{LaunchConfig, LaunchError, accel};
@@ -76,7 +76,7 @@ impl Registration {
             accel: accel.kind.name().into(),
             cpus: config.cpus,
             mem_mib: config.mem_mib,
-            detached: config.console == Console::Socket,
+            detached: config.console == Console::Socket && config.hypervisor == HypervisorKind::Qemu,
             stop_timeout_s: config.stop_timeout.as_secs(),
             started_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         };

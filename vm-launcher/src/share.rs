@@ -74,12 +74,9 @@ pub(crate) enum Daemon {
     Rust(PathBuf),
 }
 
-/// Checks the shares and finds who serves them; `None` when there are none.
-pub(crate) fn check(shares: &[Share], named: Option<&Path>) -> Result<Option<Daemon>, LaunchError> {
+/// Checks the shares.
+pub(crate) fn check(shares: &[Share]) -> Result<(), LaunchError> {
     let setting = |text: String| Err(LaunchError::Setting(text));
-    if shares.is_empty() {
-        return Ok(None);
-    }
     if shares.len() > SHARES {
         return setting(format!("--virtiofs: {} shares, and at most {SHARES} are possible", shares.len()));
     }
@@ -95,22 +92,30 @@ pub(crate) fn check(shares: &[Share], named: Option<&Path>) -> Result<Option<Dae
             ));
         }
     }
-    let program = match named {
-        Some(path) if path.is_file() => Some(path.to_owned()),
-        Some(path) => return setting(format!("--virtiofsd {}: there is no such file", path.display())),
-        None => programs::in_path("virtiofsd").or_else(|| programs::first_file(&PLACES)),
-    };
-    let Some(program) = program else {
-        return setting(
-            "--virtiofs: virtiofsd is missing: apt-get install virtiofsd (Debian 12: qemu-system-common), or name it with \
-             --virtiofsd"
-                .into(),
-        );
-    };
-    // QEMU's own calls itself so in its help; the other is written with clap.
-    let help = std::process::Command::new(&program).arg("--help").output();
-    let help = help.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
-    Ok(Some(if help.contains("-o source=") { Daemon::C(program) } else { Daemon::Rust(program) }))
+    Ok(())
+}
+
+impl Daemon {
+    /// Finds `virtiofsd`: where it was said to be, in `PATH`, or where distributions put it.
+    pub(crate) fn find(named: Option<&Path>) -> Result<Self, LaunchError> {
+        let setting = |text: String| Err(LaunchError::Setting(text));
+        let program = match named {
+            Some(path) if path.is_file() => Some(path.to_owned()),
+            Some(path) => return setting(format!("--virtiofsd {}: there is no such file", path.display())),
+            None => programs::in_path("virtiofsd").or_else(|| programs::first_file(&PLACES)),
+        };
+        let Some(program) = program else {
+            return setting(
+                "--virtiofs: virtiofsd is missing: apt-get install virtiofsd (Debian 12: qemu-system-common), or name it \
+                 with --virtiofsd"
+                    .into(),
+            );
+        };
+        // QEMU's own tells its options as `-o`; the other is written with clap.
+        let help = std::process::Command::new(&program).arg("--help").output();
+        let help = help.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
+        Ok(if help.contains("-o source=") { Self::C(program) } else { Self::Rust(program) })
+    }
 }
 
 impl Daemon {
@@ -157,12 +162,13 @@ mod tests {
     #[test]
     fn what_cannot_be_shared_is_refused() {
         let share = |text: &str| text.parse::<Share>().expect(text);
-        let refused = |shares: &[Share], named| check(shares, named).expect_err("refused").to_string();
-        assert!(refused(&[share("/nonexistent")], None).contains("not a directory"));
-        assert!(refused(&[share("/,tag=a"), share("/,tag=a")], None).contains("the tag a"));
-        assert!(refused(&[share("/")], Some(Path::new("/nonexistent"))).contains("--virtiofsd"));
-        assert!(refused(&vec![share("/"); SHARES + 1], None).contains("at most 16"));
-        assert_eq!(check(&[], None).expect("nothing to serve"), None);
+        let refused = |shares: &[Share]| check(shares).expect_err("refused").to_string();
+        assert!(refused(&[share("/nonexistent")]).contains("not a directory"));
+        assert!(refused(&[share("/,tag=a"), share("/,tag=a")]).contains("the tag a"));
+        assert!(refused(&vec![share("/"); SHARES + 1]).contains("at most 16"));
+        check(&[share("/")]).expect("a directory");
+        let error = Daemon::find(Some(Path::new("/nonexistent"))).expect_err("absent").to_string();
+        assert!(error.contains("--virtiofsd"), "{error}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use crate::net::Card;
+use crate::net::{self, Card};
 use crate::{LaunchConfig, SharedNetwork};
 
 /// Where sidecar and VM meet.
@@ -31,7 +31,7 @@ pub(crate) fn link_spec(config: &LaunchConfig, card: &Card, link: &Link) -> OsSt
             spec
         }
     };
-    spec.push(format!(",name={},mtu={}", config.name, config.mtu));
+    spec.push(format!(",name={},mtu={}", config.name, net::mtu(config, card)));
     if let Some(ip) = config.ip {
         spec.push(format!(",ip={ip}"));
     }
@@ -51,6 +51,7 @@ pub(crate) fn arguments(config: &LaunchConfig, card: &Card, link: &Link, ready: 
     for spec in &config.publish {
         option("--publish", spec.into());
     }
+    args.extend(crate::vsock::serve_arguments(config));
     args.extend(config.serve_args.iter().cloned());
     args
 }
@@ -87,6 +88,7 @@ mod tests {
             LaunchConfig::new(image, "demo".into(), "/state".into(), "/run/a.sock".into(), "/p".into());
         config.publish = vec!["2222:22/tcp".into(), "8080:80".into()];
         config.serve_args = vec!["--dns-upstream".into(), "127.0.0.1:5353".into()];
+        config.vsock = false;
         let expected = "serve --link qemu:fd:5,name=demo,mtu=65520 --api unix:/run/a.sock --state-dir /state \
             --ready-fd 6 --publish 2222:22/tcp --publish 8080:80 --dns-upstream 127.0.0.1:5353";
         let words = arguments(&config, &Card::Socket, &Link::Inherited(5), 6);
@@ -100,6 +102,6 @@ mod tests {
             --dns-upstream 127.0.0.1:5353";
         assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
         let spec = link_spec(&config, &Card::Datagrams, &Link::Inherited(5));
-        assert_eq!(spec, "dgram:fd:5,name=demo,mtu=65520,ip=192.168.127.9");
+        assert_eq!(spec, "dgram:fd:5,name=demo,mtu=1500,ip=192.168.127.9");
     }
 }

@@ -65,6 +65,16 @@ impl Drop for Owned {
     }
 }
 
+/// A directory that is removed with all that is in it when this is dropped.
+#[derive(Debug)]
+pub(crate) struct OwnedDir(pub(crate) PathBuf);
+
+impl Drop for OwnedDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// Removes a socket on which nobody listens any more, and nothing else.
 pub(crate) fn remove_dead(path: &Path) {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());

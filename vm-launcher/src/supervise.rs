@@ -33,7 +33,7 @@ use crate::registry::Registration;
 use crate::share::Daemon;
 use crate::sidecar::Link;
 use crate::signals::Signals;
-use crate::sockets::Listening;
+use crate::sockets::{Listening, OwnedDir};
 use crate::state::{self, Log, StateDir};
 use crate::terminal::Terminal;
 use crate::{LaunchConfig, LaunchError, sockets, sys};
@@ -184,6 +184,7 @@ struct Vm {
     console_log: ConsoleLog,
     name: &'static str,
     _sockets: Vec<Listening>,
+    _forgotten: Option<OwnedDir>,
 }
 
 impl Vm {
@@ -242,11 +243,13 @@ impl Vm {
         let log = state.log("vm.log")?;
         let mut command = Command::new(hypervisor.program());
         command.args(hypervisor.arguments(config, machine, &wires)).stderr(log.writer().map_err(failed)?);
+        let mut forgotten = None;
         if config.disposable {
             let tmp = state.path().join(state::TMP);
             guard.directory(&tmp);
             std::fs::create_dir_all(&tmp).map_err(failed)?;
-            command.env("TMPDIR", tmp);
+            command.env("TMPDIR", &tmp);
+            forgotten = Some(OwnedDir(tmp));
         }
         if config.console == Console::Socket || !terminal.is_there() {
             // No console to type on; and with it no reason to be in the terminal's foreground, where Ctrl-C would
@@ -260,7 +263,15 @@ impl Vm {
         sys::prepare(&mut command, inherited, Signal::SIGKILL);
         let process = Process::start(command)?;
         guard.watch(&process, false);
-        Ok(Self { process, control, log, console_log, name: hypervisor.name(), _sockets: listening })
+        Ok(Self {
+            process,
+            control,
+            log,
+            console_log,
+            name: hypervisor.name(),
+            _sockets: listening,
+            _forgotten: forgotten,
+        })
     }
 }
 

@@ -186,6 +186,44 @@ fn a_network_that_dies_takes_the_vm_with_it_and_says_why() {
 }
 
 #[test]
+fn sigquit_kills_at_once() {
+    let mut lab = Lab::new(GOOD_SIDECAR, DEAF_QEMU);
+    lab.config.stop_timeout = Duration::from_secs(1000);
+    let error = lab.run_and(|_, launcher| signal(launcher, Signal::SIGQUIT)).expect_err("it was killed");
+    assert!(matches!(&error, LaunchError::Killed(why) if why.contains("SIGQUIT")), "{error}");
+}
+
+#[test]
+fn a_share_whose_server_dies_takes_the_vm_with_it_and_says_why() {
+    let mut lab = Lab::new(GOOD_SIDECAR, GOOD_QEMU);
+    let server =
+        "[ \"$1\" = --help ] && exit; echo 'no such directory' >&2; note virtiofsd $$; exec sleep 1000";
+    lab.config.virtiofsd = Some(script(lab.dir.path(), "virtiofsd.sh", server));
+    lab.config.shares = vec![format!("{},tag=code", lab.dir.path().display()).parse().expect("a share")];
+    let error = lab
+        .run_and(|lab, _| kill(lab.pid("virtiofsd"), Signal::SIGKILL).expect("it is there"))
+        .expect_err("the share died");
+    let text = error.to_string();
+    assert!(text.contains("virtiofsd of code") && text.contains("no such directory"), "{text}");
+}
+
+#[test]
+fn how_it_ended_is_noted_in_the_state_directory() {
+    let lab = Lab::new(GOOD_SIDECAR, "echo oops >&2; exit 3");
+    lab.run().expect_err("QEMU failed");
+    let note = fs::read_to_string(lab.dir.path().join("state/end")).expect("a note");
+    assert!(note.starts_with("3 QEMU ended") && note.contains("oops"), "{note}");
+}
+
+#[test]
+fn without_a_network_card_there_is_no_sidecar() {
+    let mut lab = Lab::new(GOOD_SIDECAR, "note qemu $$; exit 0");
+    lab.config.net = Net::None;
+    assert_eq!(lab.run().expect("a clean end"), 0);
+    assert!(!lab.has_note("sidecar"));
+}
+
+#[test]
 fn a_network_that_does_not_start_is_told_with_its_own_words_and_no_vm_starts() {
     let lab = Lab::new("echo 'bad spec \"22:x\": …' >&2; exit 2", GOOD_QEMU);
     let error = lab.run().expect_err("the sidecar refused");

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// The transport protocol of a flow or published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// TCP.
@@ -23,6 +24,7 @@ impl std::fmt::Display for Protocol {
 
 /// One published port: a listener on the host, a port of a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct PortInfo {
     /// `tcp` or `udp`.
     pub proto: Protocol,
@@ -42,6 +44,7 @@ pub struct PortInfo {
 
 /// One DHCP lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct LeaseInfo {
     /// The leased address.
     pub ip: String,
@@ -57,7 +60,11 @@ pub struct LeaseInfo {
 
 /// One flow or NAT binding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct FlowInfo {
+    /// The name of the guest's link.
+    #[serde(default)]
+    pub vm: String,
     /// `tcp` or `udp`.
     pub proto: Protocol,
     /// `outbound` (the guest opened it) or `published`.
@@ -80,6 +87,7 @@ pub struct FlowInfo {
 
 /// The counters of one link.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct LinkStats {
     /// The link's name.
     pub name: String,
@@ -99,6 +107,7 @@ pub struct LinkStats {
 
 /// The counters of the process since it started.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Stats {
     /// Seconds since start.
     pub uptime_s: u64,
@@ -116,13 +125,203 @@ pub struct Stats {
     pub dns_queries: u64,
     /// Frames dropped, by reason.
     pub drops: std::collections::BTreeMap<String, u64>,
+    /// The DNS service.
+    #[serde(default)]
+    pub dns: DnsStats,
+    /// Captures that run now.
+    #[serde(default)]
+    pub captures: u64,
+    /// Frames that captures lost since start, because their readers were slower than the network.
+    #[serde(default)]
+    pub capture_lost: u64,
+    /// Events that nobody could be told since start.
+    #[serde(default)]
+    pub events_lost: u64,
+    /// Clients of the control API now.
+    #[serde(default)]
+    pub api_clients: u64,
+    /// Panics that were caught since the start: faults of ours, each of which cost one flow or one link.
+    #[serde(default)]
+    pub panics: u64,
+    /// Timers now, those included that mean nothing any more.
+    #[serde(default)]
+    pub timers: u64,
     /// What the sidecar has given up.
     #[serde(default)]
     pub sandbox: SandboxInfo,
 }
 
+/// The counters of the DNS service since start.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct DnsStats {
+    /// Messages received, bad ones included.
+    pub queries: u64,
+    /// Answered from our zones.
+    pub from_zones: u64,
+    /// Answered from the hosts file, `--dns-host` records or as localhost.
+    pub from_hosts: u64,
+    /// Answered from the cache.
+    pub from_cache: u64,
+    /// Sent to the host's resolvers.
+    pub relayed: u64,
+    /// Of these, without any answer: SERVFAIL.
+    pub failed: u64,
+    /// Answered with an error for what they are.
+    pub rejected: u64,
+    /// Dropped or refused because too many were at the resolvers.
+    pub over_limit: u64,
+    /// Queries at the resolvers now.
+    pub in_flight: u64,
+    /// Answers in the cache now.
+    pub cached: u64,
+}
+
+/// One link, and the VM behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct LinkInfo {
+    /// The VM's name, else `link0`, `link1` …
+    pub name: String,
+    /// The kind of link, such as `qemu`.
+    pub kind: String,
+    /// Where the VMM is met, such as `unix:/run/user/1000/vm.sock`.
+    pub address: String,
+    /// Whether a VMM is attached.
+    pub up: bool,
+    /// The guest's address; null until it has one.
+    pub ip: Option<String>,
+    /// The largest IP packet, in bytes.
+    pub mtu: u16,
+    /// Whether other guests are out of its reach.
+    pub isolate: bool,
+    /// Whether the guest takes segments and checksums that are not finished.
+    pub offload: bool,
+    /// Frames from the guest.
+    pub frames_from_guest: u64,
+    /// Bytes in those frames.
+    pub bytes_from_guest: u64,
+    /// Frames to the guest.
+    pub frames_to_guest: u64,
+    /// Bytes in those frames.
+    pub bytes_to_guest: u64,
+}
+
+/// Something that happened: one object of `GET /v1/events`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct EventInfo {
+    /// Its number since the start; a gap means that events were lost.
+    pub id: u64,
+    /// When, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// What.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Event {
+    /// A VMM attached to a link.
+    LinkUp {
+        /// The link's name.
+        link: String,
+    },
+    /// It is gone.
+    LinkDown {
+        /// The link's name.
+        link: String,
+    },
+    /// A guest got a lease.
+    Lease {
+        /// The address.
+        ip: String,
+        /// The guest's Ethernet address.
+        mac: String,
+    },
+    /// A lease ended.
+    LeaseEnded {
+        /// The address.
+        ip: String,
+        /// The guest's Ethernet address.
+        mac: String,
+    },
+    /// A port is published.
+    PortPublished {
+        /// The port.
+        port: PortInfo,
+    },
+    /// A port is not published any more.
+    PortUnpublished {
+        /// The port.
+        port: PortInfo,
+    },
+    /// A guest's agent has a session.
+    AgentUp {
+        /// The guest's name.
+        guest: String,
+    },
+    /// It has none any more.
+    AgentDown {
+        /// The guest's name.
+        guest: String,
+    },
+    /// A guest says that it is ready.
+    GuestReady {
+        /// The guest's name.
+        guest: String,
+    },
+    /// A guest's listener, which a rule wants published, is not.
+    NotPublished {
+        /// The guest's name.
+        guest: String,
+        /// The listener.
+        listener: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// `GET /v1/explain`: what would happen to a connection of a guest, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Explanation {
+    /// What was asked, `HOST:PORT`.
+    pub dest: String,
+    /// `tcp` or `udp`.
+    pub proto: String,
+    /// How the name was resolved, a line per step; empty when an address was asked.
+    pub dns: Vec<String>,
+    /// One entry per address.
+    pub addresses: Vec<ExplainedAddress>,
+}
+
+/// One address of an [`Explanation`].
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct ExplainedAddress {
+    /// The address and port the guest would use.
+    pub address: String,
+    /// `gateway`, `guest`, `host_loopback`, `network` or `dropped`.
+    pub target: String,
+    /// Whether a connection would be tried at all.
+    pub allowed: bool,
+    /// Where the host would connect; null when it would not.
+    pub host_address: Option<String>,
+    /// The source address the host's routing would take; null when there is no route, or no connection.
+    pub source: Option<String>,
+    /// What a connection tried now came to, with `probe=true`: `open`, `refused`, `unreachable …` or `no answer`.
+    pub probe: Option<String>,
+    /// Why, a line per step.
+    pub why: Vec<String>,
+}
+
 /// The body of `POST /v1/ports` and `DELETE /v1/ports`: specs in the grammar of `--publish`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PortsRequest {
     /// One or more publish specs.
@@ -130,17 +329,47 @@ pub struct PortsRequest {
 }
 
 /// The answer to `POST /v1/ports`: what was published and what was not.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct PortsResponse {
     /// The ports that are published now.
     pub published: Vec<PortInfo>,
     /// One line for each that failed; the good ones stay.
     pub errors: Vec<String>,
+    /// The same failures, each with a stable code, the spec it is about and what helps.
+    #[serde(default)]
+    pub problems: Vec<Problem>,
+}
+
+/// One DNS name that the network answers itself, and one address it stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct DnsRecord {
+    /// The name, without a dot at the end; it may begin with `*.`.
+    pub name: String,
+    /// The address.
+    pub address: String,
+    /// `network` (gateway, host), `guest` (a lease), `config` (`--dns-host`) or `live` (`POST /v1/dns`).
+    pub origin: String,
+}
+
+/// The body of `POST /v1/dns` (records `NAME=IP`) and `DELETE /v1/dns` (`NAME=IP`, or `NAME` for all its addresses). All of
+/// it is done, or nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DnsRequest {
+    /// One or more records.
+    pub records: Vec<String>,
 }
 
 /// An error's body (RFC 9457, `application/problem+json`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Problem {
+    /// `about:blank`: `code` tells problems apart.
+    #[serde(rename = "type", default = "about_blank")]
+    pub kind: String,
     /// A stable code, such as `bad_spec`.
     pub code: String,
     /// The HTTP status.
@@ -149,10 +378,21 @@ pub struct Problem {
     pub title: String,
     /// What is wrong and what to do.
     pub detail: String,
+    /// The field, parameter or header that is wrong, such as `specs[0]`; null when it is none of them.
+    #[serde(default)]
+    pub field: Option<String>,
+    /// What helps, when that is known.
+    #[serde(default)]
+    pub hint: Option<String>,
+}
+
+fn about_blank() -> String {
+    "about:blank".into()
 }
 
 /// `GET /v1/network`: what this network is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct NetworkInfo {
     /// Its name.
     pub name: String,
@@ -164,10 +404,25 @@ pub struct NetworkInfo {
     pub subnet: String,
     /// Router, DHCP and DNS server.
     pub gateway: String,
+    /// The gateway's Ethernet address.
+    #[serde(default)]
+    pub gateway_mac: String,
     /// Behind it stands the host's loopback.
     pub host_alias: String,
     /// The domain of our own names.
     pub domain: String,
+    /// Resolvers that are asked now.
+    #[serde(default)]
+    pub dns_upstreams: Vec<String>,
+    /// Where the log goes, when that is a file.
+    #[serde(default)]
+    pub log_file: Option<String>,
+    /// Where leases and live ports are kept, when they are.
+    #[serde(default)]
+    pub state_dir: Option<String>,
+    /// When it started, in milliseconds since 1970.
+    #[serde(default)]
+    pub started_ms: u64,
     /// What the sidecar has given up.
     #[serde(default)]
     pub sandbox: SandboxInfo,
@@ -175,6 +430,7 @@ pub struct NetworkInfo {
 
 /// What the sidecar has given up before the first frame.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SandboxInfo {
     /// `require`, `best-effort` or `off`.
     pub mode: String,
@@ -186,6 +442,7 @@ pub struct SandboxInfo {
 
 /// One part of the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SandboxPart {
     /// `user`, `capabilities`, `no_new_privs`, `not_dumpable`, `landlock` or `seccomp`.
     pub name: String,

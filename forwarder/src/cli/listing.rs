@@ -1,7 +1,8 @@
 //! What the commands print: tables for people, one JSON document for programs.
 #![allow(clippy::print_stderr, reason = "this is where the program speaks")]
 
-use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, Stats};
+use portway_api::agent::AgentInfo;
+use portway_api::control::{DnsRecord, FlowInfo, LeaseInfo, LinkInfo, PortInfo, Stats};
 use portway_launcher::VmInfo;
 use serde::Serialize;
 
@@ -51,8 +52,17 @@ fn host_end(p: &PortInfo) -> String {
     p.bind.iter().map(end).collect::<Vec<_>>().join(" ")
 }
 
+fn guest_end(p: &PortInfo) -> String {
+    match (p.guest_port, p.guest.contains(':')) {
+        // A unix socket in the guest.
+        (0, _) => p.guest.clone(),
+        (port, true) => format!("[{}]:{port}", p.guest),
+        (port, false) => format!("{}:{port}", p.guest),
+    }
+}
+
 pub(super) fn published(p: &PortInfo) -> String {
-    format!("published {} {} -> {}:{}", p.proto, host_end(p), p.guest, p.guest_port)
+    format!("published {} {} -> {}", p.proto, host_end(p), guest_end(p))
 }
 
 pub(super) fn vms(vms: &[VmInfo], now_s: u64) {
@@ -76,18 +86,12 @@ pub(super) fn vms(vms: &[VmInfo], now_s: u64) {
 }
 
 pub(super) fn unpublished(p: &PortInfo) -> String {
-    format!("unpublished {} {} -> {}:{}", p.proto, host_end(p), p.guest, p.guest_port)
+    format!("unpublished {} {} -> {}", p.proto, host_end(p), guest_end(p))
 }
 
 pub(super) fn ports(ports: &[PortInfo]) {
     let row = |p: &PortInfo| {
-        vec![
-            p.proto.to_string(),
-            host_end(p),
-            format!("{}:{}", p.guest, p.guest_port),
-            p.state.clone(),
-            p.accepted.to_string(),
-        ]
+        vec![p.proto.to_string(), host_end(p), guest_end(p), p.state.clone(), p.accepted.to_string()]
     };
     table(&["PROTO", "HOST", "GUEST", "STATE", "ACCEPTED"], &ports.iter().map(row).collect::<Vec<_>>());
 }
@@ -101,9 +105,29 @@ pub(super) fn leases(leases: &[LeaseInfo]) {
     table(&["ADDRESS", "MAC", "NAME", "EXPIRES", ""], &leases.iter().map(row).collect::<Vec<_>>());
 }
 
+pub(super) fn dns(records: &[DnsRecord]) {
+    let row = |r: &DnsRecord| vec![r.name.clone(), r.address.clone(), r.origin.clone()];
+    table(&["NAME", "ADDRESS", "ORIGIN"], &records.iter().map(row).collect::<Vec<_>>());
+}
+
+pub(super) fn links(links: &[LinkInfo]) {
+    let row = |l: &LinkInfo| {
+        vec![
+            l.name.clone(),
+            l.kind.clone(),
+            if l.up { "up" } else { "down" }.into(),
+            l.ip.clone().unwrap_or_else(|| "-".into()),
+            l.mtu.to_string(),
+            l.address.clone(),
+        ]
+    };
+    table(&["VM", "LINK", "STATE", "GUEST", "MTU", "ADDRESS"], &links.iter().map(row).collect::<Vec<_>>());
+}
+
 pub(super) fn flows(flows: &[FlowInfo]) {
     let row = |f: &FlowInfo| {
         vec![
+            f.vm.clone(),
             f.proto.to_string(),
             f.direction.clone(),
             f.guest.clone(),
@@ -114,8 +138,29 @@ pub(super) fn flows(flows: &[FlowInfo]) {
             format!("{} s", f.idle_s),
         ]
     };
-    let head = ["PROTO", "DIRECTION", "GUEST", "REMOTE", "STATE", "TO HOST", "TO GUEST", "IDLE"];
+    let head = ["VM", "PROTO", "DIRECTION", "GUEST", "REMOTE", "STATE", "TO HOST", "TO GUEST", "IDLE"];
     table(&head, &flows.iter().map(row).collect::<Vec<_>>());
+}
+
+pub(super) fn agents(agents: &[AgentInfo]) {
+    let row = |a: &AgentInfo| {
+        let state = match (a.connected, a.ready) {
+            (true, true) => "ready",
+            (true, false) => "connected",
+            (false, _) => "away",
+        };
+        vec![
+            a.name.clone().unwrap_or_else(|| "-".into()),
+            state.into(),
+            a.version.clone().unwrap_or_else(|| "-".into()),
+            a.listeners.to_string(),
+            a.ports.to_string(),
+            a.refused.to_string(),
+            a.streams.to_string(),
+        ]
+    };
+    let head = ["VM", "STATE", "VERSION", "LISTENERS", "PORTS", "NOT PUBLISHED", "STREAMS"];
+    table(&head, &agents.iter().map(row).collect::<Vec<_>>());
 }
 
 pub(super) fn stats(s: &Stats) {

@@ -7,10 +7,18 @@
     reason = "doc comments of options are help texts, with brackets of their own"
 )]
 
+mod dns;
+mod doctor;
+mod explain;
 mod listing;
 mod owner;
+mod reference;
 mod run;
+mod support;
+mod top;
 mod vms;
+mod wait;
+mod watch;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -18,7 +26,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hyper::Method;
-use portway_api::control::{FlowInfo, LeaseInfo, PortInfo, PortsRequest, PortsResponse, Stats};
+use portway_api::agent::AgentInfo;
+use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, PortsRequest, PortsResponse, Stats};
 
 use crate::config::{Config, Settings, UnixPath, runtime_socket};
 use crate::control::client::Client;
@@ -27,6 +36,9 @@ use crate::publish::spec::PublishSpec;
 /// The network of a virtual machine, as one unprivileged process.
 #[derive(Debug, Parser)]
 #[command(name = "portway", version, about, max_term_width = 100, subcommand_required = true)]
+#[command(
+    after_help = "Called as slirp4netns or vpnkit (or `portway vpnkit ...`), it takes that program's options."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -48,14 +60,14 @@ enum Command {
     Kill(vms::Which),
     /// The console of a VM that runs in the background; Ctrl-] leaves it
     Console(vms::Which),
-    /// Wait for a VM's end; the exit code is the VM's
-    Wait(vms::Which),
+    /// Wait for a VM's end, the exit code is the VM's; or with --ready or --port for its beginning
+    Wait(wait::WaitArgs),
     /// The network alone, for any hypervisor
     Serve {
         #[command(flatten)]
         settings: Box<Settings>,
         /// Read settings from this TOML file too; its keys are the flags' names
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", env = "PORTWAY_CONFIG", hide_env_values = true)]
         config: Option<PathBuf>,
         /// Check the settings and leave
         #[arg(long)]
@@ -81,20 +93,94 @@ enum Command {
     Ports(Target),
     /// List DHCP leases
     Leases(Target),
+    /// Names the network answers itself
+    #[command(subcommand)]
+    Dns(dns::DnsCommand),
+    /// List the links and the VMs behind them
+    Links(Target),
     /// List flows and NAT bindings
-    Flows(Target),
+    Flows(FlowsArgs),
     /// Show counters
     Stats(Target),
+    /// List guest agents
+    Agents(Target),
+    /// Show what has happened
+    Events(watch::EventsArgs),
+    /// Copy frames as they pass, for Wireshark
+    Capture(watch::CaptureArgs),
+    /// Watch VMs and flows live
+    Top(top::TopArgs),
+    /// Say what would happen to a guest's connection, and why
+    Explain(explain::ExplainArgs),
+    /// Check this host, and say what to do about what is missing
+    Doctor(Target),
+    /// Collect what somebody who helps has to know into one archive
+    Support(support::SupportArgs),
+    /// Be gvproxy: its flags, its API (a link to this program called gvproxy does the same)
+    Gvproxy {
+        /// gvproxy's flags; -help lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
+        flags: Vec<OsString>,
+    },
+    /// Print completions for a shell
+    Completions(reference::CompletionsArgs),
+    /// Print a man page, or write all of them
+    Man(reference::ManArgs),
+}
+
+/// The options of `flows`.
+#[derive(Debug, clap::Args)]
+struct FlowsArgs {
+    /// Only flows of the guest behind this link
+    #[arg(long, value_name = "NAME")]
+    vm: Option<String>,
+    /// Only tcp or udp
+    #[arg(long, value_name = "PROTO", value_parser = ["tcp", "udp"])]
+    proto: Option<String>,
+    /// Only flows with this address at either end
+    #[arg(long, value_name = "IP")]
+    host: Option<std::net::IpAddr>,
+    /// Only flows with this port at either end
+    #[arg(long, value_name = "PORT")]
+    port: Option<u16>,
+    /// At most this many, those with most bytes first
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    #[command(flatten)]
+    at: Target,
+}
+
+impl FlowsArgs {
+    fn route(&self) -> String {
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        let texts = [
+            ("vm", self.vm.clone()),
+            ("proto", self.proto.clone()),
+            ("host", self.host.map(|h| h.to_string())),
+            ("port", self.port.map(|p| p.to_string())),
+            ("limit", self.limit.map(|n| n.to_string())),
+        ];
+        for (key, value) in texts {
+            value.map(|v| query.append_pair(key, &v));
+        }
+        format!("/v1/flows?{}", query.finish())
+    }
 }
 
 /// The running network a command is about.
 #[derive(Debug, clap::Args)]
 struct Target {
     /// The network's name
-    #[arg(long, value_name = "NAME", default_value = "default")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "default",
+        env = "PORTWAY_NETWORK",
+        hide_env_values = true
+    )]
     network: String,
     /// Its control socket, when it has one of its own
-    #[arg(long, value_name = "unix:PATH")]
+    #[arg(long, value_name = "unix:PATH", env = "PORTWAY_API", hide_env_values = true)]
     api: Option<UnixPath>,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
@@ -121,6 +207,17 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     if args.get(1).is_some_and(|a| a == portway_launcher::GUARD) {
         return portway_launcher::guard();
     }
+    if let Some(code) = crate::personality::main(&args) {
+        return code;
+    }
+    let called = args.first().and_then(|a| std::path::Path::new(a).file_name());
+    if called.is_some_and(crate::gvproxy::is_called) {
+        return as_gvproxy(args.get(1..).unwrap_or_default());
+    }
+    if args.get(1).is_some_and(|a| a == "gvproxy") {
+        return as_gvproxy(args.get(2..).unwrap_or_default());
+    }
+    let args = if called.is_some_and(|n| n == watch::EXTCAP) { watch::extcap(args) } else { args };
     let cli = match Cli::try_parse_from(normalise(args)) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -132,6 +229,11 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
             ExitCode::from(code)
         }
     }
+}
+
+fn as_gvproxy(words: &[OsString]) -> ExitCode {
+    let words: Vec<String> = words.iter().map(|w| w.to_string_lossy().into_owned()).collect();
+    crate::gvproxy::main(&words)
 }
 
 /// What ends the program with an error.
@@ -201,12 +303,12 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Stop(which) => vms::stop(&which),
         Command::Kill(which) => vms::kill(&which),
         Command::Console(which) => vms::console(&which),
-        Command::Wait(which) => vms::wait(&which),
         Command::Serve { settings, config, check_config } => {
-            let settings = match config {
-                Some(path) => settings.over(Settings::from_file(&path).map_err(Failure::usage)?),
-                None => *settings,
-            };
+            let mut settings =
+                settings.over(Settings::from_env(std::env::vars_os()).map_err(Failure::usage)?);
+            if let Some(path) = config {
+                settings = settings.over(Settings::from_file(&path).map_err(Failure::usage)?);
+            }
             let config = Config::try_from(settings).map_err(Failure::usage)?;
             if check_config {
                 listing::say("the settings are good");
@@ -214,7 +316,8 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
             }
             // Before anything is opened.
             crate::sandbox::descriptors::close_others(&config);
-            crate::log::start(config.log_level, config.log_file.as_deref()).map_err(Failure::usage)?;
+            crate::log::start(config.log_level, config.log_format, config.log_file.as_deref())
+                .map_err(Failure::usage)?;
             // The whole chain: the outermost error alone only names the setting.
             crate::sidecar::run(&config).map_err(|e| Failure::failed(owner::explain(&format!("{e:#}"))))?;
             Ok(ExitCode::SUCCESS)
@@ -223,7 +326,20 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Unpublish { specs, at } => change(&Method::DELETE, &specs, &at),
         Command::Ports(at) => list::<PortInfo>(&at, "/v1/ports", listing::ports),
         Command::Leases(at) => list::<LeaseInfo>(&at, "/v1/leases", listing::leases),
-        Command::Flows(at) => list::<FlowInfo>(&at, "/v1/flows", listing::flows),
+        Command::Agents(at) => list::<AgentInfo>(&at, "/v1/agents", listing::agents),
+        Command::Wait(args) => wait::run(&args),
+        Command::Dns(command) => dns::run(command),
+        Command::Links(at) => list::<LinkInfo>(&at, "/v1/links", listing::links),
+        Command::Flows(args) => list::<FlowInfo>(&args.at, &args.route(), listing::flows),
+        Command::Events(args) => watch::events(&args),
+        Command::Capture(args) => watch::capture(args),
+        Command::Top(args) => top::top(&args),
+        Command::Explain(args) => explain::explain(&args),
+        Command::Doctor(at) => doctor::doctor(&at),
+        Command::Support(args) => support::support(&args),
+        Command::Gvproxy { flags } => Ok(as_gvproxy(&flags)),
+        Command::Completions(args) => Ok(reference::completions(&args)),
+        Command::Man(args) => reference::man(&args),
         Command::Stats(at) => {
             let stats: Stats = client(&at)?.get("/v1/stats").map_err(Failure::failed)?;
             match at.format {

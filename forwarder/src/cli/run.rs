@@ -13,14 +13,14 @@ use std::time::Duration;
 use clap::ValueEnum;
 use portway_api::control::PortInfo;
 use portway_launcher::{
-    Accel, Arch, BootImage, Console, Data, DiskSpec, Event, LaunchConfig, LaunchError, Leave, Mac, Net,
-    Share, SharedNetwork, Side,
+    Accel, Arch, BootImage, Console, Data, DiskSpec, Event, HypervisorKind, LaunchConfig, LaunchError, Leave,
+    Mac, Net, Share, SharedNetwork, Side,
 };
 
 use super::{Failure, listing};
-use crate::config::{UnixPath, runtime_socket};
+use crate::config::{Switch, UnixPath, runtime_socket};
 use crate::control::client::Client;
-use crate::publish::spec::PublishSpec;
+use crate::publish::spec::PublishArg;
 
 /// The options of `run`.
 #[derive(Debug, clap::Args)]
@@ -108,6 +108,12 @@ struct MachineArgs {
     /// A further device, in QEMU's words; repeatable
     #[arg(long, value_name = "DEVICE")]
     device: Vec<OsString>,
+    /// What runs the VM [default: QEMU, on macOS vfkit]
+    #[arg(long, value_enum)]
+    hypervisor: Option<HypervisorArg>,
+    /// The vfkit to use [default: in PATH]
+    #[arg(long, value_name = "FILE")]
+    vfkit: Option<PathBuf>,
     /// The QEMU to use [default: this machine's in PATH]
     #[arg(long, value_name = "FILE")]
     qemu: Option<PathBuf>,
@@ -120,9 +126,9 @@ struct MachineArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Network")]
 struct NetworkArgs {
-    /// Publish a port of the VM: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp]; repeatable
+    /// Publish a port of the VM: [BIND:]HOST[-END]:[GUEST_ADDR:]GUEST[-END][/tcp|udp], or `auto[,next-free]` for every port it listens on; repeatable
     #[arg(long, short, value_name = "SPEC")]
-    publish: Vec<PublishSpec>,
+    publish: Vec<PublishArg>,
     /// How the VM's network card reaches the network
     #[arg(long, value_enum, default_value_t = NetArg::Auto)]
     net: NetArg,
@@ -135,9 +141,15 @@ struct NetworkArgs {
     /// The VM's address on its network [default: the next free one]
     #[arg(long, value_name = "IP")]
     ip: Option<Ipv4Addr>,
-    /// The largest IP packet on the link
-    #[arg(long, value_name = "BYTES", default_value_t = LaunchConfig::DEFAULT_MTU, value_parser = clap::value_parser!(u16).range(576..))]
-    mtu: u16,
+    /// The largest IP packet on the link [default: 65520; 1500 with vfkit]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(576..))]
+    mtu: Option<u16>,
+    /// Whether the VM has a vsock, by the network's own device: streams between host and guest without a network [default: on]
+    #[arg(long, value_name = "on|off")]
+    vsock: Option<Switch>,
+    /// Ports of the guest's vsock, each a unix socket guest.%08x in the state directory, such as 2374,62373
+    #[arg(long, value_name = "PORT,…", value_delimiter = ',')]
+    vsock_ports: Vec<u32>,
     /// Start or join the network of this name, which several VMs share [default: a network of its own, called default]
     #[arg(long, value_name = "NAME")]
     network: Option<String>,
@@ -165,6 +177,9 @@ struct LifeArgs {
     /// Answer when the VM runs and leave it running: see vms, console, stop, kill, wait
     #[arg(long, visible_alias = "detached")]
     detach: bool,
+    /// As --detach, and answer when the guest says that it is ready; needs the guest agent
+    #[arg(long)]
+    wait: bool,
     /// Seconds the guest has to power off after SIGTERM or SIGINT
     #[arg(long, value_name = "SECONDS", default_value_t = LaunchConfig::DEFAULT_STOP_TIMEOUT.as_secs())]
     stop_timeout: u64,
@@ -178,6 +193,14 @@ enum ArchArg {
     /// 64-bit Arm.
     #[value(name = "aarch64", alias = "arm64")]
     Aarch64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum HypervisorArg {
+    /// QEMU.
+    Qemu,
+    /// Virtualization.framework of macOS.
+    Vfkit,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -236,13 +259,17 @@ impl From<ArchArg> for Arch {
 }
 
 pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
-    let detach = args.life.detach;
+    let wait = args.life.wait;
+    let detach = args.life.detach || wait;
     let config = config(args)?;
     let mut leave = None;
     if detach {
         match portway_launcher::detach(&config.state_dir).map_err(failure)? {
             Side::Front(Ok(())) => {
                 listing::say(&config.name);
+                if wait {
+                    return super::wait::until_ready(&Client::new(&config.api), None, super::wait::PATIENCE);
+                }
                 return Ok(ExitCode::SUCCESS);
             }
             Side::Front(Err(code)) => return Ok(ExitCode::from(code)),
@@ -302,7 +329,11 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         Some(UnixPath(path)) => path,
         None => runtime_socket(&named).map_err(Failure::usage)?,
     };
-    if network.network.is_none() && std::os::unix::net::UnixStream::connect(&api).is_ok() {
+    let net = network.networking.unwrap_or_else(|| network.net.into());
+    if network.network.is_none()
+        && net.needs_sidecar()
+        && std::os::unix::net::UnixStream::connect(&api).is_ok()
+    {
         return Err(Failure::usage(format!(
             "{}: a network runs there already: VMs that are all started with --network NAME share one",
             api.display()
@@ -331,14 +362,23 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     config.shares = machine.virtiofs;
     config.virtiofsd = machine.virtiofsd;
     config.devices = machine.device;
+    config.hypervisor = match machine.hypervisor {
+        Some(HypervisorArg::Qemu) => HypervisorKind::Qemu,
+        Some(HypervisorArg::Vfkit) => HypervisorKind::Vfkit,
+        None if machine.vfkit.is_some() => HypervisorKind::Vfkit,
+        None => HypervisorKind::HOST,
+    };
+    config.vfkit = machine.vfkit;
     config.qemu = machine.qemu;
     config.qemu_args = machine.qemu_arg;
     config.publish = network.publish.iter().map(ToString::to_string).collect();
-    config.net = network.networking.unwrap_or_else(|| network.net.into());
+    config.net = net;
     config.mac = network.mac;
     config.ip = network.ip;
     config.mtu = network.mtu;
-    config.console = if life.detach { Console::Socket } else { Console::Stdio };
+    config.vsock = network.vsock != Some(Switch::Off);
+    config.vsock_ports = network.vsock_ports;
+    config.console = if life.detach || life.wait { Console::Socket } else { Console::Stdio };
     config.registry = Some(registry()?);
     config.stop_timeout = Duration::from_secs(life.stop_timeout);
     if shared.is_none() {

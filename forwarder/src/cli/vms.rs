@@ -36,8 +36,10 @@ pub(super) fn list(format: Format) -> Result<ExitCode, Failure> {
 
 pub(super) fn stop(which: &Which) -> Result<ExitCode, Failure> {
     let vm = which.find()?;
-    tell(&vm, &control::stop(&registry()?, &vm).map_err(failure)?);
-    Ok(ExitCode::SUCCESS)
+    let ended = control::stop(&registry()?, &vm).map_err(failure)?;
+    tell(&vm, &ended);
+    // One that had to be killed was not stopped.
+    Ok(if ended.code == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 pub(super) fn kill(which: &Which) -> Result<ExitCode, Failure> {

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
-use hyper::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Collected, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use portway_api::control::Problem;
 use serde::Serialize;
@@ -58,6 +58,35 @@ impl Client {
         self.call(Method::GET, route, Vec::new())
     }
 
+    /// Follows a resource that does not end: hands every piece of it to `take`, until that fails or the network ends.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; what `take` says is `Ok(Err(_))`.
+    pub fn follow<E>(
+        &self,
+        route: &str,
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<Result<(), E>, ClientError> {
+        let broken = |text: String| ClientError::Broken(self.path.clone(), text);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.map_err(|e| broken(e.to_string()))?.block_on(async {
+            let asked = self.request(Method::GET, route, Vec::new());
+            let asked = tokio::time::timeout(PATIENCE, asked).await;
+            let response = asked.map_err(|_| broken("no answer in time".into()))??;
+            if !response.status().is_success() {
+                return Err(self.refused(response).await?);
+            }
+            let mut body = response.into_body();
+            while let Some(frame) = body.frame().await {
+                let frame = frame.map_err(|e| broken(e.to_string()))?;
+                if let Err(error) = frame.data_ref().map_or(Ok(()), |d| take(d)) {
+                    return Ok(Err(error));
+                }
+            }
+            Ok(Ok(()))
+        })
+    }
+
     /// Sends `body` to a resource. An answer of 409 is parsed like one of 200: it says what was done and what not.
     ///
     /// # Errors
@@ -73,6 +102,21 @@ impl Client {
         self.call(method, route, body)
     }
 
+    /// Fetches a resource as it is.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn text(&self, route: &str) -> Result<String, ClientError> {
+        let mut all = Vec::new();
+        let taken = self.follow(route, |bytes| {
+            all.extend_from_slice(bytes);
+            if all.len() > LARGEST { Err(()) } else { Ok(()) }
+        })?;
+        let broken = |text: &str| ClientError::Broken(self.path.clone(), text.into());
+        taken.map_err(|()| broken("the answer has no end"))?;
+        String::from_utf8(all).map_err(|_| broken("the answer is no text"))
+    }
+
     fn call<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -85,32 +129,49 @@ impl Client {
             .build()
             .map_err(|e| broken(e.to_string()))?;
         let talk = async {
-            let absent = |source| ClientError::Absent { path: self.path.clone(), source };
-            let stream = tokio::net::UnixStream::connect(&self.path).await.map_err(absent)?;
-            let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-            let (mut sender, connection) = handshake.map_err(|e| broken(e.to_string()))?;
-            tokio::spawn(connection);
-            let request = Request::builder().method(method).uri(route).header("host", "portway");
-            let request =
-                request.header("content-type", "application/json").body(Full::new(Bytes::from(body)));
-            let request = request.map_err(|e| broken(e.to_string()))?;
-            let response = sender.send_request(request).await.map_err(|e| broken(e.to_string()))?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), LARGEST)
-                .collect()
-                .await
-                .map_err(|e| broken(e.to_string()))?;
-            let body = body.to_bytes();
-            if status.is_success() || status == StatusCode::CONFLICT {
+            let response = self.request(method, route, body).await?;
+            if response.status().is_success() || response.status() == StatusCode::CONFLICT {
+                let body = self.body(response).await?;
                 return serde_json::from_slice(&body).map_err(|e| broken(e.to_string()));
             }
-            let detail = serde_json::from_slice::<Problem>(&body).map(|p| p.detail);
-            Err(ClientError::Refused(
-                detail.unwrap_or_else(|_| String::from_utf8_lossy(&body).trim().to_owned()),
-            ))
+            Err(self.refused(response).await?)
         };
         runtime
             .block_on(async { tokio::time::timeout(PATIENCE, talk).await })
             .map_err(|_| broken("no answer in time".into()))?
+    }
+
+    async fn request(
+        &self,
+        method: Method,
+        route: &str,
+        body: Vec<u8>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let broken = |text: String| ClientError::Broken(self.path.clone(), text);
+        let absent = |source| ClientError::Absent { path: self.path.clone(), source };
+        let stream = tokio::net::UnixStream::connect(&self.path).await.map_err(absent)?;
+        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+        let (mut sender, connection) = handshake.map_err(|e| broken(e.to_string()))?;
+        tokio::spawn(connection);
+        let request = Request::builder().method(method).uri(route).header("host", "portway");
+        let request = request.header("content-type", "application/json").body(Full::new(Bytes::from(body)));
+        let request = request.map_err(|e| broken(e.to_string()))?;
+        sender.send_request(request).await.map_err(|e| broken(e.to_string()))
+    }
+
+    async fn body(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
+        let body = Limited::new(response.into_body(), LARGEST).collect().await;
+        body.map(Collected::to_bytes).map_err(|e| ClientError::Broken(self.path.clone(), e.to_string()))
+    }
+
+    /// The error an answer tells of.
+    async fn refused(&self, response: Response<Incoming>) -> Result<ClientError, ClientError> {
+        let body = self.body(response).await?;
+        let line = match serde_json::from_slice::<Problem>(&body) {
+            Ok(Problem { detail, hint: Some(hint), .. }) => format!("{detail}: {hint}"),
+            Ok(problem) => problem.detail,
+            Err(_) => String::from_utf8_lossy(&body).trim().to_owned(),
+        };
+        Ok(ClientError::Refused(line))
     }
 }

@@ -1,33 +1,50 @@
 //! The control API: HTTP/1.1 and JSON on a unix socket that only its owner may open (0600).
 //!
 //! ```text
-//!  client ─► unix socket ─► router ─┬─ /v1/…  (our resources, problem+json errors)
+//!  client ─► unix socket ─► router ─┬─ /v1/…  (`v1`: our resources, problem+json errors; `stream`: events, captures)
 //!                                   └─ /services/forwarder/…  (gvproxy's routes, its bodies and texts)
 //!            router ─► Requests ─► data thread ─► oneshot ─► answer
 //! ```
 //! A client cannot stall the data thread: it only ever takes a message from a queue and drops an answer into a
-//! channel. Limits: [`CONNECTIONS`], [`BODY`], [`PATIENCE`].
+//! channel. Limits: [`CONNECTIONS`], [`BODY`], [`PATIENCE`], [`stream::STREAMS`]. The document at `/v1/openapi.json` is made
+//! from the handlers, and checked in under `docs/reference`.
 
+mod agents;
 pub mod client;
+mod dns;
+mod explain;
 mod gvproxy;
+mod hijack;
+pub mod kept;
+pub mod metrics;
+pub mod openapi;
+mod problem;
+mod query;
+pub mod stream;
+mod v1;
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Request as HttpRequest, State};
-use axum::http::{StatusCode, header};
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request as HttpRequest};
+use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use portway_api::control::{NetworkInfo, PortInfo, PortsRequest, PortsResponse, Problem, SandboxInfo, Stats};
-use tokio::net::UnixListener;
-use tokio::sync::{Semaphore, oneshot};
+use portway_api::control::{NetworkInfo, PortInfo, SandboxInfo};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Mutex, Semaphore, oneshot};
 
+use self::kept::KeptPorts;
+use self::problem::Fault;
+use crate::config::GuestApi;
+use crate::dns::Dns;
+use crate::events::EventLog;
 use crate::publish::spec::PublishSpec;
 use crate::request::{PublishError, Request, Requests};
 
@@ -37,51 +54,192 @@ pub const CONNECTIONS: usize = 64;
 pub const BODY: usize = 64 * 1024;
 /// How long a client may take over its headers, and its body and answer together.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Connections of guests to the gateway's port 80 at once; further ones are closed.
+pub const GUEST_CLIENTS: usize = 32;
+/// Clients of `--metrics` at once.
+pub const METRICS_CLIENTS: usize = 8;
 
 /// What the handlers share.
 #[derive(Clone)]
-struct App {
+pub struct App {
     requests: Requests,
     network: Arc<NetworkInfo>,
+    dns: Arc<Dns>,
+    events: Arc<EventLog>,
+    kept: Option<Arc<KeptPorts>>,
+    /// Places of clients, and of those that stay.
+    places: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+    flow_listings: Arc<Mutex<()>>,
+    guest_api: GuestApi,
+    guest_turn: Arc<Mutex<()>>,
+    /// Places of guests' connections.
+    guests: Arc<Semaphore>,
 }
 
-/// Serves until the listener fails; ends with the runtime.
-pub async fn serve(listener: UnixListener, requests: Requests, network: NetworkInfo) {
-    let router = router(App { requests, network: Arc::new(network) });
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+/// A further place where the API is served.
+#[derive(Debug)]
+pub enum DoorListener {
+    /// A unix socket.
+    Unix(std::os::unix::net::UnixListener),
+    /// A TCP socket.
+    Tcp(std::net::TcpListener),
+}
+
+impl App {
+    /// The API of one network. `kept`: where ports that clients publish are kept.
+    #[must_use]
+    pub fn new(
+        requests: Requests,
+        network: NetworkInfo,
+        dns: Arc<Dns>,
+        events: Arc<EventLog>,
+        kept: Option<Arc<KeptPorts>>,
+        guest_api: GuestApi,
+    ) -> Self {
+        Self {
+            requests,
+            network: Arc::new(network),
+            dns,
+            events,
+            kept,
+            places: Arc::new(Semaphore::new(CONNECTIONS)),
+            streams: Arc::new(Semaphore::new(stream::STREAMS)),
+            flow_listings: Arc::default(),
+            guest_api,
+            guest_turn: Arc::default(),
+            guests: Arc::new(Semaphore::new(GUEST_CLIENTS)),
+        }
+    }
+}
+
+/// Serves the API until the listener fails; ends with the runtime.
+pub async fn serve(listener: UnixListener, app: App) {
+    serve_at(Listening::Unix(listener), true, app).await;
+}
+
+/// A listener on tokio.
+enum Listening {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// Serves the API at one place; `connect`: VMs may come in there.
+async fn serve_at(listener: Listening, connect: bool, app: App) {
+    let router = router(app.clone());
+    loop {
+        let Ok(place) = Arc::clone(&app.places).acquire_owned().await else { return };
+        let (router, app) = (router.clone(), app.clone());
+        let accepted = match &listener {
+            Listening::Unix(l) => l.accept().await.map(|(client, _)| {
+                tokio::spawn(serve_caller(client, connect, app, router, place));
+            }),
+            Listening::Tcp(l) => l.accept().await.map(|(client, _)| {
+                tokio::spawn(serve_caller(client, connect, app, router, place));
+            }),
+        };
+        if let Err(error) = accepted {
+            cannot_accept(&error).await;
+        }
+    }
+}
+
+/// Serves one client: `/connect` (when `connect`) and `/tunnel`, else HTTP.
+async fn serve_caller<C: hijack::Client>(
+    client: C,
+    connect: bool,
+    app: App,
+    router: Router,
+    place: tokio::sync::OwnedSemaphorePermit,
+) {
+    if let Some(client) = hijack::serve(client, connect, &app).await {
+        serve_client(client, router, place).await;
+    }
+}
+
+impl App {
+    /// Serves the API at one more place, until its listener fails.
+    pub fn serve_door(&self, listener: DoorListener, connect: bool) {
+        let listening = match listener {
+            DoorListener::Unix(l) => UnixListener::from_std(l).map(Listening::Unix),
+            DoorListener::Tcp(l) => TcpListener::from_std(l).map(Listening::Tcp),
+        };
+        match listening {
+            Ok(listening) => drop(tokio::spawn(serve_at(listening, connect, self.clone()))),
+            Err(error) => tracing::error!(%error, "the API cannot be served at one of its places"),
+        }
+    }
+
+    /// Serves a guest's connection to the gateway's port 80. Beyond [`GUEST_CLIENTS`] it is closed.
+    pub fn serve_guest(&self, stream: tokio::net::UnixStream, guest: std::net::IpAddr) {
+        let Ok(place) = Arc::clone(&self.guests).try_acquire_owned() else { return };
+        let router = Router::new()
+            .merge(gvproxy::guest_routes())
+            .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))
+            .layer(axum::Extension(gvproxy::Guest(guest)))
+            .layer(DefaultBodyLimit::max(BODY))
+            .layer(middleware::from_fn(patient))
+            .with_state(self.clone());
+        tokio::spawn(serve_client(stream, router, place));
+    }
+
+    /// The Ethernet addresses of guests, and the numbers of their ports.
+    pub(crate) async fn macs(&self) -> Result<Vec<(String, u16)>, Unanswered> {
+        let macs = self.ask(|reply| Request::Macs { reply }).await.map_err(|_| Unanswered)?;
+        Ok(macs.iter().map(|(mac, port)| (mac.to_string(), port.0)).collect())
+    }
+}
+
+/// The data thread has not answered.
+#[derive(Debug)]
+pub(crate) struct Unanswered;
+
+/// Serves `/metrics` alone, on TCP.
+pub async fn serve_metrics(listener: TcpListener, app: App) {
+    let places = Arc::new(Semaphore::new(METRICS_CLIENTS));
+    let router = Router::new()
+        .route("/metrics", get(v1::metrics))
+        .fallback(async || {
+            (StatusCode::NOT_FOUND, gvproxy::text("404 page not found: /metrics is what there is"))
+        })
+        .layer(DefaultBodyLimit::max(0))
+        .layer(middleware::from_fn(patient))
+        .with_state(app);
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "the control socket cannot accept, trying again");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let service = TowerToHyperService::new(router.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            let connection = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(PATIENCE)
-                // gvproxy's callers shut their writing side down behind the request.
-                .half_close(true)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a control client went away");
-            }
-        });
+        match listener.accept().await {
+            Ok((stream, _)) => drop(tokio::spawn(serve_client(stream, router.clone(), place))),
+            Err(error) => cannot_accept(&error).await,
+        }
+    }
+}
+
+async fn cannot_accept(error: &std::io::Error) {
+    tracing::warn!(%error, "a listener of the control thread cannot accept, trying again");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+async fn serve_client<T>(stream: T, router: Router, place: tokio::sync::OwnedSemaphorePermit)
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let _place = place;
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        // An idle client is sent away after as long.
+        .header_read_timeout(PATIENCE)
+        // gvproxy's callers shut their writing side down behind the request.
+        .half_close(true)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    if let Err(error) = connection.await {
+        tracing::debug!(%error, "a control client went away");
     }
 }
 
 fn router(app: App) -> Router {
     Router::new()
-        .route("/v1/network", get(network))
-        .route("/v1/ports", get(ports).post(publish).delete(unpublish))
-        .route("/v1/leases", get(leases))
-        .route("/v1/flows", get(flows))
-        .route("/v1/stats", get(stats))
+        .merge(agents::routes())
+        .merge(v1::routes())
         .merge(gvproxy::routes())
         .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))
         .layer(DefaultBodyLimit::max(BODY))
@@ -91,23 +249,15 @@ fn router(app: App) -> Router {
 
 async fn patient(request: HttpRequest, next: Next) -> Result<Response, Infallible> {
     Ok(tokio::time::timeout(PATIENCE, next.run(request)).await.unwrap_or_else(|_| {
-        problem(
+        Fault::new(
             StatusCode::REQUEST_TIMEOUT,
             "too_slow",
             "the request took too long",
-            "send the body with the headers".into(),
+            format!("headers, body and answer have {} s together", PATIENCE.as_secs()),
         )
-    }))
-}
-
-fn problem(status: StatusCode, code: &str, title: &str, detail: String) -> Response {
-    let body = Problem { code: code.into(), status: status.as_u16(), title: title.into(), detail };
-    (
-        status,
-        [(header::CONTENT_TYPE, "application/problem+json")],
-        serde_json::to_string(&body).unwrap_or_else(|_| "{}".into()),
-    )
+        .hint("send the body with the headers")
         .into_response()
+    }))
 }
 
 impl App {
@@ -117,99 +267,33 @@ impl App {
     }
 
     /// Asks the data thread one thing.
-    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Unanswered> {
+    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Fault> {
         let (reply, answer) = oneshot::channel();
-        self.requests.send(make(reply)).map_err(|_| Unanswered)?;
-        answer.await.map_err(|_| Unanswered)
+        self.requests.send(make(reply)).map_err(|_| Fault::unavailable())?;
+        answer.await.map_err(|_| Fault::unavailable())
     }
-}
 
-/// The data thread is overloaded or ending.
-struct Unanswered;
-
-impl IntoResponse for Unanswered {
-    fn into_response(self) -> Response {
-        let detail = "the network is overloaded or ending: try again".to_owned();
-        problem(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "no answer from the network", detail)
-    }
-}
-
-async fn network(State(app): State<App>) -> Json<NetworkInfo> {
-    let sandbox = app.sandbox();
-    Json(NetworkInfo { sandbox, ..(*app.network).clone() })
-}
-
-async fn ports(State(app): State<App>) -> Result<Response, Unanswered> {
-    Ok(Json(app.ask(|reply| Request::Ports { reply }).await?).into_response())
-}
-
-async fn leases(State(app): State<App>) -> Result<Response, Unanswered> {
-    Ok(Json(app.ask(|reply| Request::Leases { reply }).await?).into_response())
-}
-
-async fn flows(State(app): State<App>) -> Result<Response, Unanswered> {
-    Ok(Json(app.ask(|reply| Request::Flows { reply }).await?).into_response())
-}
-
-async fn stats(State(app): State<App>) -> Result<Response, Unanswered> {
-    let stats = app.ask(|reply| Request::Stats { reply }).await?;
-    Ok(Json(Stats { sandbox: app.sandbox(), ..stats }).into_response())
-}
-
-/// The specs of a body; a bad one refuses the whole request, and nothing is changed.
-#[expect(clippy::result_large_err, reason = "the error is the HTTP answer")]
-fn specs(body: &Bytes) -> Result<Vec<PublishSpec>, Response> {
-    let bad = |code: &str, detail: String| {
-        problem(StatusCode::BAD_REQUEST, code, "the request cannot be used", detail)
-    };
-    let request: PortsRequest = serde_json::from_slice(body).map_err(|e| bad("bad_json", e.to_string()))?;
-    if request.specs.is_empty() {
-        return Err(bad("bad_spec", "specs: one at least is needed, such as \"2222:22/tcp\"".into()));
-    }
-    request
-        .specs
-        .iter()
-        .map(|s| s.parse().map_err(|e: crate::publish::spec::SpecError| bad("bad_spec", e.to_string())))
-        .collect()
-}
-
-async fn publish(State(app): State<App>, body: Bytes) -> Result<Response, Unanswered> {
-    let specs = match specs(&body) {
-        Ok(specs) => specs,
-        Err(response) => return Ok(response),
-    };
-    let mut done = PortsResponse { published: Vec::new(), errors: Vec::new() };
-    for spec in specs {
-        for result in app.ask(|reply| Request::Publish { spec, reply }).await? {
-            match result {
-                Ok(port) => done.published.push(port),
-                Err(error) => done.errors.push(error.to_string()),
-            }
+    /// Publishes what `spec` names, and keeps what could be.
+    async fn publish(&self, spec: PublishSpec) -> Result<Vec<Result<PortInfo, PublishError>>, Fault> {
+        let done = self.ask(|reply| Request::Publish { spec: spec.clone(), reply }).await?;
+        if let Some(kept) = &self.kept {
+            kept.add(&spec, &done).await;
         }
+        Ok(done)
     }
-    let status = if done.errors.is_empty() { StatusCode::OK } else { StatusCode::CONFLICT };
-    Ok((status, Json(done)).into_response())
-}
 
-async fn unpublish(State(app): State<App>, body: Bytes) -> Result<Response, Unanswered> {
-    let specs = match specs(&body) {
-        Ok(specs) => specs,
-        Err(response) => return Ok(response),
-    };
-    let (mut gone, mut errors): (Vec<PortInfo>, Vec<String>) = Default::default();
-    for spec in specs {
-        match app.ask(|reply| Request::Unpublish { spec, reply }).await? {
-            Ok(mut ports) => gone.append(&mut ports),
-            Err(error) => errors.push(error.to_string()),
+    /// Unpublishes what `spec` names, and does not keep it any more.
+    async fn unpublish(&self, spec: PublishSpec) -> Result<Result<Vec<PortInfo>, PublishError>, Fault> {
+        let done = self.ask(|reply| Request::Unpublish { spec: spec.clone(), reply }).await?;
+        if let (Some(kept), Ok(gone)) = (&self.kept, &done) {
+            kept.remove(&spec, gone).await;
         }
+        Ok(done)
     }
-    let status = if errors.is_empty() { StatusCode::OK } else { StatusCode::CONFLICT };
-    Ok((status, Json(PortsResponse { published: gone, errors })).into_response())
 }
 
-async fn publish_one(app: &App, spec: PublishSpec) -> Result<Result<PortInfo, PublishError>, Unanswered> {
-    let mut results = app.ask(|reply| Request::Publish { spec, reply }).await?;
-    results.pop().ok_or(Unanswered)
+async fn publish_one(app: &App, spec: PublishSpec) -> Result<Result<PortInfo, PublishError>, Fault> {
+    app.publish(spec).await?.pop().ok_or_else(Fault::unavailable)
 }
 
 #[cfg(test)]

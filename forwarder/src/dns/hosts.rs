@@ -6,12 +6,13 @@
 //! **Loopback.** `127.0.0.1 db` on the host means a service of the host, but 127.0.0.1 in a guest is the guest. Such
 //! an entry is answered with the host alias (of the same family), the guest's way to the host's loopback; without
 //! one it is left out. The names of loopback itself (`localhost` …) are never taken from the file: a guest's
-//! localhost is the guest (RFC 6761 §6.3). `--dns-host` records are given to guests as they are written.
+//! localhost is the guest (RFC 6761 §6.3). The operator's records are given to guests as they are written; `*.NAME` stands
+//! for every name under NAME that has no record of its own.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::wire::{Data, Name, Query, kind};
+use super::wire::{Data, Name, Query, Source, kind};
 
 /// Seconds a guest may keep an answer from here.
 pub(super) const TTL: u32 = 10;
@@ -22,6 +23,8 @@ const ENTRIES_MAX: usize = 500_000;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct HostsFile {
     names: HashMap<Name, Vec<IpAddr>>,
+    /// Addresses of every name under one, by that one.
+    wildcards: HashMap<Name, Vec<IpAddr>>,
     addresses: HashMap<IpAddr, Name>,
 }
 
@@ -48,7 +51,9 @@ impl HostsFile {
             let mut words = line.split_whitespace();
             // An address with a scope (fe80::1%lo0) means nothing in another network.
             let Some(address) = words.next().and_then(|word| word.parse::<IpAddr>().ok()) else { continue };
-            for name in words.filter(|name| !is_local(name)).filter_map(Name::from_text) {
+            for name in
+                words.filter(|name| !is_local(name) && !name.starts_with('*')).filter_map(Name::from_text)
+            {
                 if entries >= ENTRIES_MAX {
                     tracing::warn!(limit = ENTRIES_MAX, "hosts file has more names; the rest is not used");
                     return hosts;
@@ -62,6 +67,13 @@ impl HostsFile {
 
     /// Adds one record; the first name of an address is the one its PTR gives.
     pub(super) fn insert(&mut self, name: Name, address: IpAddr) {
+        if let Some(parent) = name.below_wildcard() {
+            let addresses = self.wildcards.entry(parent).or_default();
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+            return;
+        }
         self.addresses.entry(address).or_insert_with(|| name.clone());
         let addresses = self.names.entry(name).or_default();
         if !addresses.contains(&address) {
@@ -70,15 +82,19 @@ impl HostsFile {
     }
 
     /// The answer to `query` from here; `None` when the file does not say.
-    pub(super) fn answer(&self, query: &Query<'_>, loopback: Option<&LoopbackAlias>) -> Option<Vec<u8>> {
+    pub(super) fn answer(
+        &self,
+        query: &Query<'_>,
+        loopback: Option<&LoopbackAlias>,
+        source: &Source,
+    ) -> Option<Vec<u8>> {
         if query.kind == kind::PTR
             && let Some(name) = self.pointer(&query.name)
         {
-            return Some(query.answer(TTL, &[Data::Pointer(name)]));
+            return Some(query.answer(TTL, &[Data::Pointer(name)], source));
         }
         let known: Vec<IpAddr> = self
-            .names
-            .get(&query.name)?
+            .find(&query.name)?
             .iter()
             .filter_map(|&address| loopback.map_or(Some(address), |alias| alias.translate(address)))
             .collect();
@@ -98,10 +114,17 @@ impl HostsFile {
                         data.push(Data::Address(*address));
                     }
                 }
-                Some(query.answer(TTL, &data))
+                Some(query.answer(TTL, &data, source))
             }
             _ => None,
         }
+    }
+
+    /// The addresses of `name`, or of the nearest `*` above it (RFC 4592 §3.3), which only the operator's records have.
+    fn find(&self, name: &Name) -> Option<&Vec<IpAddr>> {
+        let wildcard = |parent: &[u8]| self.wildcards.get(parent);
+        let above = || name.suffixes().skip(1).find_map(wildcard);
+        self.names.get(name).or_else(|| if self.wildcards.is_empty() { None } else { above() })
     }
 
     fn pointer(&self, name: &Name) -> Option<&Name> {

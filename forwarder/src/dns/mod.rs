@@ -11,37 +11,56 @@
 //! as Docker Desktop's `kubernetes.docker.internal`; else a name in our zones that is not there is NXDOMAIN.
 //! resolv.conf and hosts are read again when they change. When no resolver answers the guest gets SERVFAIL.
 //!
-//! Limits: `IN_FLIGHT_MAX` queries at the resolvers; beyond it a datagram is dropped (the client's own repeat is the
-//! back-off) and a stream's query is REFUSED. `STREAMS_MAX` connections, `GUESTS_MAX` names of guests; further ones in
-//! `cache`, `relay`, `stream`, `hosts`. RFC 1034, 1035, 2181, 2308, 4343, 5452, 6761, 6891, 7766, 9619.
-//! Left out: DoT and DoH, servers per domain, DNSSEC validation (DO, AD and CD are carried), zone transfers and
-//! classes other than IN (both REFUSED).
+//! Limits: `IN_FLIGHT_MAX` queries at the resolvers and `STREAMS_MAX` connections, which guests share ([`places`]); beyond
+//! them a datagram is dropped (the client's own repeat is the back-off), a stream's query is REFUSED, a connection closed.
+//! `GUESTS_MAX` names of guests, `RECORDS_MAX` records; further ones in `cache`, `stream`, `hosts`. RFC 1034, 1035, 2181,
+//! 2308, 4343, 4592, 5452, 6303, 6761, 6891, 7766, 9619.
+//! Left out: DoT and DoH, DNSSEC validation (DO, AD and CD are carried), zone transfers and classes other than IN (both
+//! REFUSED).
 
+mod ask;
 mod cache;
+mod flights;
+mod health;
 mod hosts;
+mod places;
+mod rebind;
+mod records;
 mod relay;
+mod reply;
 mod resolv;
+mod server;
 mod stream;
 #[cfg(test)]
 mod tests;
-mod watch;
+mod watch_file;
 mod wire;
 mod zones;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use portway_netstack::{PortId, Subnet};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-use self::cache::Cache;
+use self::ask::{Question, Transport};
+use self::cache::{Cache, Key};
+use self::flights::Flights;
 use self::hosts::{HostsFile, LoopbackAlias};
-use self::relay::{Relay, Transport};
+use self::places::{Place, Places};
+use self::records::own_records;
+pub use self::records::{Known, Origin};
+use self::relay::Relay;
+use self::reply::Reply;
 pub use self::resolv::ResolvConf;
-use self::watch::Watched;
-use self::wire::{Data, Name, Query, Rcode, Rejected, kind};
+use self::server::Routes;
+pub use self::server::{Server, Upstream};
+use self::watch_file::Watched;
+use self::wire::{Data, Name, Query, Rcode, Rejected, Source, kind};
 use self::zones::{Book, Zones};
 
 /// What the sandbox lets the resolver do: look whether resolv.conf and the hosts file have changed, and read them.
@@ -55,6 +74,11 @@ pub const IN_FLIGHT_MAX: usize = 512;
 pub const STREAMS_MAX: usize = 256;
 /// Guests that have a name.
 pub const GUESTS_MAX: usize = 1024;
+/// Records of the operator's.
+pub const RECORDS_MAX: usize = 4096;
+/// Where systemd-resolved listens. Its resolv.conf never changes; the servers it asks are told elsewhere.
+const SYSTEMD_RESOLVED: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53)), IpAddr::V4(Ipv4Addr::new(127, 0, 0, 54))];
 
 /// What the DNS service is made of.
 #[derive(Debug, Clone)]
@@ -72,10 +96,18 @@ pub struct DnsConfig {
     pub host_loopback: bool,
     /// The operator's own names, given to guests as they are; under our domain they replace what is there.
     pub records: Vec<(String, IpAddr)>,
-    /// The resolvers to ask; `None` follows `resolv_conf`.
-    pub upstreams: Option<Vec<SocketAddr>>,
+    /// The guests' networks, whose reverse names are ours.
+    pub subnets: Vec<Subnet>,
+    /// The resolvers to ask; without one for every name, those of `resolv_conf` are asked.
+    pub upstreams: Vec<Upstream>,
+    /// Whether answers of resolvers that lead inside are kept from guests.
+    pub rebind_protection: bool,
+    /// Domains whose names may stand for addresses of the inside all the same.
+    pub private_domains: Vec<String>,
     /// The host's resolv.conf, for resolvers and the search list.
     pub resolv_conf: PathBuf,
+    /// Where systemd-resolved says whom it asks: when that changes, so may its answers.
+    pub uplinks: Option<PathBuf>,
     /// The host's hosts file; `None` leaves it out.
     pub hosts: Option<PathBuf>,
 }
@@ -104,6 +136,12 @@ pub enum DnsError {
     /// There are `GUESTS_MAX` guests with names.
     #[error("guest name {0:?}: {GUESTS_MAX} guests have names already")]
     TooManyGuests(String),
+    /// There are `RECORDS_MAX` records.
+    #[error("{0}: there are {RECORDS_MAX} records already")]
+    TooManyRecords(String),
+    /// No record has the name, or not with that address.
+    #[error("{0} is no record: `portway dns ls` lists what is")]
+    NoRecord(String),
 }
 
 /// Counters since the start, and what is there now.
@@ -127,6 +165,8 @@ pub struct DnsStats {
     pub failed: u64,
     /// Dropped or refused at `IN_FLIGHT_MAX`.
     pub over_limit: u64,
+    /// Answers kept from guests because they led inside.
+    pub rebinding: u64,
     /// Answers cut to the size the client takes.
     pub truncated: u64,
     /// Queries at the resolvers now.
@@ -150,6 +190,7 @@ struct Counters {
     relayed: AtomicU64,
     failed: AtomicU64,
     over_limit: AtomicU64,
+    rebinding: AtomicU64,
     truncated: AtomicU64,
 }
 
@@ -161,16 +202,22 @@ fn count(counter: &AtomicU64) {
 pub struct Dns {
     book: Mutex<Book>,
     zones: RwLock<Arc<Zones>>,
-    records: HostsFile,
+    records: RwLock<Arc<HostsFile>>,
     loopback: LoopbackAlias,
+    source: Source,
     hosts: Option<Watched<HostsFile>>,
     resolv: Watched<ResolvConf>,
-    upstreams: Option<Vec<SocketAddr>>,
-    relay: Relay,
-    cache: Mutex<Cache>,
-    in_flight: AtomicUsize,
-    streams: AtomicUsize,
-    counters: Counters,
+    uplinks: Option<Watched<ResolvConf>>,
+    search: watch::Sender<Vec<String>>,
+    routes: Routes,
+    /// Domains whose names may lead inside; `None`: every name may.
+    inside: Option<Vec<Name>>,
+    relay: Arc<Relay>,
+    flights: Arc<Flights>,
+    cache: Arc<Mutex<Cache>>,
+    in_flight: Arc<Places>,
+    streams: Arc<Places>,
+    counters: Arc<Counters>,
 }
 
 impl std::fmt::Debug for Dns {
@@ -180,7 +227,7 @@ impl std::fmt::Debug for Dns {
 }
 
 impl Dns {
-    /// The service `config` describes. Files are read at the first query, not here.
+    /// The service `config` describes. Of the files resolv.conf alone is read here.
     ///
     /// # Errors
     /// `DnsError::BadName` for a domain, alias or record whose name is none.
@@ -201,76 +248,57 @@ impl Dns {
         }
         let mut records = Vec::with_capacity(config.records.len());
         for (text, address) in &config.records {
-            records.push((name("--dns-host", text, "db.example=192.0.2.7")?, *address));
+            let name = name("--dns-host", text, "db.example=192.0.2.7")?;
+            records.push(zones::OwnRecord { name, address: *address, live: false });
         }
-        let mut table = HostsFile::default();
-        for (name, address) in &records {
-            table.insert(name.clone(), *address);
-        }
+        let example = "corp.example";
+        let routes = Routes::new(&config.upstreams).map_err(|value| DnsError::BadName {
+            setting: "--dns-upstream",
+            value,
+            example,
+        })?;
+        let private = config.private_domains.iter().map(|text| name("--dns-private", text, example));
+        let private = private.collect::<Result<Vec<Name>, _>>()?;
         let loopback = LoopbackAlias(if config.host_loopback { config.host.clone() } else { Vec::new() });
+        let child = |label| Name::from_label(label, &origins[0]).unwrap_or_else(|| origins[0].clone());
+        let source = Source::new(&child("gateway"), &child("hostmaster"), zones::NEGATIVE_TTL);
         let book = Book {
             origins,
             gateway: config.gateway,
             host: config.host,
             guests: BTreeMap::new(),
             records,
+            subnets: config.subnets,
             serial: 1,
         };
-        Ok(Arc::new(Self {
+        let watched = |path| Watched::new(path, ResolvConf::parse);
+        let dns = Self {
             zones: RwLock::new(Arc::new(Zones::build(&book))),
+            records: RwLock::new(Arc::new(own_records(&book))),
             book: Mutex::new(book),
-            records: table,
             loopback,
+            source,
             hosts: config.hosts.map(|path| Watched::new(path, HostsFile::parse)),
-            resolv: Watched::new(config.resolv_conf, ResolvConf::parse),
-            upstreams: config.upstreams,
-            relay: Relay::default(),
-            cache: Mutex::default(),
-            in_flight: AtomicUsize::new(0),
-            streams: AtomicUsize::new(0),
-            counters: Counters::default(),
-        }))
+            resolv: watched(config.resolv_conf),
+            uplinks: config.uplinks.map(watched),
+            search: watch::Sender::default(),
+            routes,
+            inside: config.rebind_protection.then_some(private),
+            relay: Arc::default(),
+            flights: Arc::default(),
+            cache: Arc::default(),
+            in_flight: Places::new(IN_FLIGHT_MAX),
+            streams: Places::new(STREAMS_MAX),
+            counters: Arc::default(),
+        };
+        dns.resolv_conf();
+        Ok(Arc::new(dns))
     }
 
     /// The answer to one datagram; `None` when none is to be sent: it is no query, or `IN_FLIGHT_MAX` is reached.
-    /// Runs on tokio, for at most 5 s; dropping the future gives the query up.
-    pub async fn answer_datagram(&self, query: &[u8]) -> Option<Vec<u8>> {
-        self.answer(query, Transport::Datagram).await
-    }
-
-    /// Names a guest: `<name>.<domain>`, under every alias too, and the PTR of each address. What the name stood
-    /// for before is replaced; no addresses take it away.
-    ///
-    /// # Errors
-    /// The name is none, is ours (`gateway`, `host`), or there are `GUESTS_MAX`.
-    pub fn set_guest(&self, name: &str, addresses: &[IpAddr]) -> Result<(), DnsError> {
-        let label = name.to_ascii_lowercase();
-        let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-        if !(1..=63).contains(&label.len()) || !label.bytes().all(legal) {
-            return Err(DnsError::BadGuestName(name.to_owned()));
-        }
-        if label == "gateway" || label == "host" {
-            return Err(DnsError::Reserved(name.to_owned()));
-        }
-        let mut book = lock(&self.book);
-        if addresses.is_empty() {
-            book.guests.remove(&label);
-        } else {
-            if !book.guests.contains_key(&label) && book.guests.len() >= GUESTS_MAX {
-                return Err(DnsError::TooManyGuests(name.to_owned()));
-            }
-            book.guests.insert(label, addresses.to_vec());
-        }
-        self.publish(&mut book);
-        Ok(())
-    }
-
-    /// Takes a guest's name and PTRs away; an unknown name changes nothing.
-    pub fn remove_guest(&self, name: &str) {
-        let mut book = lock(&self.book);
-        if book.guests.remove(&name.to_ascii_lowercase()).is_some() {
-            self.publish(&mut book);
-        }
+    /// `guest` is the port it came from. Runs on tokio, for at most 5 s; dropping the future gives the query up.
+    pub async fn answer_datagram(&self, guest: PortId, query: &[u8]) -> Option<Vec<u8>> {
+        self.answer(guest, query, Transport::Datagram).await
     }
 
     /// The host's search domains now, for DHCP option 119.
@@ -279,13 +307,23 @@ impl Dns {
         self.resolv_conf().search.clone()
     }
 
-    /// The resolvers that are asked now.
+    /// Where the search domains are told when they change.
+    pub fn watch_search(&self) -> watch::Receiver<Vec<String>> {
+        self.search.subscribe()
+    }
+
+    /// The resolvers that are asked now about names that no domain's resolvers know.
     #[must_use]
-    pub fn upstreams(&self) -> Vec<SocketAddr> {
-        if let Some(configured) = &self.upstreams {
-            return configured.clone();
-        }
-        self.resolv_conf().servers.clone()
+    pub fn upstreams(&self) -> Vec<Server> {
+        self.servers_for(None).to_vec()
+    }
+
+    /// The host is in another network, or in none: what was learned of resolvers and from them may be wrong now.
+    pub fn network_changed(&self) {
+        self.relay.reset();
+        lock(&self.cache).clear();
+        self.resolv.look_again();
+        self.resolv_conf();
     }
 
     /// The counters.
@@ -303,25 +341,53 @@ impl Dns {
             relayed: get(&self.counters.relayed),
             failed: get(&self.counters.failed),
             over_limit: get(&self.counters.over_limit),
+            rebinding: get(&self.counters.rebinding),
             truncated: get(&self.counters.truncated),
-            in_flight: self.in_flight.load(Ordering::Relaxed),
-            streams: self.streams.load(Ordering::Relaxed),
+            in_flight: self.in_flight.len(),
+            streams: self.streams.len(),
             cached,
             cached_bytes,
         }
     }
 
     fn resolv_conf(&self) -> Arc<ResolvConf> {
-        let (conf, changed) = self.resolv.current(Instant::now());
+        let now = Instant::now();
+        let (conf, mut changed) = self.resolv.current(now);
+        if conf.servers.iter().any(|s| SYSTEMD_RESOLVED.contains(&s.ip()))
+            && let Some(uplinks) = &self.uplinks
+        {
+            changed |= uplinks.current(now).1;
+        }
         if changed {
             // Another network, or a VPN came or went: what was learned may be wrong now.
             self.relay.reset();
             lock(&self.cache).clear();
+            self.search.send_if_modified(|search| {
+                let new = *search != conf.search;
+                search.clone_from(&conf.search);
+                new
+            });
         }
         conf
     }
 
-    async fn answer(&self, bytes: &[u8], transport: Transport) -> Option<Vec<u8>> {
+    /// The servers to ask about `name`.
+    fn servers_for(&self, name: Option<&Name>) -> Arc<[Server]> {
+        // First, in any case: new servers empty the cache.
+        let conf = self.resolv_conf();
+        if let Some(servers) =
+            name.and_then(|name| self.routes.of_domain(name)).or(self.routes.default.clone())
+        {
+            return servers;
+        }
+        if conf.servers.is_empty() {
+            // resolv.conf(5): the name server on the local machine.
+            return Arc::new([Server::from(SocketAddr::from((Ipv4Addr::LOCALHOST, resolv::PORT)))]);
+        }
+        conf.servers.iter().copied().map(Server::from).collect()
+    }
+
+    async fn answer(&self, guest: PortId, bytes: &[u8], transport: Transport) -> Option<Vec<u8>> {
         count(&self.counters.queries);
         let query = match Query::parse(bytes) {
             Ok(query) => query,
@@ -341,7 +407,7 @@ impl Dns {
             }
             None => match self.answer_locally(&query).await {
                 Some(answer) => answer,
-                None => self.answer_from_upstream(&query, transport).await?,
+                None => self.answer_from_upstream(guest, &query, transport).await?,
             },
         };
         let limit = match transport {
@@ -365,7 +431,7 @@ impl Dns {
     }
 
     async fn answer_locally(&self, query: &Query<'_>) -> Option<Vec<u8>> {
-        if let Some(answer) = localhost(query) {
+        if let Some(answer) = self.localhost(query) {
             count(&self.counters.from_hosts);
             return Some(answer);
         }
@@ -373,9 +439,10 @@ impl Dns {
         if !zones.names(&query.name) {
             let from_file = || {
                 let (file, _) = self.hosts.as_ref()?.current(Instant::now());
-                file.answer(query, Some(&self.loopback))
+                file.answer(query, Some(&self.loopback), &self.source)
             };
-            if let Some(answer) = self.records.answer(query, None).or_else(from_file) {
+            let records = Arc::clone(&self.records.read().unwrap_or_else(PoisonError::into_inner));
+            if let Some(answer) = records.answer(query, None, &self.source).or_else(from_file) {
                 count(&self.counters.from_hosts);
                 return Some(answer);
             }
@@ -387,80 +454,137 @@ impl Dns {
         Some(zones.answer(query).await)
     }
 
-    async fn answer_from_upstream(&self, query: &Query<'_>, transport: Transport) -> Option<Vec<u8>> {
-        let servers = self.upstreams(); // first: new servers empty the cache
-        let generation = {
-            let mut cache = lock(&self.cache);
-            if let Some(answer) = cache.lookup(query, Instant::now()) {
-                count(&self.counters.from_cache);
-                return Some(answer);
-            }
-            cache.generation()
-        };
-        let Some(_place) = Place::take(&self.in_flight, IN_FLIGHT_MAX) else {
-            count(&self.counters.over_limit);
-            return (transport == Transport::Stream).then(|| query.error(Rcode::Refused));
-        };
-        count(&self.counters.relayed);
-        match self.relay.ask(query, transport, &servers).await {
-            Some(reply) => {
-                lock(&self.cache).store(query, &reply, generation, Instant::now());
-                Some(reply)
-            }
-            None => {
-                count(&self.counters.failed);
-                Some(query.error(Rcode::ServFail))
-            }
+    async fn answer_from_upstream(
+        &self,
+        guest: PortId,
+        query: &Query<'_>,
+        transport: Transport,
+    ) -> Option<Vec<u8>> {
+        let servers = self.servers_for(Some(&query.name));
+        let question = ask::question_of(query, transport);
+        if let Question::Ours(key) = &question
+            && let Some((reply, age)) = lock(&self.cache).lookup(key, Instant::now())
+        {
+            count(&self.counters.from_cache);
+            return Some(reply.made_out(query, age));
         }
+        let refused = || {
+            count(&self.counters.over_limit);
+            (transport == Transport::Stream).then(|| query.error(Rcode::Refused))
+        };
+        let Some(mut place) = self.in_flight.take(guest) else { return refused() };
+        let answer = async {
+            match question {
+                Question::Ours(key) => {
+                    let reply = self.flights.join(&key, || self.ask_for_all(key.clone(), servers)).await?;
+                    Some(reply.made_out(query, 0))
+                }
+                Question::Theirs(..) => {
+                    count(&self.counters.relayed);
+                    let mut reply = self.relay.ask(&question, &servers).await?;
+                    wire::set_id(&mut reply, query.id());
+                    if self.leads_astray(&query.name, &reply) { None } else { Some(reply) }
+                }
+            }
+        };
+        let answer = tokio::select! {
+            answer = answer => answer,
+            () = place.lost() => return refused(),
+        };
+        Some(answer.unwrap_or_else(|| {
+            count(&self.counters.failed);
+            query.error(Rcode::ServFail)
+        }))
     }
 
-    fn take_stream_place(&self) -> Option<Place<'_>> {
-        Place::take(&self.streams, STREAMS_MAX)
+    /// Asks the resolvers, for whoever waits for the answer.
+    fn ask_for_all(&self, key: Key, servers: Arc<[Server]>) -> flights::Boxed {
+        count(&self.counters.relayed);
+        let (relay, cache, counters) =
+            (Arc::clone(&self.relay), Arc::clone(&self.cache), Arc::clone(&self.counters));
+        let generation = lock(&cache).generation();
+        let guarded = self.is_guarded(&key.name);
+        Box::pin(async move {
+            let question = Question::Ours(key.clone());
+            let bytes = relay.ask(&question, &servers).await?;
+            let reply = if guarded && rebind::leads_inside(&bytes) {
+                tracing::info!(
+                    name = key.name.text(),
+                    "an answer with an address of the inside is kept from guests"
+                );
+                count(&counters.rebinding);
+                Reply::empty(&key)
+            } else {
+                Reply::read(key.kind, &bytes)?
+            };
+            let reply = Arc::new(reply);
+            lock(&cache).store(&key, &reply, generation, Instant::now());
+            Some(reply)
+        })
+    }
+
+    /// Whether answers about `name` must not lead inside.
+    fn is_guarded(&self, name: &Name) -> bool {
+        let Some(inside) = &self.inside else { return false };
+        let allowed = inside.iter().any(|domain| name.suffixes().any(|suffix| suffix == domain.wire()));
+        !allowed && self.routes.of_domain(name).is_none()
+    }
+
+    fn leads_astray(&self, name: &Name, reply: &[u8]) -> bool {
+        let astray = self.is_guarded(name) && rebind::leads_inside(reply);
+        if astray {
+            count(&self.counters.rebinding);
+        }
+        astray
+    }
+
+    fn take_stream_place(&self, guest: PortId) -> Option<Place> {
+        self.streams.take(guest)
     }
 
     fn publish(&self, book: &mut Book) {
         book.serial = book.serial.wrapping_add(1);
-        let zones = Arc::new(Zones::build(book));
+        let (zones, records) = (Arc::new(Zones::build(book)), Arc::new(own_records(book)));
         *self.zones.write().unwrap_or_else(PoisonError::into_inner) = zones;
+        *self.records.write().unwrap_or_else(PoisonError::into_inner) = records;
     }
-}
 
-/// `localhost` and what is under it is the guest's own, whatever a resolver says (RFC 6761 §6.3).
-fn localhost(query: &Query<'_>) -> Option<Vec<u8>> {
-    if query.name.ends_in("localhost") {
-        let v4 = Data::Address(Ipv4Addr::LOCALHOST.into());
-        let v6 = Data::Address(Ipv6Addr::LOCALHOST.into());
-        let data: &[Data<'_>] = match query.kind {
-            kind::A => &[v4],
-            kind::AAAA => &[v6],
-            kind::ANY => &[v4, v6],
-            _ => &[],
-        };
-        return Some(query.answer(hosts::TTL, data));
-    }
-    let address = hosts::reversed(&query.name).filter(IpAddr::is_loopback)?;
-    let name = Name::from_text("localhost").filter(|_| address.is_loopback())?;
-    let data = [Data::Pointer(&name)];
-    Some(query.answer(hosts::TTL, if query.kind == kind::PTR { &data } else { &[] }))
-}
-
-/// One of a limited number of places, given back when dropped.
-struct Place<'a>(&'a AtomicUsize);
-
-impl<'a> Place<'a> {
-    fn take(taken: &'a AtomicUsize, limit: usize) -> Option<Self> {
-        let next = |n: usize| (n < limit).then(|| n.saturating_add(1));
-        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok().map(|_| Self(taken))
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+    /// `localhost` and what is under it is the guest's own, whatever a resolver says (RFC 6761 §6.3).
+    fn localhost(&self, query: &Query<'_>) -> Option<Vec<u8>> {
+        if query.name.ends_in("localhost") {
+            let v4 = Data::Address(Ipv4Addr::LOCALHOST.into());
+            let v6 = Data::Address(Ipv6Addr::LOCALHOST.into());
+            let data: &[Data<'_>] = match query.kind {
+                kind::A => &[v4],
+                kind::AAAA => &[v6],
+                kind::ANY => &[v4, v6],
+                _ => &[],
+            };
+            return Some(query.answer(hosts::TTL, data, &self.source));
+        }
+        let address = hosts::reversed(&query.name).filter(IpAddr::is_loopback)?;
+        let name = Name::from_text("localhost").filter(|_| address.is_loopback())?;
+        let data = [Data::Pointer(&name)];
+        Some(query.answer(hosts::TTL, if query.kind == kind::PTR { &data } else { &[] }, &self.source))
     }
 }
 
 /// A lock whose holder panicked still guards whole data: every critical section here is a single step.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does with `reply` what is done with a resolver's answer to `query`. For the fuzzer, which knows no private names.
+#[cfg(fuzzing)]
+pub fn read_any_reply(query: &[u8], reply: &[u8]) {
+    let Ok(query) = Query::parse(query) else { return };
+    let mut reply = reply.to_vec();
+    wire::set_id(&mut reply, query.id()); // guessed by a forger
+    let _ = rebind::leads_inside(&reply);
+    let found = wire::answers(query.bytes(), query.id(), &reply).is_some();
+    if let Some(read) = Reply::read(query.kind, &reply).filter(|_| found) {
+        let answer = read.made_out(&query, 1);
+        assert!(answer.starts_with(&query.id()) && wire::records(&answer).is_some());
+        let _ = query.fit(answer, 512);
+    }
 }

@@ -12,8 +12,10 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use portway_netstack::PortId;
+
 use super::Dns;
-use super::relay::Transport;
+use super::ask::Transport;
 
 /// Queries of one connection that wait for their answers.
 pub(super) const IN_FLIGHT_MAX: usize = 32;
@@ -23,9 +25,14 @@ pub(super) const IDLE: Duration = Duration::from_secs(10);
 const READ: usize = 4096;
 
 impl Dns {
-    /// Answers the queries of one connection until it ends. At `STREAMS_MAX` connections a new one is closed.
-    pub async fn serve_stream<S: AsyncRead + AsyncWrite + Unpin>(self: Arc<Self>, mut stream: S) {
-        let Some(_place) = self.take_stream_place() else { return };
+    /// Answers the queries of one connection of `guest` until it ends. At `STREAMS_MAX` connections it is closed, or another
+    /// of the guest that has most.
+    pub async fn serve_stream<S: AsyncRead + AsyncWrite + Unpin>(
+        self: Arc<Self>,
+        guest: PortId,
+        mut stream: S,
+    ) {
+        let Some(mut place) = self.take_stream_place(guest) else { return };
         let mut received: Vec<u8> = Vec::new();
         let mut answers: JoinSet<Option<Vec<u8>>> = JoinSet::new();
         let mut open = true;
@@ -35,7 +42,7 @@ impl Dns {
                 && let Some(query) = next_message(&mut received)
             {
                 let dns = Arc::clone(&self);
-                answers.spawn(async move { dns.answer(&query, Transport::Stream).await });
+                answers.spawn(async move { dns.answer(guest, &query, Transport::Stream).await });
                 idle_at = Instant::now() + IDLE;
             }
             if !open && answers.is_empty() {
@@ -57,6 +64,7 @@ impl Dns {
                     Err(_) => break,
                 },
                 () = sleep_until(idle_at), if answers.is_empty() => break,
+                () = place.lost() => break,
             }
         }
         // The other end is going or gone; a failed goodbye changes nothing.

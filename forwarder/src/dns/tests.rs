@@ -20,9 +20,14 @@ use super::*;
 mod bad_input;
 mod caching;
 mod hosts_file;
+mod limits;
 mod names;
+mod privacy;
 mod relaying;
+mod routing;
 mod streams;
+
+const GUEST: PortId = PortId(0);
 
 fn config() -> DnsConfig {
     DnsConfig {
@@ -35,8 +40,12 @@ fn config() -> DnsConfig {
             ("db.example".into(), ip("192.0.2.7")),
             ("deep.down.portway.internal".into(), ip("192.0.2.8")),
         ],
-        upstreams: Some(Vec::new()),
+        subnets: vec!["192.168.127.0/24".parse().unwrap()],
+        upstreams: asked(&[SocketAddr::from(([127, 0, 0, 1], 1))]), // nobody is there
+        rebind_protection: false,
+        private_domains: Vec::new(),
         resolv_conf: "/nonexistent/resolv.conf".into(),
+        uplinks: None,
         hosts: None,
     }
 }
@@ -64,7 +73,7 @@ fn with_edns(mut message: Message, payload: u16) -> Message {
 }
 
 async fn ask(dns: &Dns, message: &Message) -> Message {
-    let answer = dns.answer_datagram(&message.to_vec().unwrap()).await.expect("an answer");
+    let answer = dns.answer_datagram(GUEST, &message.to_vec().unwrap()).await.expect("an answer");
     let answer = Message::from_vec(&answer).expect("a well-formed answer");
     assert_eq!(answer.metadata.id, message.metadata.id);
     assert_eq!(answer.metadata.message_type, MessageType::Response);
@@ -84,18 +93,23 @@ fn code(answer: &Message) -> ResponseCode {
 }
 
 /// What a resolver does with one query; `None` is silence.
-type Script = Arc<dyn Fn(Message) -> Option<Vec<u8>> + Send + Sync>;
+type Script = Arc<dyn Fn(Message, bool) -> Option<Vec<u8>> + Send + Sync>;
 
 /// A resolver on loopback, UDP and TCP on one port.
 struct Resolver {
     address: SocketAddr,
-    /// Ids and source ports of the queries seen by UDP; `tcp` counts those by TCP.
-    seen: Arc<Mutex<Vec<(u16, u16)>>>,
+    /// Ids and source ports of the queries seen by UDP, and the names as they were spelt; `tcp` counts those by TCP.
+    seen: Arc<Mutex<Vec<(u16, u16, String)>>>,
     tcp: Arc<Mutex<usize>>,
 }
 
 impl Resolver {
     async fn start(script: impl Fn(Message) -> Option<Vec<u8>> + Send + Sync + 'static) -> Self {
+        Self::start_with(move |message, _| script(message)).await
+    }
+
+    /// A script that is told whether it was asked by TCP.
+    async fn start_with(script: impl Fn(Message, bool) -> Option<Vec<u8>> + Send + Sync + 'static) -> Self {
         let script: Script = Arc::new(script);
         let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = tcp.local_addr().unwrap();
@@ -108,8 +122,9 @@ impl Resolver {
             loop {
                 let (length, from) = udp.recv_from(&mut bytes).await.unwrap();
                 let message = Message::from_vec(&bytes[..length]).unwrap();
-                log.lock().unwrap().push((message.metadata.id, from.port()));
-                if let Some(reply) = answer(message) {
+                let spelt = message.queries[0].name().to_ascii();
+                log.lock().unwrap().push((message.metadata.id, from.port(), spelt));
+                if let Some(reply) = answer(message, false) {
                     udp.send_to(&reply, from).await.unwrap();
                 }
             }
@@ -123,7 +138,7 @@ impl Resolver {
                 let mut bytes = vec![0; usize::from(length)];
                 stream.read_exact(&mut bytes).await.unwrap();
                 *counter.lock().unwrap() += 1;
-                if let Some(reply) = script(Message::from_vec(&bytes).unwrap()) {
+                if let Some(reply) = script(Message::from_vec(&bytes).unwrap(), true) {
                     stream.write_u16(reply.len().try_into().unwrap()).await.unwrap();
                     stream.write_all(&reply).await.unwrap();
                 } else {
@@ -139,9 +154,14 @@ impl Resolver {
     }
 }
 
+/// For every name.
+fn asked(servers: &[SocketAddr]) -> Vec<Upstream> {
+    servers.iter().map(|address| Upstream { domain: None, server: Server::from(*address) }).collect()
+}
+
 fn dns_with(servers: &[&Resolver]) -> Arc<Dns> {
-    let upstreams = Some(servers.iter().map(|s| s.address).collect());
-    Dns::new(DnsConfig { upstreams, ..config() }).unwrap()
+    let servers: Vec<SocketAddr> = servers.iter().map(|s| s.address).collect();
+    Dns::new(DnsConfig { upstreams: asked(&servers), ..config() }).unwrap()
 }
 
 fn reply_to(asked: &Message, code: ResponseCode) -> Message {

@@ -30,6 +30,8 @@ const RD: u8 = 0x01;
 const RA: u8 = 0x80;
 const AD: u8 = 0x20;
 const CD: u8 = 0x10;
+/// Bit of a variant: the client's DO.
+const DO: u8 = 0x01;
 
 /// Record types and classes this program looks at.
 pub(super) mod kind {
@@ -90,6 +92,11 @@ impl Name {
         (wire.len() <= NAME_MAX).then(|| Self(wire.into()))
     }
 
+    /// The name with this wire form, which comes from another name.
+    pub(super) fn from_wire(wire: &[u8]) -> Self {
+        Self(wire.into())
+    }
+
     /// `label` under `parent`; `None` when the label is none or the whole is too long.
     pub(super) fn from_label(label: &str, parent: &Self) -> Option<Self> {
         let mut wire = Self::from_text(label)?.0.into_vec();
@@ -125,6 +132,15 @@ impl Name {
         Self(wire.into())
     }
 
+    /// The name as it is typed, without a dot at the end; bytes that are not printable as `?`.
+    pub(super) fn text(&self) -> String {
+        let labels =
+            self.suffixes().filter_map(|s| s.split_first().and_then(|(n, rest)| rest.get(..usize::from(*n))));
+        let shown = |b: &u8| if b.is_ascii_graphic() { char::from(*b) } else { '?' };
+        let labels = labels.filter(|l| !l.is_empty()).map(|l| l.iter().map(shown).collect::<String>());
+        labels.collect::<Vec<_>>().join(".")
+    }
+
     /// The bytes of the wire form, the root label included.
     pub(super) fn wire(&self) -> &[u8] {
         &self.0
@@ -136,6 +152,11 @@ impl Name {
             let (length, rest) = name.split_first()?;
             if *length == 0 { None } else { rest.get(usize::from(*length)..) }
         })
+    }
+
+    /// The parent of a name whose first label is `*`; `None` for every other name.
+    pub(super) fn below_wildcard(&self) -> Option<Self> {
+        self.0.strip_prefix(b"\x01*").map(|parent| Self(parent.into()))
     }
 
     /// Whether the last label is `label`.
@@ -250,7 +271,7 @@ impl<'a> Query<'a> {
         let [f2, f3] = self.flags;
         let plain = self.opt.is_none_or(|o| o.plain && o.version == 0);
         (f2 & RD != 0 && plain && self.bare)
-            .then(|| (f3 & (AD | CD)) | u8::from(self.opt.is_some_and(|o| o.dnssec_ok)))
+            .then(|| (f3 & (AD | CD)) | if self.opt.is_some_and(|o| o.dnssec_ok) { DO } else { 0 })
     }
 
     /// A query of this question alone: no flag but RD, no other record. What our zones are asked.
@@ -269,8 +290,9 @@ impl<'a> Query<'a> {
         answer
     }
 
-    /// An answer of `records`, which all bear the name of the question; none is NODATA.
-    pub(super) fn answer(&self, ttl: u32, records: &[Data<'_>]) -> Vec<u8> {
+    /// An answer of `records`, which all bear the name of the question. None is NODATA, with the SOA of a zone that begins at
+    /// the name, so that it may be kept (RFC 2308 §3).
+    pub(super) fn answer(&self, ttl: u32, records: &[Data<'_>], source: &Source) -> Vec<u8> {
         let [f2, f3] = self.flags;
         let count = u16::try_from(records.len()).unwrap_or(u16::MAX);
         let mut answer = header(self.id(), QR | (f2 & RD), RA | (f3 & CD), [1, count, 0, 0]);
@@ -291,6 +313,13 @@ impl<'a> Query<'a> {
                 Data::Pointer(name) => put(kind::PTR, name.wire()),
             }
         }
+        if records.is_empty() {
+            answer.extend_from_slice(&[0xc0, 0x0c]);
+            answer.extend_from_slice(&source.soa);
+            if let Some(slot) = answer.get_mut(8..10) {
+                slot.copy_from_slice(&1_u16.to_be_bytes());
+            }
+        }
         self.push_opt(&mut answer, 0);
         answer
     }
@@ -304,10 +333,7 @@ impl<'a> Query<'a> {
         if let Some(slot) = answer.get_mut(10..12) {
             slot.copy_from_slice(&count.to_be_bytes());
         }
-        let [p0, p1] = OUR_PAYLOAD.to_be_bytes();
-        let dnssec_ok = if opt.dnssec_ok { 0x80 } else { 0 };
-        let [k0, k1] = kind::OPT.to_be_bytes();
-        answer.extend_from_slice(&[0, k0, k1, p0, p1, rcode_high, 0, dnssec_ok, 0, 0, 0]);
+        push_opt_record(answer, rcode_high, opt.dnssec_ok);
     }
 
     /// `answer` if it fits into `limit` bytes, else its header with TC, the question, and OPT (RFC 2181 §9: a
@@ -322,22 +348,101 @@ impl<'a> Query<'a> {
         self.push_opt(&mut cut, 0);
         cut
     }
+}
 
-    /// Whether `reply` answers the query that was sent with `id`: an answer, the id, and the same question
-    /// (RFC 5452 §9.1; names without case).
-    pub(super) fn is_answered_by(&self, id: [u8; 2], reply: &[u8]) -> bool {
-        let Some(&[i0, i1, f2, _, q0, q1, ..]) = reply.first_chunk::<HEADER>() else { return false };
-        if [i0, i1] != id || f2 & QR == 0 || f2 & OPCODE != 0 {
-            return false;
+/// How well an answer fits what was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Match {
+    /// To the letter.
+    Exact,
+    /// But for the case of letters in the name.
+    OtherLetters,
+}
+
+/// Whether `reply` answers `sent`, whose id was `id`: an answer, the id, and the same question (RFC 5452 §9.1).
+pub(super) fn answers(sent: &[u8], id: [u8; 2], reply: &[u8]) -> Option<Match> {
+    let &[i0, i1, f2, _, q0, q1, ..] = reply.first_chunk::<HEADER>()?;
+    if [i0, i1] != id || f2 & QR == 0 || f2 & OPCODE != 0 {
+        return None;
+    }
+    let (asked, ours) = (read_question(sent)?, u16::from_be_bytes([q0, q1]));
+    match ours {
+        1 => {
+            let got = read_question(reply)?;
+            let same = (&got.1, got.2, got.3) == (&asked.1, asked.2, asked.3);
+            let exact = got.0 == asked.0;
+            same.then_some(if exact { Match::Exact } else { Match::OtherLetters })
         }
-        match u16::from_be_bytes([q0, q1]) {
-            1 => read_question(reply).is_some_and(|(_, name, kind, class)| {
-                name == self.name && kind == self.kind && class == self.class
-            }),
-            // Some servers leave the question out of an error; no record can come with it.
-            0 => reply.len() == HEADER && rcode(reply) != Rcode::NoError as u8,
-            _ => false,
+        // Some servers leave the question out of an error; no record can come with it.
+        0 => (reply.len() == HEADER && rcode(reply) != Rcode::NoError as u8).then_some(Match::Exact),
+        _ => None,
+    }
+}
+
+/// A query of our own for `name`, with the bits of `variant` ([`Query::variant`]). The letters of the name are turned where
+/// `mix` has a bit set; `edns` adds an OPT record, which says what we take.
+pub(super) fn recursive(
+    id: [u8; 2],
+    name: &Name,
+    (kind, class): (u16, u16),
+    variant: u8,
+    mix: &[u8; 32],
+    edns: bool,
+) -> Vec<u8> {
+    let mut bytes = header(id, RD, variant & (AD | CD), [1, 0, 0, u16::from(edns)]);
+    let bits = mix.iter().flat_map(|byte| (0..8).map(move |n| byte >> n & 1 == 1));
+    // Length bytes are at most 63 and thus no letters.
+    let turned = name.wire().iter().zip(bits).map(|(b, turn)| if turn { b.to_ascii_uppercase() } else { *b });
+    bytes.extend(turned);
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    bytes.extend_from_slice(&class.to_be_bytes());
+    if edns {
+        push_opt_record(&mut bytes, 0, variant & DO != 0);
+    }
+    bytes
+}
+
+/// An answer without records to a question for `name`.
+pub(super) fn empty_answer(name: &Name, (kind, class): (u16, u16)) -> Vec<u8> {
+    let mut bytes = header([0, 0], QR | RD, RA, [1, 0, 0, 0]);
+    bytes.extend_from_slice(name.wire());
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    bytes.extend_from_slice(&class.to_be_bytes());
+    bytes
+}
+
+/// Whether `message` bears an OPT record.
+pub(super) fn has_opt(message: &[u8]) -> bool {
+    records(message).is_some_and(|all| all.iter().any(|r| r.kind == kind::OPT))
+}
+
+fn push_opt_record(message: &mut Vec<u8>, rcode_high: u8, dnssec_ok: bool) {
+    let [p0, p1] = OUR_PAYLOAD.to_be_bytes();
+    let [k0, k1] = kind::OPT.to_be_bytes();
+    let dnssec_ok = if dnssec_ok { 0x80 } else { 0 };
+    message.extend_from_slice(&[0, k0, k1, p0, p1, rcode_high, 0, dnssec_ok, 0, 0, 0]);
+}
+
+/// Who says what is written by hand: the SOA record of such answers, from its type on.
+#[derive(Debug, Clone)]
+pub(super) struct Source {
+    soa: Vec<u8>,
+}
+
+impl Source {
+    /// The SOA of `server`, whose negative answers are kept for `ttl` seconds.
+    pub(super) fn new(server: &Name, contact: &Name, ttl: u32) -> Self {
+        let mut data = [server.wire(), contact.wire()].concat();
+        for number in [1, 3600, 600, 86_400, ttl] {
+            data.extend_from_slice(&number.to_be_bytes());
         }
+        let mut soa = Vec::with_capacity(data.len().saturating_add(10));
+        soa.extend_from_slice(&kind::SOA.to_be_bytes());
+        soa.extend_from_slice(&kind::IN.to_be_bytes());
+        soa.extend_from_slice(&ttl.to_be_bytes());
+        soa.extend_from_slice(&u16::try_from(data.len()).unwrap_or(0).to_be_bytes());
+        soa.extend(data);
+        Self { soa }
     }
 }
 

@@ -4,8 +4,8 @@
 //! Book (what is named) ─► Zones::build ─► hickory Catalog, never changed again ─► answer
 //! ```
 //! A change builds a new `Zones`; queries under way finish on the old one. Every zone has a SOA, so that "no such
-//! name" (NXDOMAIN) and "no such type" (NODATA) are both answered as RFC 2308 wants them. Each of our addresses is
-//! a reverse zone of its own: the rest of its network stays with the host's resolvers.
+//! name" (NXDOMAIN) and "no such type" (NODATA) are both answered as RFC 2308 wants them. The reverse names of the guests'
+//! networks are ours as a whole: what is not there is nowhere, and nobody outside is asked about it (RFC 6303).
 //! No transfers, no updates, no DNSSEC. ANY gives the records of one type (RFC 8482 §4.1).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -21,6 +21,8 @@ use hickory_server::net::xfer::Protocol;
 use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
 use hickory_server::store::in_memory::InMemoryZoneHandler;
 use hickory_server::zone_handler::{AxfrPolicy, Catalog, MessageResponse, ZoneHandler, ZoneType};
+
+use portway_netstack::Subnet;
 
 use super::wire::{self, Name, Query, Rcode};
 
@@ -39,8 +41,19 @@ pub(super) struct Book {
     /// Guests by the one label of their name, which is lower case.
     pub(super) guests: BTreeMap<String, Vec<IpAddr>>,
     /// The operator's records; those under an origin replace what is there.
-    pub(super) records: Vec<(Name, IpAddr)>,
+    pub(super) records: Vec<OwnRecord>,
+    /// The guests' networks.
+    pub(super) subnets: Vec<Subnet>,
     pub(super) serial: u32,
+}
+
+/// One record of the operator's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct OwnRecord {
+    pub(super) name: Name,
+    pub(super) address: IpAddr,
+    /// Made while the network runs, and not in the configuration.
+    pub(super) live: bool,
 }
 
 /// The zones at one point in time.
@@ -64,11 +77,12 @@ impl Zones {
             addresses.extend(child("gateway", origin).map(|name| (name, book.gateway.clone())));
             addresses.extend(child("host", origin).map(|name| (name, book.host.clone())));
             let under = |name: &Name| name.suffixes().any(|suffix| suffix == origin.wire());
-            for (name, _) in book.records.iter().filter(|(name, _)| under(name)) {
-                addresses.insert(name.clone(), Vec::new());
+            let records = || book.records.iter().filter(|record| under(&record.name));
+            for record in records() {
+                addresses.insert(record.name.clone(), Vec::new());
             }
-            for (name, address) in book.records.iter().filter(|(name, _)| under(name)) {
-                addresses.entry(name.clone()).or_default().push(*address);
+            for record in records() {
+                addresses.entry(record.name.clone()).or_default().push(record.address);
             }
             let data = addresses.into_iter().flat_map(|(name, known)| {
                 known.into_iter().map(move |address| {
@@ -87,10 +101,20 @@ impl Zones {
         }
         reverse.extend(book.host.iter().map(|&address| (address, child("host", domain))));
         reverse.extend(book.gateway.iter().map(|&address| (address, server.clone())));
+        let covers: Vec<Name> = book.subnets.iter().flat_map(|subnet| reverse_zones(*subnet)).collect();
+        let mut pointers: HashMap<&Name, Vec<(Name, RData)>> =
+            covers.iter().map(|c| (c, Vec::new())).collect();
         for (address, target) in reverse {
-            let origin = Name::reverse(address);
+            let name = Name::reverse(address);
             let Some(target) = target.as_ref().and_then(hickory_name) else { continue };
-            zones.add(&origin, server.as_ref(), book.serial, vec![(origin.clone(), RData::PTR(PTR(target)))]);
+            let pointer = (name.clone(), RData::PTR(PTR(target)));
+            match covers.iter().find(|cover| name.suffixes().any(|suffix| suffix == cover.wire())) {
+                Some(cover) => pointers.entry(cover).or_default().push(pointer),
+                None => zones.add(&name, server.as_ref(), book.serial, vec![pointer]),
+            }
+        }
+        for (cover, data) in pointers {
+            zones.add(cover, server.as_ref(), book.serial, data);
         }
         zones
     }
@@ -151,6 +175,28 @@ impl Zones {
     }
 }
 
+/// The zones that hold the reverse names of `subnet` and no others: reverse names are cut at whole octets (IPv4) or digits
+/// (IPv6), so a prefix between two cuts takes up to 128 zones.
+fn reverse_zones(subnet: Subnet) -> Vec<Name> {
+    let (step, bits, labels) = if subnet.network().is_ipv4() { (8, 32, 4) } else { (4, 128, 32) };
+    let prefix = u32::from(subnet.prefix());
+    let cut = prefix.next_multiple_of(step);
+    (0..1_u32 << (cut - prefix))
+        .filter_map(|n| {
+            let address = match subnet.network() {
+                IpAddr::V4(a) => IpAddr::V4((u32::from(a) | n.checked_shl(bits - cut).unwrap_or(0)).into()),
+                IpAddr::V6(a) => {
+                    IpAddr::V6((u128::from(a) | u128::from(n).checked_shl(bits - cut).unwrap_or(0)).into())
+                }
+            };
+            let kept = labels - usize::try_from((bits - cut) / step).ok()?;
+            let name = Name::reverse(address);
+            let zone = name.suffixes().nth(labels - kept)?;
+            Some(Name::from_wire(zone))
+        })
+        .collect()
+}
+
 /// `label` under `parent`; `None` when that is too long for a name.
 fn child(label: &str, parent: &Name) -> Option<Name> {
     Name::from_label(label, parent)
@@ -189,5 +235,25 @@ impl ResponseHandler for Capture {
         let info = response.destructive_emit(&mut encoder)?;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = bytes;
         Ok(info)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reverse_names_of_a_subnet_are_zones_cut_at_octets_and_digits() {
+        let zones =
+            |subnet: &str| reverse_zones(subnet.parse().unwrap()).iter().map(Name::text).collect::<Vec<_>>();
+        assert_eq!(zones("192.168.127.0/24"), ["127.168.192.in-addr.arpa"]);
+        assert_eq!(zones("10.0.0.0/8"), ["10.in-addr.arpa"]);
+        assert_eq!(zones("172.16.0.0/15"), ["16.172.in-addr.arpa", "17.172.in-addr.arpa"]);
+        let small = zones("192.168.127.8/29");
+        assert_eq!(
+            (small.len(), &small[0][..], &small[7][..]),
+            (8, "8.127.168.192.in-addr.arpa", "15.127.168.192.in-addr.arpa")
+        );
+        assert_eq!(zones("fd00:1:2:3::/64"), ["3.0.0.0.2.0.0.0.1.0.0.0.0.0.d.f.ip6.arpa"]);
     }
 }

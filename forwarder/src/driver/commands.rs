@@ -16,16 +16,21 @@ impl Driver {
             ran = true;
             match command {
                 HostCommand::Connect { flow, target: HostTarget::Address(to) } => self.connect(flow, to),
-                HostCommand::Connect { flow, target: HostTarget::Service(Service::Dns) } => {
-                    self.serve_dns(flow)
+                HostCommand::Connect { flow, target: HostTarget::Service(service) } => {
+                    self.serve_by_control(flow, service)
                 }
                 HostCommand::ShutdownWrite { flow } => {
                     if let Some(host) = self.host_flow(flow) {
                         host.stream.shutdown_write();
                     }
                 }
-                HostCommand::Close { flow } => drop(self.take_flow(flow)),
+                HostCommand::Close { flow } => {
+                    self.handing.retain(|f| *f != flow);
+                    drop(self.take_flow(flow));
+                }
                 HostCommand::Reset { flow } => {
+                    // Whoever is asked to take it is too late.
+                    self.handing.retain(|f| *f != flow);
                     if let Some(host) = self.take_flow(flow) {
                         host.stream.reset();
                     }
@@ -45,13 +50,39 @@ impl Driver {
     }
 
     pub(super) fn connect(&mut self, flow: FlowId, to: SocketAddr) {
+        if let Some(taker) = self.outgoing.iter().find(|o| o.takes(to)) {
+            let path = taker.path.clone();
+            if self.slow.try_send(Slow::HandOver { flow, to, path }).is_ok() {
+                self.handing.push(flow);
+            } else {
+                let error = portway_netstack::ConnectError::Exhausted;
+                self.stack.handle_host(self.now, HostEvent::Failed { flow, error });
+            }
+            return;
+        }
         let fallback = other_loopback(to);
-        match HostStream::connect(to) {
+        match HostStream::connect(to, self.outbound, self.keep_alive) {
             Ok(stream) => {
                 // Loopback answers inside `connect`: the flow is served at once, without waiting for the event.
                 self.adopt(HostFlow { fallback, ..HostFlow::dialing(flow, stream) });
             }
             Err(error) => self.not_connected(flow, fallback, &error),
+        }
+    }
+
+    /// Whoever was asked to take a flow has answered.
+    pub(super) fn handed_over(&mut self, flow: FlowId, stream: Option<std::os::unix::net::UnixStream>) {
+        let Some(place) = self.handing.iter().position(|f| *f == flow) else { return };
+        self.handing.swap_remove(place);
+        match stream {
+            Some(stream) => {
+                let stream = HostStream::Unix(mio::net::UnixStream::from_std(stream));
+                self.adopt(HostFlow::dialing(flow, stream));
+            }
+            None => {
+                let error = portway_netstack::ConnectError::Refused;
+                self.stack.handle_host(self.now, HostEvent::Failed { flow, error });
+            }
         }
     }
 
@@ -70,7 +101,9 @@ impl Driver {
     }
 
     /// The other end of the flow is a stream that the control thread serves.
-    fn serve_dns(&mut self, flow: FlowId) {
+    fn serve_by_control(&mut self, flow: FlowId, service: Service) {
+        let guest = self.stack.guest_of_flow(flow).map(|g| g.ip());
+        let Some(port) = self.stack.port_of(flow) else { return };
         let made = std::os::unix::net::UnixStream::pair().and_then(|(ours, theirs)| {
             crate::fd::within_share(&theirs)?;
             ours.set_nonblocking(true)?;
@@ -78,7 +111,10 @@ impl Driver {
             Ok((ours, theirs))
         });
         let failed = match made {
-            Ok((ours, theirs)) => match self.slow.try_send(Slow::DnsStream(theirs)) {
+            Ok((ours, theirs)) => match self.slow.try_send(match (service, guest) {
+                (Service::Api, Some(guest)) => Slow::ApiStream(theirs, guest),
+                _ => Slow::DnsStream(port, theirs),
+            }) {
                 Ok(()) => {
                     self.adopt(HostFlow::dialing(
                         flow,

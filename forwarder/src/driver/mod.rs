@@ -13,9 +13,11 @@
 //! come in as [`Request`]s and go out as [`Slow`]s.
 
 mod alarm;
+mod backlog;
 mod commands;
 mod flows;
 mod join;
+mod names;
 mod ping;
 mod requests;
 mod routes;
@@ -30,10 +32,13 @@ use mio::{Events, Poll, Token};
 use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
 
 use self::alarm::Alarm;
+use self::backlog::Backlog;
+pub use self::backlog::Waiting;
 pub(crate) use self::requests::PORTS;
 use self::routes::Routes;
 use self::udp::UdpSockets;
-use crate::config::{Config, LinkConfig};
+use crate::capture::Capture;
+use crate::config::{Config, GuestApi, LinkAddress, LinkConfig, LinkKind};
 use crate::events::{Event, EventQueue};
 use crate::host::HostFlow;
 use crate::link::{Carrier, Link, LinkState, Tokens};
@@ -49,11 +54,30 @@ pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls!
 #[derive(Debug)]
 pub enum Slow {
     /// A guest's DNS query; the answer comes back as [`Request::DnsAnswer`].
-    Dns(DnsTicket, Vec<u8>),
-    /// A guest's connection to the DNS service.
-    DnsStream(std::os::unix::net::UnixStream),
-    /// The leases as they are now: to be kept, and their names to be known.
-    Leases(Vec<portway_netstack::dhcp::LeaseReport>, Vec<(String, std::net::IpAddr)>),
+    Dns(DnsTicket, Vec<u8>, Waiting),
+    /// The connection of a guest, that on this port, to the DNS service.
+    DnsStream(PortId, std::os::unix::net::UnixStream),
+    /// A guest's connection to the gateway's port 80, and the guest.
+    ApiStream(std::os::unix::net::UnixStream, std::net::IpAddr),
+    /// A guest's connection that a program behind a unix socket is to take; the answer comes back as
+    /// [`Request::HandedOver`].
+    HandOver {
+        /// The flow.
+        flow: FlowId,
+        /// Its destination.
+        to: std::net::SocketAddr,
+        /// The program's socket.
+        path: std::path::PathBuf,
+    },
+}
+
+/// The leases as they are now, and the names they give: to be kept, and to be known to DNS.
+#[derive(Debug, Clone, Default)]
+pub struct LeaseBook {
+    /// Every lease.
+    pub leases: Vec<portway_netstack::dhcp::LeaseReport>,
+    /// Names and their addresses, no name twice.
+    pub names: Vec<(String, std::net::IpAddr)>,
 }
 
 /// Slow things that may wait for the control thread; at it DNS queries are dropped, and the guest asks again.
@@ -119,11 +143,23 @@ pub struct Driver {
     links: Vec<Link>,
     /// As they were configured; links that came to the listener of another are not among them.
     link_configs: Vec<LinkConfig>,
+    /// What VMs are that come through the API.
+    attached: LinkConfig,
+    /// Whether the end of a configured VM's link is ours.
+    ends_with_vm: bool,
+    /// Whether we stay without a link.
+    stays: bool,
+    vpnkit_macs: Vec<(String, Mac)>,
     /// By flow slot.
     flows: Vec<Option<HostFlow>>,
     /// Flows with news from their sockets.
     ready: VecDeque<FlowId>,
     udp: UdpSockets,
+    /// Destinations that are handed over, and flows whose takers have not answered yet.
+    outgoing: Vec<crate::personality::vpnkit::Outgoing>,
+    handing: Vec<FlowId>,
+    /// The address outgoing connections leave from.
+    outbound: Option<std::net::Ipv4Addr>,
     /// News of the host's routes, where guests' depend on them.
     routes: Option<Routes>,
     published: Vec<Option<Published>>,
@@ -134,12 +170,21 @@ pub struct Driver {
     starved: bool,
     requests: mpsc::Receiver<Request>,
     slow: tokio::sync::mpsc::Sender<Slow>,
-    names: Vec<(String, std::net::IpAddr)>,
+    backlog: Backlog,
+    /// After which idle time the host's end of a connection is asked for.
+    keep_alive: Option<std::time::Duration>,
+    /// Where leases are told. Only the newest matters, so a slow reader misses nothing but what is over.
+    leases: tokio::sync::watch::Sender<LeaseBook>,
     events: EventQueue,
     /// Where sockets may be made from now on; `None` while the process starts, when the configuration says where.
-    allowed: Option<crate::sandbox::paths::Paths>,
+    allowed: Option<std::sync::Arc<crate::sandbox::paths::Paths>>,
     /// Whether VMs may still come when there is none.
     joinable: bool,
+    /// Address and MAC of every lease that has been told, sorted.
+    known_leases: Vec<(std::net::Ipv4Addr, Mac)>,
+    captures: Vec<std::sync::Arc<Capture>>,
+    /// Frames lost by captures that have ended.
+    capture_lost: u64,
     ending: bool,
 }
 
@@ -160,12 +205,19 @@ impl Driver {
             subnet: config.subnet,
             gateway: config.gateway,
             host_alias: config.host_alias,
-            gateway_mac: portway_netstack::Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
-            domain: crate::DOMAIN.to_owned(),
-            search,
+            gateway_mac: config.particulars.gateway_mac,
+            services: config.particulars.services.clone(),
+            domain: config.particulars.domain.clone(),
+            search: match &config.dns_search {
+                Some(search) => search.clone(),
+                None => [config.particulars.search.clone(), search].concat(),
+            },
+            ntp: config.ntp.clone(),
+            lease_time: config.lease_time,
             static_leases: config.static_lease.clone(),
             host_loopback: config.host_loopback,
             metadata: config.metadata,
+            guest_api: config.guest_api != GuestApi::Off,
             ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || routes::has_ipv6())),
             udp: config.udp.clone(),
             limits: config.limits.clone(),
@@ -201,9 +253,24 @@ impl Driver {
             now: Instant::ZERO,
             links,
             link_configs: config.links.clone(),
+            attached: LinkConfig {
+                kind: LinkKind::Stdio,
+                address: LinkAddress::Stdio,
+                name: None,
+                ip: None,
+                mtu: config.attached_mtu,
+                isolate: false,
+                offload: false,
+            },
+            ends_with_vm: config.ends_with_vm,
+            stays: config.stays,
+            vpnkit_macs: config.vpnkit_macs.clone(),
             flows: Vec::new(),
             ready: VecDeque::new(),
-            udp: UdpSockets::new(),
+            udp: UdpSockets::new(config.particulars.outbound),
+            outgoing: config.particulars.outgoing.clone(),
+            handing: Vec::new(),
+            outbound: config.particulars.outbound,
             routes,
             published: Vec::new(),
             entrances: Vec::new(),
@@ -211,21 +278,44 @@ impl Driver {
             starved: false,
             requests,
             slow,
-            names: Vec::new(),
+            backlog: Backlog::new(),
+            keep_alive: config.limits.tcp_keepalive,
+            leases: tokio::sync::watch::Sender::default(),
             events: EventQueue::default(),
             allowed: None,
             joinable: config.join.is_some(),
+            known_leases: Vec::new(),
+            captures: Vec::new(),
+            capture_lost: 0,
             ending: false,
         })
+    }
+
+    /// Tells events to `events` from now on.
+    pub fn tell_events(&mut self, events: EventQueue) {
+        self.events = events;
     }
 
     /// Takes leases of an earlier run back.
     pub fn restore_leases(&mut self, leases: Vec<portway_netstack::dhcp::LeaseReport>) {
         self.stack.restore_leases(self.now, leases);
+        self.tell_leases();
+    }
+
+    /// Where leases are told when they change.
+    #[must_use]
+    pub fn watch_leases(&self) -> tokio::sync::watch::Receiver<LeaseBook> {
+        self.leases.subscribe()
+    }
+
+    /// The leases as they are now.
+    #[must_use]
+    pub fn lease_reports(&self) -> Vec<portway_netstack::dhcp::LeaseReport> {
+        self.stack.leases(self.now)
     }
 
     /// From now on sockets are made only where `allowed` says.
-    pub(crate) fn confine(&mut self, allowed: crate::sandbox::paths::Paths) {
+    pub(crate) fn confine(&mut self, allowed: std::sync::Arc<crate::sandbox::paths::Paths>) {
         self.allowed = Some(allowed);
     }
 
@@ -237,7 +327,7 @@ impl Driver {
         let mut events = Events::with_capacity(1024);
         self.tick();
         let mut busy = self.pump();
-        while !self.ending && (self.joinable || !self.links.iter().all(|l| l.ended)) {
+        while !self.ending && (self.joinable || self.stays || !self.links.iter().all(|l| l.ended)) {
             let patience = if busy { Some(std::time::Duration::ZERO) } else { self.patience() };
             match self.poll.poll(&mut events, patience) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -285,8 +375,7 @@ impl Driver {
                 let n = n / Tokens::COUNT;
                 if let Some(link) = self.links.get_mut(n) {
                     let was_up = link.is_up();
-                    let readable = event.is_readable() || event.is_error() || event.is_read_closed();
-                    match link.note(event.token(), readable, event.is_writable(), self.poll.registry()) {
+                    match link.note(event, self.poll.registry()) {
                         LinkState::Same => self.note_link_up(n, was_up),
                         LinkState::Gone => self.take_down(n),
                         LinkState::Restarted => self.restart(n),
@@ -387,8 +476,10 @@ impl Driver {
         let Some((link, after)) = rest.split_first_mut() else { return false };
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
-        let entrances = &self.entrances;
-        let state = link.receive(|frame, offload| {
+        let (entrances, backlog) = (&self.entrances, &self.backlog);
+        let mut panicked = false;
+        let mut take = |frame: &[u8], offload: portway_netstack::Offload| {
+            crate::last_net::on_purpose(frame.get(42..).unwrap_or_default());
             let (whole, mut handled);
             handled = stack.handle_frame(now, port, frame);
             if let Handled::Whole(packet) = handled {
@@ -401,7 +492,10 @@ impl Driver {
                 Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
                 Handled::Dns { guest, asked, query } => {
                     // At the limit the query is dropped: the guest asks again.
-                    let _ = slow.try_send(Slow::Dns(DnsTicket { guest, asked, port }, query.to_vec()));
+                    if let Some(waiting) = backlog.admit(port) {
+                        let ticket = DnsTicket { guest, asked, port };
+                        let _ = slow.try_send(Slow::Dns(ticket, query.to_vec(), waiting));
+                    }
                 }
                 Handled::Forward(to) => {
                     for other in before.iter_mut().chain(after.iter_mut()) {
@@ -414,13 +508,25 @@ impl Driver {
                     }
                 }
             }
+        };
+        let state = link.receive(|frame, offload| {
+            // What such a frame left half done is this link's, and goes with it; so do the frames behind it.
+            panicked = panicked || crate::last_net::caught(|| take(frame, offload)).is_none();
         });
         udp.flush();
         self.tell_faults();
-        if state == LinkState::Gone {
+        if state == LinkState::Gone || panicked {
             self.take_down(n);
         } else if let Some(hello) = self.links[n].take_hello() {
             let answer = self.admit(hello);
+            if let Ok(mac) = answer
+                && let Some(old) =
+                    (0..self.links.len()).find(|i| *i != n && self.links[*i].given() == Some(mac))
+            {
+                // A VM that comes again before its first connection ended is one VM: rootlesskit asks for its address on
+                // a connection of its own.
+                self.take_down(old);
+            }
             if self.links[n].answer(answer) == LinkState::Gone {
                 self.take_down(n);
             }
@@ -430,7 +536,9 @@ impl Driver {
 
     /// The MAC of a guest that came by a handshake, or why it may not come in.
     fn admit(&mut self, hello: crate::link::vpnkit::Hello) -> Result<Mac, String> {
-        let mac = hello.mac();
+        let uuid = hello.uuid.map(|u| String::from_utf8_lossy(&u).to_ascii_lowercase());
+        let known = self.vpnkit_macs.iter().find(|(u, _)| uuid.as_ref() == Some(u));
+        let mac = known.map_or_else(|| hello.mac(), |(_, mac)| *mac);
         if let Some(ip) = hello.address {
             self.stack.prefer_address(self.now, mac, ip).map_err(|e| e.to_string())?;
         }
@@ -440,13 +548,21 @@ impl Driver {
     /// Makes links of the VMs that came to the listener of link `n`.
     fn welcome(&mut self, n: usize) {
         while let Some(fd) = self.links[n].take_arrival() {
-            let Some(config) = self.link_configs.get(n) else { return };
+            let Some(config) = self.link_configs.get(n).cloned() else { return };
+            self.attach(&config, fd);
+        }
+    }
+
+    /// Makes a link like `config` of a VM that came by `fd`. At the limit it is sent away.
+    pub(super) fn attach(&mut self, config: &LinkConfig, fd: std::os::fd::OwnedFd) -> bool {
+        {
             // The place of one that is gone, or a new one.
             let configured = self.link_configs.len();
-            let place = (configured..self.links.len()).find(|i| self.links[*i].ended);
+            let place = (configured..self.links.len())
+                .find(|i| self.links[*i].ended && self.links[*i].mtu() == config.mtu);
             if place.is_none() && self.links.len() - configured >= ARRIVALS {
-                tracing::warn!(most = ARRIVALS, "too many VMs on one listener: one was sent away");
-                continue;
+                tracing::warn!(most = ARRIVALS, "too many VMs came by themselves: one was sent away");
+                return false;
             }
             let index = place.unwrap_or(self.links.len());
             let port = match place {
@@ -463,11 +579,15 @@ impl Driver {
                 Ok(link) => self.links.push(link),
                 Err(error) => {
                     tracing::warn!(%error, "a VMM could not be attached");
-                    continue;
+                    return false;
                 }
+            }
+            if !self.captures.is_empty() {
+                self.tap_links();
             }
             self.note_link_up(index, false);
         }
+        true
     }
 
     /// Writes link `n` until the stack has nothing more or the VMM takes no more.
@@ -512,6 +632,10 @@ impl Driver {
         self.stack.port_down(link.port);
         link.detach(self.poll.registry());
         self.events.push(Event::LinkDown(label));
+        let configured = self.link_configs.get(n);
+        if self.ends_with_vm && configured.is_some_and(|c| c.kind != LinkKind::Vpnkit) {
+            self.ending = true;
+        }
         self.note_link_up(n, false);
     }
 

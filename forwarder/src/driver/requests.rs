@@ -1,16 +1,19 @@
 //! What the control thread asks, and its answers.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
-use portway_api::control::{FlowInfo, LeaseInfo, LinkStats, PortInfo, Protocol, Stats};
-use portway_netstack::{Direction, FlowState, Netstack};
+use portway_api::control::{LeaseInfo, LinkInfo, LinkStats, PortInfo, Stats};
+use portway_netstack::{Mac, Netstack, Reach};
 
-use super::{Driver, Entrance, Kind, Slow, token};
+use super::{Driver, Entrance, Kind, LeaseBook, names, token};
+use crate::capture::{CAPTURES, Capture};
 use crate::events::Event;
+use crate::host::{HostFlow, HostStream};
 use crate::link::Link;
 use crate::publish::spec::{GuestName, HostEnd, PublishSpec};
 use crate::publish::{self, Published};
-use crate::request::{PublishError, Request};
+use crate::request::{CaptureError, FlowReports, PublishError, Request, TunnelEnd};
 
 /// Ports that may be published at once.
 pub(crate) const PORTS: usize = 16_384;
@@ -38,13 +41,33 @@ impl Driver {
                 Request::Unpublish { spec, reply } => drop(reply.send(self.unpublish(&spec))),
                 Request::Ports { reply } => drop(reply.send(self.ports())),
                 Request::Leases { reply } => drop(reply.send(self.leases())),
-                Request::Flows { reply } => drop(reply.send(self.list_flows())),
+                Request::Flows { reply } => drop(reply.send(self.flow_reports())),
+                Request::Links { reply } => drop(reply.send(self.link_infos())),
+                Request::Reach { to, reply } => drop(reply.send(self.reach(to))),
+                Request::Capture { capture, reply } => drop(reply.send(self.capture(capture))),
+                Request::EndCaptures => self.end_captures(),
+                Request::Attach { fd } => {
+                    let config = self.attached.clone();
+                    self.attach(&config, fd);
+                }
+                Request::Tunnel { to, stream } => self.tunnel(to, stream),
+                Request::Macs { reply } => drop(reply.send(self.stack.macs().collect())),
                 Request::Stats { reply } => drop(reply.send(self.stats())),
+                Request::Search { domains } => self.stack.set_search(domains),
                 Request::DnsAnswer { ticket, answer } => {
                     if let Some(sink) = Self::sink(&mut self.links, ticket.port) {
                         self.stack.dns_answer(ticket.guest, ticket.asked, ticket.port, &answer, sink);
                     }
                 }
+                Request::GuestAddress { guest, reply } => drop(reply.send(self.guest_address(&guest))),
+                Request::Note(event) => self.events.push(event),
+                // Without an agent service there are no agents.
+                Request::Agents { reply } => drop(reply.send(Vec::new())),
+                Request::Await { reply, .. } => {
+                    drop(reply.send(Err(PublishError::NoAgent("waiting".into()))))
+                }
+                Request::HandedOver { flow, stream } => self.handed_over(flow, stream),
+                Request::GatewayForwards(forwards) => self.stack.set_gateway_forwards(forwards),
                 Request::Join { link, publish, reply } => {
                     // One who has gone meanwhile does not stay.
                     if let Err(Ok((port, _))) = reply.send(self.join(&link, publish)) {
@@ -62,15 +85,16 @@ impl Driver {
     }
 
     fn publish_one(&mut self, spec: &PublishSpec, n: u16) -> Result<PortInfo, PublishError> {
+        if spec.needs_agent() {
+            return Err(PublishError::NoAgent(spec.to_string()));
+        }
         if let GuestName::Name(name) = &spec.guest
             && !self.links.iter().any(|l| l.name.as_ref() == Some(name))
         {
             return Err(PublishError::NoGuest(name.clone()));
         }
-        if let (HostEnd::Unix(path), Some(allowed)) = (&spec.host, &self.allowed)
-            && !allowed.may_make(path)
-        {
-            return Err(PublishError::Outside(path.clone()));
+        if let Some(allowed) = &self.allowed {
+            spec.within(allowed)?;
         }
         let free = matches!(spec.host, HostEnd::Ports { first: 0, .. });
         if !free && self.published.iter().flatten().any(|p| p.is_named(spec, n)) {
@@ -83,7 +107,7 @@ impl Driver {
             HostEnd::Ports { first: 0, .. } | HostEnd::Unix(_) => 0,
             HostEnd::Ports { first, .. } => first.saturating_add(n),
         };
-        let (listeners, bound, host_port) = publish::bind(&spec.host, port, spec.proto)?;
+        let (listeners, bound, host_port) = publish::bind(&spec.host, port, spec.proto, self.keep_alive)?;
         let slot = self.published.iter().position(Option::is_none).unwrap_or(self.published.len());
         for mut listener in listeners {
             let at = self.entrances.iter().position(Option::is_none).unwrap_or(self.entrances.len());
@@ -163,6 +187,7 @@ impl Driver {
             GuestName::Name(name) => {
                 links.iter().find(|l| l.name.as_ref() == Some(name)).and_then(|l| stack.guest_of(l.port))
             }
+            GuestName::Socket(_) => None,
         }
     }
 
@@ -174,95 +199,168 @@ impl Driver {
         })
     }
 
-    fn lease_name(&self, lease: &portway_netstack::dhcp::LeaseReport) -> Option<String> {
-        let link =
-            lease.port.and_then(|p| self.links.iter().find(|l| l.port == p)).and_then(|l| l.name.clone());
-        link.or_else(|| lease.name.clone())
-    }
-
     fn leases(&self) -> Vec<LeaseInfo> {
         let all = self.stack.leases(self.now).into_iter();
         let info = |l: portway_netstack::dhcp::LeaseReport| LeaseInfo {
             ip: l.ip.to_string(),
             mac: l.mac.to_string(),
-            name: self.lease_name(&l),
+            name: l.name,
             expires_in_s: l.remaining.map(|d| d.as_secs()),
             fixed: l.fixed,
         };
         let v6 = self.stack.leases6(self.now).into_iter().map(|l| LeaseInfo {
             ip: l.ip.to_string(),
             mac: l.mac.to_string(),
-            name: self.lease6_name(&l),
+            name: self.lease6_name(&l).map(|(name, _)| name),
             expires_in_s: Some(l.remaining.as_secs()),
             fixed: false,
         });
         all.map(info).chain(v6).collect()
     }
 
-    /// The name of a guest by its IPv6 lease: its link's, the one its IPv4 lease has, or what it sent.
-    fn lease6_name(&self, lease: &portway_netstack::dhcp6::Lease6Report) -> Option<String> {
+    /// The name of a guest by its IPv6 lease: its link's, the one its IPv4 lease has, or what it sent; and whether it is
+    /// that last one.
+    fn lease6_name(&self, lease: &portway_netstack::dhcp6::Lease6Report) -> Option<(String, bool)> {
         let v4 = self.stack.leases(self.now).into_iter().find(|l| l.mac == lease.mac);
         let link = self.links.iter().find(|l| Some(l.port) == lease.port).and_then(|l| l.name.clone());
-        link.or_else(|| v4.and_then(|l| self.lease_name(&l))).or_else(|| lease.name.clone())
+        let given = link.or_else(|| v4.and_then(|l| l.name));
+        given.map(|name| (name, false)).or_else(|| lease.name.clone().map(|name| (name, true)))
     }
 
     /// Tells the control thread which leases there are, and which names they give.
     pub(super) fn tell_leases(&mut self) {
         let leases = self.stack.leases(self.now);
-        let mut names: Vec<(String, IpAddr)> = Vec::new();
-        for lease in &leases {
-            // A name is its first owner's: a guest cannot take another's by calling itself so.
-            if let Some(name) = self.lease_name(lease).filter(|n| !names.iter().any(|(known, _)| known == n))
-            {
-                names.push((name, lease.ip.into()));
-            }
-            self.events.push(Event::Lease(lease.ip.to_string(), lease.mac.to_string()));
-        }
+        let links = || self.link_configs.iter().filter_map(|l| l.name.as_deref());
+        let mut names = names::of(&leases, links());
         let of_v4 = names.len();
         for lease in self.stack.leases6(self.now) {
-            let Some(name) = self.lease6_name(&lease) else { continue };
-            // One address of each version, of the same machine.
+            let Some((name, own)) = self.lease6_name(&lease) else { continue };
+            // One address of each version, of the same machine; a link's name is nobody else's.
             let owner = names.iter().find(|(known, _)| *known == name).map(|(_, ip)| *ip);
             let same = owner.is_none_or(|ip| leases.iter().any(|l| l.mac == lease.mac && ip == l.ip));
-            if same && !names[of_v4..].iter().any(|(known, _)| *known == name) {
+            let free = !own || links().all(|link| link != name);
+            if same && free && !names[of_v4..].iter().any(|(known, _)| *known == name) {
                 names.push((name, lease.ip.into()));
             }
         }
-        self.names.clone_from(&names);
-        if self.slow.try_send(Slow::Leases(leases, names)).is_err() {
-            tracing::warn!("the control thread is busy: leases are kept at the next change");
+        self.tell_lease_events(&leases);
+        self.leases.send_replace(LeaseBook { leases, names });
+    }
+
+    /// Events for leases that are new, and for those that have ended.
+    fn tell_lease_events(&mut self, leases: &[portway_netstack::dhcp::LeaseReport]) {
+        let mut now: Vec<(Ipv4Addr, Mac)> =
+            leases.iter().filter(|l| l.port.is_some()).map(|l| (l.ip, l.mac)).collect();
+        now.sort_unstable();
+        let before = std::mem::take(&mut self.known_leases);
+        for (ip, mac) in before.iter().filter(|l| now.binary_search(l).is_err()) {
+            self.events.push(Event::LeaseEnded(ip.to_string(), mac.to_string()));
+        }
+        for (ip, mac) in now.iter().filter(|l| before.binary_search(l).is_err()) {
+            self.events.push(Event::Lease(ip.to_string(), mac.to_string()));
+        }
+        self.known_leases = now;
+    }
+
+    fn flow_reports(&self) -> FlowReports {
+        FlowReports {
+            tcp: self.stack.flows(self.now).collect(),
+            udp: self.stack.bindings(self.now).collect(),
+            links: self.links.iter().map(|l| (l.port, l.label())).collect(),
         }
     }
 
-    fn list_flows(&self) -> Vec<FlowInfo> {
-        let tcp = self.stack.flows(self.now).map(|f| FlowInfo {
-            proto: Protocol::Tcp,
-            direction: direction(f.direction == Direction::Published),
-            guest: f.guest.to_string(),
-            remote: f.remote.to_string(),
-            state: match f.state {
-                FlowState::Dialing => "dialing",
-                FlowState::Open => "open",
-                FlowState::Closing => "closing",
+    fn link_infos(&self) -> Vec<LinkInfo> {
+        let info = |(n, l): (usize, &Link)| {
+            let c = l.counters();
+            LinkInfo {
+                name: l.label(),
+                kind: l.kind().name().into(),
+                address: match self.link_configs.get(n) {
+                    Some(_) => l.address().to_string(),
+                    None => "a further VM of a listener".into(),
+                },
+                up: l.is_up(),
+                ip: self.stack.guest_of(l.port).map(|ip| ip.to_string()),
+                mtu: l.mtu(),
+                isolate: self.link_configs.get(n).is_some_and(|c| c.isolate),
+                offload: l.offload(),
+                frames_from_guest: c.frames_from_guest,
+                bytes_from_guest: c.bytes_from_guest,
+                frames_to_guest: c.frames_to_guest,
+                bytes_to_guest: c.bytes_to_guest,
             }
-            .into(),
-            bytes_to_host: f.bytes_to_host,
-            bytes_to_guest: f.bytes_to_guest,
-            age_s: f.age.as_secs(),
-            idle_s: f.idle.as_secs(),
-        });
-        let udp = self.stack.bindings(self.now).map(|b| FlowInfo {
-            proto: Protocol::Udp,
-            direction: direction(b.published),
-            guest: b.guest.to_string(),
-            remote: b.remote.to_string(),
-            state: "bound".into(),
-            bytes_to_host: b.bytes_to_host,
-            bytes_to_guest: b.bytes_to_guest,
-            age_s: b.age.as_secs(),
-            idle_s: b.idle.as_secs(),
-        });
-        tcp.chain(udp).collect()
+        };
+        self.links.iter().enumerate().filter(|(_, l)| !l.ended).map(info).collect()
+    }
+
+    fn reach(&self, to: std::net::SocketAddr) -> (Reach, Option<String>) {
+        let leased = self.stack.leases(self.now).into_iter().find(|l| to.ip() == l.ip).and_then(|l| l.port);
+        // A guest that has not spoken yet is found by ARP when somebody asks for it.
+        let reach = match (self.stack.reach(to), leased) {
+            (Reach::Nowhere(_), Some(port)) => Reach::Guest(port),
+            (reach, _) => reach,
+        };
+        let guest = match reach {
+            Reach::Guest(port) => self.links.iter().find(|l| l.port == port).map(Link::label),
+            _ => None,
+        };
+        (reach, guest)
+    }
+
+    /// Connects a client of the API to a guest, as if it had come to a published port.
+    fn tunnel(&mut self, to: std::net::SocketAddr, stream: TunnelEnd) {
+        let stream = match stream {
+            TunnelEnd::Unix(s) => HostStream::Unix(mio::net::UnixStream::from_std(s)),
+            TunnelEnd::Tcp(s) => HostStream::Tcp(mio::net::TcpStream::from_std(s)),
+        };
+        let client = std::net::SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        match self.stack.open_to_guest(self.now, to, client) {
+            Ok(id) => self.adopt(HostFlow::open(id, stream)),
+            Err(reason) => {
+                tracing::debug!(%reason, %to, "a tunnel was not opened");
+                stream.reset();
+            }
+        }
+    }
+
+    // ---- captures ----
+
+    /// Begins a capture; the names of the links it sees.
+    ///
+    /// # Errors
+    /// See [`CaptureError`].
+    pub fn capture(&mut self, capture: Arc<Capture>) -> Result<Vec<String>, CaptureError> {
+        self.end_captures();
+        if self.captures.len() >= CAPTURES {
+            return Err(CaptureError::Limit);
+        }
+        let links: Vec<String> =
+            self.links.iter().filter(|l| !l.ended).map(Link::label).filter(|l| capture.wants(l)).collect();
+        if let Some(vm) = capture.vm().filter(|_| links.is_empty()) {
+            return Err(CaptureError::NoLink(vm.to_owned()));
+        }
+        self.captures.push(capture);
+        self.tap_links();
+        Ok(links)
+    }
+
+    fn end_captures(&mut self) {
+        let before = self.captures.len();
+        for over in self.captures.extract_if(.., |c| c.is_over()) {
+            self.capture_lost += over.lost_total();
+        }
+        if self.captures.len() != before {
+            self.tap_links();
+        }
+    }
+
+    /// Lets the captures look at the links they want, and at no others.
+    pub(super) fn tap_links(&mut self) {
+        for link in &mut self.links {
+            let label = link.label();
+            link.tap(self.captures.iter().filter(|c| c.wants(&label)).map(Arc::clone).collect());
+        }
     }
 
     fn stats(&self) -> Stats {
@@ -287,13 +385,13 @@ impl Driver {
             tcp_flows_total: counters.flows_total,
             udp_bindings: counters.bindings as u64,
             dns_queries: counters.dns_queries,
+            timers: counters.timers as u64,
             drops: self.stack.drops().iter().filter(|(_, n)| *n > 0).map(|(r, n)| (r.name(), n)).collect(),
-            // The control thread knows.
-            sandbox: portway_api::control::SandboxInfo::default(),
+            captures: self.captures.iter().filter(|c| !c.is_over()).count() as u64,
+            capture_lost: self.capture_lost + self.captures.iter().map(|c| c.lost_total()).sum::<u64>(),
+            events_lost: self.events.lost(),
+            // What the control thread knows, it adds.
+            ..Stats::default()
         }
     }
-}
-
-fn direction(published: bool) -> String {
-    if published { "published" } else { "outbound" }.to_owned()
 }

@@ -42,7 +42,7 @@ mod linux {
         pub(in crate::driver) fn watch(registry: &Registry, token: Token) -> io::Result<Self> {
             let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
             let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
-            let groups = libc::RTMGRP_IPV6_ROUTE | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_LINK;
+            let groups = libc::RTMGRP_IPV6_ROUTE | libc::RTMGRP_IPV6_IFADDR;
             bind(fd.as_raw_fd(), &NetlinkAddr::new(0, u32::try_from(groups).unwrap_or(0)))?;
             registry.register(&mut SourceFd(&fd.as_raw_fd()), token, Interest::READABLE)?;
             Ok(Self(fd))

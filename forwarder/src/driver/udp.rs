@@ -15,7 +15,7 @@ use std::time::{Duration, Instant as Clock};
 
 use mio::net::UdpSocket;
 use mio::{Interest, Registry};
-use portway_netstack::icmp::Fault;
+use portway_netstack::icmp::{Fault, Unreachable};
 use portway_netstack::udp::BindingId;
 use portway_netstack::{Datagram, Echo, UdpPath};
 
@@ -29,6 +29,8 @@ use crate::publish::Listener;
 const TURN: usize = 4;
 /// Calls that fail one after the other before a socket is given up; the guest's next packet makes another.
 const FAILURES: u8 = 16;
+/// Ports of a socket for which 127.0.0.1 stands in for ::1; beyond it the first is tried anew.
+const ONLY_V4: usize = 8;
 /// Faults of one batch of frames that guests are told of.
 const FAULTS: usize = 256;
 
@@ -70,6 +72,8 @@ struct BindingSocket {
     dont_fragment: bool,
     /// Whether its error queue may have something.
     errors: bool,
+    /// Ports where nobody listens on ::1, and 127.0.0.1 is tried: the guest means the host's loopback, of either version.
+    only_v4: Vec<u16>,
     /// Calls that failed since one did not.
     failures: u8,
 }
@@ -88,10 +92,39 @@ impl BindingSocket {
         Ok(())
     }
 
+    /// Where a datagram to `remote` goes: a socket of IPv6 reaches 127.0.0.1 under its mapped address.
+    fn place(&self, remote: SocketAddr) -> SocketAddr {
+        if remote.ip() == IpAddr::V6(Ipv6Addr::LOCALHOST) && self.only_v4.contains(&remote.port()) {
+            SocketAddr::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), remote.port())
+        } else {
+            remote
+        }
+    }
+
+    /// Notes that nobody listens on ::1 at the port `report` is about; the datagram tries 127.0.0.1. False when the guest
+    /// is to be told instead.
+    fn turns_to_v4(&mut self, report: &Report) -> bool {
+        let refused = report.fault == Fault::Unreachable(Unreachable::Port);
+        if !refused || self.ping.is_some() || report.to.ip() != IpAddr::V6(Ipv6Addr::LOCALHOST) {
+            return false;
+        }
+        if !self.only_v4.contains(&report.to.port()) {
+            if self.only_v4.len() >= ONLY_V4 {
+                self.only_v4.remove(0);
+            }
+            self.only_v4.push(report.to.port());
+        }
+        // A larger one was not quoted whole, and is lost as datagrams are.
+        if report.payload.len() < HostFault::QUOTED - 80 {
+            let _ = self.socket.send_to(&report.payload, self.place(report.to));
+        }
+        true
+    }
+
     /// Sends one packet; what the network said of earlier ones, and the kernel of this one, goes to `faults`.
     fn send(&mut self, payload: &[u8], remote: SocketAddr, faults: &mut Vec<HostFault>) {
         for _ in 0..2 {
-            let Err(error) = self.socket.send_to(payload, remote) else {
+            let Err(error) = self.socket.send_to(payload, self.place(remote)) else {
                 self.failures = 0;
                 return;
             };
@@ -120,15 +153,27 @@ impl BindingSocket {
 
     /// Takes what is in the error queue: what routers and peers said goes to `faults`, and everything is shown to `each`.
     fn drain(&mut self, mut each: impl FnMut(&Report), faults: &mut Vec<HostFault>) {
-        let (id, ping) = (self.id, self.ping.as_ref());
-        host_errors::drain(&self.socket, |report| {
+        let mut reports = Vec::new();
+        host_errors::drain(&self.socket, |report| reports.push(report));
+        for mut report in reports {
             each(&report);
-            let ours = ping.is_none_or(|p| p.is_ours(&report.payload));
-            if report.reporter.is_some() && ours {
-                push(faults, HostFault::new(id, report.to, report.reporter, report.fault, &report.payload));
+            let ours = self.ping.is_none_or(|p| p.is_ours(&report.payload));
+            if report.reporter.is_none() || !ours || self.turns_to_v4(&report) {
+                continue;
             }
-        });
+            report.to = as_asked(report.to);
+            push(faults, HostFault::new(self.id, report.to, report.reporter, report.fault, &report.payload));
+        }
         self.errors = false;
+    }
+}
+
+/// The address a guest's datagram went to when 127.0.0.1 stood in for ::1.
+fn as_asked(from: SocketAddr) -> SocketAddr {
+    if from.ip() == IpAddr::V6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()) {
+        SocketAddr::new(Ipv6Addr::LOCALHOST.into(), from.port())
+    } else {
+        from
     }
 }
 
@@ -202,6 +247,8 @@ pub(super) struct UdpSockets {
     /// Slots with datagrams to read.
     ready: Vec<usize>,
     receiver: Receiver,
+    /// The address datagrams leave from.
+    outbound: Option<Ipv4Addr>,
     waiting: Option<Segments>,
     faults: Vec<HostFault>,
     /// Echo requests the host does not send on: bindings, and where they went.
@@ -211,11 +258,12 @@ pub(super) struct UdpSockets {
 }
 
 impl UdpSockets {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(outbound: Option<Ipv4Addr>) -> Self {
         Self {
             sockets: Vec::new(),
             ready: Vec::new(),
             receiver: Receiver::new(),
+            outbound,
             waiting: None,
             faults: Vec::new(),
             refused: Vec::new(),
@@ -288,7 +336,7 @@ impl UdpSockets {
             return;
         }
         if count > 1 && at.segments {
-            match send_segments(&at.socket, bytes, waiting.size, remote) {
+            match send_segments(&at.socket, bytes, waiting.size, at.place(remote)) {
                 Ok(()) => {
                     at.failures = 0;
                     return;
@@ -381,7 +429,7 @@ impl UdpSockets {
             return Err(io::Error::other("the host gave no socket a moment ago"));
         }
         let any = match remote {
-            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V4(_) => SocketAddr::from((self.outbound.unwrap_or(Ipv4Addr::UNSPECIFIED), 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
         };
         let made = UdpSocket::bind(any).and_then(|mut socket| {
@@ -416,7 +464,18 @@ impl BindingSocket {
         let v6 = remote.is_ipv6();
         // Values no packet has: the first sets them.
         let (hop_limit, dont_fragment) = (0, false);
-        Self { id, socket, v6, ping, segments: true, hop_limit, dont_fragment, errors: false, failures: 0 }
+        Self {
+            id,
+            socket,
+            v6,
+            ping,
+            segments: true,
+            hop_limit,
+            dont_fragment,
+            errors: false,
+            only_v4: Vec::new(),
+            failures: 0,
+        }
     }
 }
 
@@ -455,7 +514,7 @@ impl Driver {
         for n in 0..TURN {
             let (id, v6, ping) = (at.id, at.v6, at.ping.as_ref());
             let received = receiver.receive(&at.socket, at.v6, |from, bytes| match ping {
-                None => self.stack.datagram_from_host(id, from, bytes, sink),
+                None => self.stack.datagram_from_host(id, as_asked(from), bytes, sink),
                 Some(ping) => {
                     if let Some(message) = ping.reply(bytes, v6) {
                         self.stack.echo_from_host(id, from, message, sink);

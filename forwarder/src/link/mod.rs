@@ -17,6 +17,7 @@ pub mod packets;
 pub mod stream;
 #[cfg(target_os = "linux")]
 pub mod tap;
+pub mod tapped;
 mod transmit;
 #[cfg(target_os = "linux")]
 pub mod vhost_user;
@@ -25,8 +26,10 @@ pub mod vpnkit;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use portway_netstack::{FrameSink, Mac, Offload, PortId};
@@ -37,10 +40,12 @@ use self::packets::Packets;
 use self::stream::Stream;
 #[cfg(target_os = "linux")]
 use self::tap::Tap;
+use self::tapped::{Tapped, Taps};
 pub use self::transmit::TransmitBuffer;
 #[cfg(target_os = "linux")]
 use self::vhost_user::VhostUser;
 use self::vpnkit::Hello;
+use crate::capture::Capture;
 use crate::config::{LinkAddress, LinkConfig, LinkKind};
 use crate::unix_path;
 
@@ -97,11 +102,32 @@ pub enum Carrier {
     /// A socket that keeps frames apart.
     #[cfg(target_os = "linux")]
     Packets(Box<Packets>),
+    /// Any of these, while a capture looks at its frames.
+    Tapped(Box<Tapped>),
 }
 
 impl Carrier {
+    /// The carrier itself, whoever looks at it.
+    fn bare(&self) -> &Self {
+        if let Self::Tapped(t) = self { t.inner.bare() } else { self }
+    }
+
+    /// The same, to change it.
+    fn bare_mut(&mut self) -> &mut Self {
+        if let Self::Tapped(t) = self { t.inner.bare_mut() } else { self }
+    }
+
+    /// The carrier without those who look at it.
+    fn untapped(self) -> Self {
+        match self {
+            Self::Tapped(t) => t.into_inner().untapped(),
+            bare => bare,
+        }
+    }
+
     fn wants_receive(&self) -> bool {
         match self {
+            Self::Tapped(t) => t.inner.wants_receive(),
             Self::Stream(s) => s.wants_receive(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.wants_receive(),
@@ -114,6 +140,7 @@ impl Carrier {
 
     fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
         match self {
+            Self::Tapped(t) => t.receive(handle),
             Self::Stream(s) => s.receive(|frame| handle(frame, Offload::default())),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.receive(handle),
@@ -126,6 +153,7 @@ impl Carrier {
 
     fn flush(&mut self) -> io::Result<()> {
         match self {
+            Self::Tapped(t) => t.inner.flush(),
             Self::Stream(s) => s.flush(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.flush(),
@@ -138,6 +166,7 @@ impl Carrier {
 
     fn is_blocked(&self) -> bool {
         match self {
+            Self::Tapped(t) => t.inner.is_blocked(),
             Self::Stream(s) => s.is_blocked(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.is_blocked(),
@@ -152,6 +181,7 @@ impl Carrier {
     #[must_use]
     pub fn written(&self) -> (u64, u64) {
         match self {
+            Self::Tapped(t) => t.inner.written(),
             Self::Stream(s) => s.transmit.written(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.written(),
@@ -165,6 +195,7 @@ impl Carrier {
     /// Whether the guest takes segments and checksums that are not finished.
     fn offload(&self) -> bool {
         match self {
+            Self::Tapped(t) => t.inner.offload(),
             Self::Stream(_) => false,
             #[cfg(target_os = "linux")]
             Self::Tap(_) => true,
@@ -177,6 +208,7 @@ impl Carrier {
 
     fn fds(&self) -> (RawFd, Option<RawFd>) {
         match self {
+            Self::Tapped(t) => t.inner.fds(),
             Self::Stream(s) => s.fds(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => (t.fd(), None),
@@ -187,16 +219,17 @@ impl Carrier {
         }
     }
 
-    fn note(&mut self, readable: bool, writable: bool) {
+    fn note(&mut self, readable: bool, writable: bool, closed: bool) {
         match self {
-            Self::Stream(s) => s.note(readable, writable),
+            Self::Tapped(t) => t.inner.note(readable, writable, closed),
+            Self::Stream(s) => s.note(readable, writable, closed),
             #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.note(readable, writable),
+            Self::Tap(t) => t.note(readable || closed, writable),
             // Its news are messages and kicks: see `Link::note`.
             #[cfg(target_os = "linux")]
             Self::VhostUser(_) => {}
             #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.note(readable, writable),
+            Self::Packets(p) => p.note(readable, writable, closed),
         }
     }
 }
@@ -204,6 +237,7 @@ impl Carrier {
 impl FrameSink for Carrier {
     fn has_room(&self) -> bool {
         match self {
+            Self::Tapped(t) => t.inner.has_room(),
             Self::Stream(s) => s.is_open() && s.transmit.has_room(),
             #[cfg(target_os = "linux")]
             Self::Tap(t) => t.has_room(),
@@ -216,6 +250,7 @@ impl FrameSink for Carrier {
 
     fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
         match self {
+            Self::Tapped(t) => t.frame(len, offload, fill),
             Self::Stream(s) if s.is_open() => s.transmit.frame(len, offload, fill),
             Self::Stream(_) => None,
             #[cfg(target_os = "linux")]
@@ -246,11 +281,15 @@ pub struct Link {
     mtu: u16,
     /// Sums and segments are left to us, and no header says so.
     implied: bool,
+    /// The MAC given in a handshake.
+    given: Option<Mac>,
     /// Who came to a listener for several VMs while this link had one.
     arrivals: Vec<OwnedFd>,
     /// What is watched of a vhost-user front end beside its socket.
     #[cfg(target_os = "linux")]
     kicks: Vec<RawFd>,
+    /// Who looks at the frames.
+    taps: Option<Taps>,
     /// Whether nothing can attach any more.
     pub ended: bool,
 }
@@ -305,15 +344,19 @@ impl Link {
                 link.attach(Carrier::Packets(Box::new(Packets::bound(path)?)), registry)?;
             }
             LinkAddress::Listen(path) => {
-                let listener = unix_path::listen_as(path, 0o600, socket_type(config.kind))?;
-                let fd = listener.as_raw_fd();
-                registry.register(&mut SourceFd(&fd), tokens.get(Tokens::LISTENER), Interest::READABLE)?;
-                link.listener = Some(listener);
+                link.listen_on(unix_path::listen_as(path, 0o600, socket_type(config.kind))?, registry)?;
             }
             LinkAddress::Connect(_) => link.connect(registry),
-            LinkAddress::Fd(fd) => {
-                let fd = crate::fd::inherit(*fd)?;
-                link.attach_socket(fd, registry)?;
+            LinkAddress::Fd(fd) => link.adopt(crate::fd::inherit(*fd)?, registry)?,
+            LinkAddress::Held(socket) => link.adopt(socket.try_clone()?, registry)?,
+            LinkAddress::Activated(name) => {
+                let fault = || {
+                    let text = format!(
+                        "fd:{name}: nobody passed a socket of this name (systemd's FileDescriptorName=)"
+                    );
+                    io::Error::new(io::ErrorKind::NotFound, text)
+                };
+                link.adopt(crate::fd::activated(name)?.ok_or_else(fault)?, registry)?;
             }
             LinkAddress::Stdio => {
                 let stdio = |fd| crate::fd::inherit(fd);
@@ -321,8 +364,8 @@ impl Link {
                 link.attach(Carrier::Stream(Box::new(stream)), registry)?;
             }
             #[cfg(target_os = "linux")]
-            LinkAddress::Tap { name, namespace } => {
-                let tap = Tap::open(name, namespace.as_ref())?;
+            LinkAddress::Tap { name, namespace, setup } => {
+                let tap = Tap::open(name, namespace.as_ref(), setup.as_ref())?;
                 link.attach(Carrier::Tap(Box::new(tap)), registry)?;
             }
         }
@@ -367,9 +410,11 @@ impl Link {
             counters: LinkCounters::default(),
             mtu: config.mtu,
             implied: config.offload,
+            given: None,
             arrivals: Vec::new(),
             #[cfg(target_os = "linux")]
             kicks: Vec::new(),
+            taps: None,
             ended: false,
         }
     }
@@ -413,7 +458,48 @@ impl Link {
         self.name.clone().unwrap_or_else(|| format!("link{}", self.port.0))
     }
 
+    /// The address as it is typed.
+    #[must_use]
+    pub const fn address(&self) -> &LinkAddress {
+        &self.address
+    }
+
+    /// The largest IP packet.
+    #[must_use]
+    pub const fn mtu(&self) -> u16 {
+        self.mtu
+    }
+
+    /// Lets `captures` look at the frames from now on, and nobody else.
+    pub fn tap(&mut self, captures: Vec<Arc<Capture>>) {
+        let link = self.label().into();
+        self.taps = (!captures.is_empty()).then_some(Taps { link, captures });
+        if let Some(carrier) = self.carrier.take().map(Carrier::untapped) {
+            self.carrier = Some(match &self.taps {
+                Some(taps) => Carrier::Tapped(Box::new(Tapped::new(carrier, taps.clone()))),
+                None => carrier,
+            });
+        }
+    }
+
     // ---- how a VMM comes and goes ----
+
+    fn listen_on(&mut self, listener: socket2::Socket, registry: &Registry) -> io::Result<()> {
+        let raw = listener.as_raw_fd();
+        registry.register(&mut SourceFd(&raw), self.tokens.get(Tokens::LISTENER), Interest::READABLE)?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
+    /// Takes a socket over: one that listens, or one with a VMM at its other end.
+    fn adopt(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
+        if !socket2::SockRef::from(&fd).is_listener().unwrap_or(false) {
+            return self.attach_socket(fd, registry);
+        }
+        let listener = socket2::Socket::from(fd);
+        listener.set_nonblocking(true)?;
+        self.listen_on(listener, registry)
+    }
 
     fn attach_socket(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
         let carrier = match self.kind {
@@ -443,7 +529,10 @@ impl Link {
         if let Some(fd) = write {
             registry.register(&mut SourceFd(&fd), self.tokens.get(Tokens::WRITE), Interest::WRITABLE)?;
         }
-        self.carrier = Some(carrier);
+        self.carrier = Some(match &self.taps {
+            Some(taps) => Carrier::Tapped(Box::new(Tapped::new(carrier, taps.clone()))),
+            None => carrier,
+        });
         tracing::info!(link = self.label(), "VMM attached");
         Ok(())
     }
@@ -464,7 +553,7 @@ impl Link {
     /// When `tick` has something to do.
     #[must_use]
     pub fn wants_tick(&self) -> Option<Instant> {
-        match &self.carrier {
+        match self.carrier.as_ref().map(Carrier::bare) {
             #[cfg(target_os = "linux")]
             Some(Carrier::VhostUser(front_end)) => front_end.wants_look(),
             _ => self.retry_at,
@@ -476,7 +565,7 @@ impl Link {
         if self.retry_at.is_some_and(|at| at <= now) {
             self.connect(registry);
         }
-        match &mut self.carrier {
+        match self.carrier.as_mut().map(Carrier::bare_mut) {
             #[cfg(target_os = "linux")]
             Some(Carrier::VhostUser(front_end)) if front_end.wants_look().is_some_and(|at| at <= now) => {
                 let looked = front_end.look_again();
@@ -487,12 +576,13 @@ impl Link {
     }
 
     /// One of the link's descriptors has news.
-    pub fn note(&mut self, token: Token, readable: bool, writable: bool, registry: &Registry) -> LinkState {
+    pub fn note(&mut self, event: &Event, registry: &Registry) -> LinkState {
+        let token = event.token();
         if token == self.tokens.get(Tokens::LISTENER) {
             self.accept(registry);
             return LinkState::Same;
         }
-        match &mut self.carrier {
+        match self.carrier.as_mut().map(Carrier::bare_mut) {
             None => LinkState::Same,
             #[cfg(target_os = "linux")]
             Some(Carrier::VhostUser(front_end)) => {
@@ -504,7 +594,8 @@ impl Link {
                 noted.unwrap_or_else(|error| self.lost(&error))
             }
             Some(carrier) => {
-                carrier.note(readable, writable);
+                let closed = event.is_error() || event.is_read_closed();
+                carrier.note(event.is_readable(), event.is_writable(), closed);
                 LinkState::Same
             }
         }
@@ -515,7 +606,9 @@ impl Link {
     fn listen_to_front_end(&mut self, registry: &Registry) -> io::Result<LinkState> {
         let mut state = LinkState::Same;
         loop {
-            let Some(Carrier::VhostUser(front_end)) = &mut self.carrier else { return Ok(state) };
+            let Some(Carrier::VhostUser(front_end)) = self.carrier.as_mut().map(Carrier::bare_mut) else {
+                return Ok(state);
+            };
             let changes = front_end.handle_control()?;
             if changes.device {
                 state = LinkState::Restarted;
@@ -571,7 +664,7 @@ impl Link {
 
     /// Who has come in by a handshake and waits for [`Self::answer`].
     pub fn take_hello(&mut self) -> Option<Hello> {
-        match &mut self.carrier {
+        match self.carrier.as_mut().map(Carrier::bare_mut) {
             Some(Carrier::Stream(stream)) => stream.take_hello(),
             _ => None,
         }
@@ -580,9 +673,12 @@ impl Link {
     /// Answers a [`Hello`]: the guest's MAC, or why it may not come in.
     pub fn answer(&mut self, answer: Result<Mac, String>) -> LinkState {
         let (mtu, label) = (self.mtu, self.label());
-        let Some(Carrier::Stream(stream)) = &mut self.carrier else { return LinkState::Same };
+        let Some(Carrier::Stream(stream)) = self.carrier.as_mut().map(Carrier::bare_mut) else {
+            return LinkState::Same;
+        };
         match answer {
             Ok(mac) => {
+                self.given = Some(mac);
                 stream.answer(&vpnkit::accept(mac, mtu));
                 LinkState::Same
             }
@@ -595,9 +691,16 @@ impl Link {
         }
     }
 
+    /// The MAC that the VMM was given in a handshake.
+    #[must_use]
+    pub const fn given(&self) -> Option<Mac> {
+        self.given
+    }
+
     /// Forgets the VMM and makes ready for the next one.
     pub fn detach(&mut self, registry: &Registry) {
         self.counters = self.counters();
+        self.given = None;
         #[cfg(target_os = "linux")]
         self.forget_kicks(registry);
         if let Some(carrier) = self.carrier.take() {
@@ -609,7 +712,14 @@ impl Link {
         match &self.address {
             LinkAddress::Listen(_) => self.accept(registry),
             LinkAddress::Connect(_) => self.retry_at = Some(Instant::now()),
-            LinkAddress::Fd(_) | LinkAddress::Stdio => self.ended = true,
+            LinkAddress::Fd(_) | LinkAddress::Activated(_) | LinkAddress::Held(_)
+                if self.listener.is_some() =>
+            {
+                self.accept(registry);
+            }
+            LinkAddress::Fd(_) | LinkAddress::Activated(_) | LinkAddress::Held(_) | LinkAddress::Stdio => {
+                self.ended = true;
+            }
             #[cfg(target_os = "linux")]
             LinkAddress::Tap { .. } => self.ended = true,
         }
@@ -665,7 +775,7 @@ impl Link {
     /// Brings what the stack wrote to the VMM, as far as that takes it.
     pub fn flush(&mut self) -> LinkState {
         let Some(carrier) = &mut self.carrier else { return LinkState::Same };
-        let lost = |carrier: &mut Carrier| match carrier {
+        let lost = |carrier: &mut Carrier| match carrier.bare_mut() {
             #[cfg(target_os = "linux")]
             Carrier::Packets(p) => p.take_lost(),
             _ => false,

@@ -53,6 +53,8 @@ pub struct Packets {
     start: usize,
     end: usize,
     readable: bool,
+    /// The peer has closed: the end of file is still to be read, and no further event tells of it.
+    closing: bool,
     writable: bool,
     written: (u64, u64),
     /// Datagrams that were no frames of the peer: too long, or of somebody else.
@@ -68,7 +70,7 @@ impl std::fmt::Debug for Packets {
 }
 
 impl Packets {
-    /// Takes a connected socket.
+    /// Takes a socket: one that is connected, or one that is bound where its peer will send from, as systemd makes it.
     ///
     /// # Errors
     /// When it is of another type than `kind`.
@@ -79,7 +81,10 @@ impl Packets {
                 "the descriptor is a socket of type {found:?}, not {kind:?}"
             )));
         }
-        Self::new(fd, None)
+        let connected = socket2::SockRef::from(&fd).peer_addr().is_ok();
+        let mut packets = Self::new(fd, None)?;
+        packets.bound = !connected;
+        Ok(packets)
     }
 
     /// Binds a datagram socket to `path`, replacing one that nobody has.
@@ -119,6 +124,7 @@ impl Packets {
             start: 0,
             end: 0,
             readable: true,
+            closing: false,
             writable: true,
             written: (0, 0),
             ignored: 0,
@@ -133,8 +139,9 @@ impl Packets {
     }
 
     /// News from the kernel.
-    pub const fn note(&mut self, readable: bool, writable: bool) {
-        self.readable |= readable;
+    pub const fn note(&mut self, readable: bool, writable: bool, closed: bool) {
+        self.readable |= readable || closed;
+        self.closing |= closed;
         self.writable |= writable;
     }
 
@@ -205,7 +212,7 @@ impl Packets {
             }
         }
         batch.more = count == FRAMES;
-        self.readable = batch.more;
+        self.readable = batch.more || self.closing;
         Ok(batch)
     }
 
@@ -320,7 +327,7 @@ mod tests {
 
     fn frames(packets: &mut Packets) -> Vec<Vec<u8>> {
         let mut got = Vec::new();
-        packets.note(true, false);
+        packets.note(true, false, false);
         while packets.receive(|f| got.push(f.to_vec())).unwrap().more {}
         got
     }
@@ -381,7 +388,7 @@ mod tests {
             for n in 0..sent {
                 let len = io::Read::read(&mut theirs, &mut buffer).unwrap();
                 assert_eq!((len, u64::from(buffer[0])), (60_000, n % 251));
-                packets.note(false, true);
+                packets.note(false, true, false);
                 packets.flush().unwrap();
             }
         }
@@ -397,7 +404,7 @@ mod tests {
         assert_eq!(frames(&mut packets), [vec![1; LARGEST]]);
         assert_eq!(packets.ignored(), 1);
         drop(theirs);
-        packets.note(true, false);
+        packets.note(true, false, false);
         assert!(packets.receive(|_| panic!()).is_err());
         let (stream, _keep) = std::os::unix::net::UnixStream::pair().unwrap();
         assert!(Packets::connected(stream.into(), kind).is_err());
@@ -417,7 +424,7 @@ mod tests {
                 while packets.has_room() && let Some(len) = queue.pop() {
                     send(&mut packets, len, 1).unwrap();
                 }
-                packets.note(false, true);
+                packets.note(false, true, false);
                 packets.flush().unwrap();
                 while let Ok(n) = io::Read::read(&mut theirs, &mut buffer) {
                     got.push(n);

@@ -24,6 +24,8 @@ pub struct Stream {
     pub transmit: TransmitBuffer,
     readable: bool,
     writable: bool,
+    /// The peer has closed: the end of file, or an error, is still to be read, and no further event tells of it.
+    closing: bool,
     /// vpnkit's handshake, until it is done.
     handshake: Option<Handshake>,
     /// Who came in by it; the answer is still to be given.
@@ -66,6 +68,7 @@ impl Stream {
             transmit: TransmitBuffer::new(prefix),
             readable: true,
             writable: true,
+            closing: false,
             handshake: None,
             hello: None,
         }
@@ -106,7 +109,7 @@ impl Stream {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(e),
         }
-        self.readable = more;
+        self.readable = more || self.closing;
         match step {
             Step::More(answer) => self.transmit.raw(&answer),
             Step::Hello(answer, hello) => {
@@ -129,9 +132,10 @@ impl Stream {
     }
 
     /// News from the kernel.
-    pub const fn note(&mut self, readable: bool, writable: bool) {
-        self.readable |= readable;
+    pub const fn note(&mut self, readable: bool, writable: bool, closed: bool) {
+        self.readable |= readable || closed;
         self.writable |= writable;
+        self.closing |= closed;
     }
 
     /// Whether `receive` may have frames.
@@ -155,7 +159,7 @@ impl Stream {
             return self.greet();
         }
         let batch = self.framing.receive(&mut Reading(&self.read), handle)?;
-        self.readable = batch.more;
+        self.readable = batch.more || self.closing;
         Ok(batch)
     }
 
@@ -188,5 +192,27 @@ struct Reading<'a>(&'a File);
 impl Read for Reading<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         self.0.read(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// One event tells of the bytes and of the end: the read that was short must not be the last.
+    #[test]
+    fn an_end_that_came_with_the_last_bytes_is_seen() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut stream = Stream::socket(ours.into(), Prefix::Be32).unwrap();
+        stream.receive(|_| panic!("nothing has come")).unwrap();
+        assert!(!stream.wants_receive());
+        (&theirs).write_all(&[0, 0, 1, 0, 1, 2, 3]).unwrap();
+        drop(theirs);
+        stream.note(true, true, true);
+        stream.receive(|_| panic!("no frame is whole")).unwrap();
+        assert!(stream.wants_receive());
+        stream.receive(|_| panic!("no frame is whole")).unwrap_err();
     }
 }

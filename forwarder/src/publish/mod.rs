@@ -8,12 +8,13 @@ pub mod spec;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use mio::net::{TcpListener, UdpSocket, UnixListener};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use portway_api::control::{PortInfo, Protocol};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use self::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::PublishError;
@@ -22,6 +23,13 @@ use crate::request::PublishError;
 const TRIES: usize = 32;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
+
+/// How the reason begins when somebody else has the port.
+pub(crate) const IN_USE: &str = "the port is in use";
+/// What the reason says of a port that not everybody may have.
+pub(crate) const PRIVILEGE: &str = "needs a privilege";
+/// The reason when the address is none of this host's.
+pub(crate) const NOT_HERE: &str = "this host does not have the address";
 
 /// One socket of a published port.
 #[derive(Debug)]
@@ -91,6 +99,7 @@ pub fn bind(
     host: &HostEnd,
     port: u16,
     proto: Protocol,
+    keep_alive: Option<Duration>,
 ) -> Result<(Vec<Listener>, Vec<String>, u16), PublishError> {
     let (addresses, optional): (Vec<IpAddr>, bool) = match host {
         HostEnd::Unix(path) => {
@@ -110,19 +119,19 @@ pub fn bind(
     let mut tries = if port == 0 { TRIES } else { 1 };
     loop {
         tries -= 1;
-        match bind_all(&addresses, optional, port, proto) {
+        match bind_all(&addresses, optional, port, proto, keep_alive) {
             Err((address, Errno::EADDRINUSE)) if tries > 0 => {
                 tracing::debug!(%address, "the free port is taken at the other address, trying the next");
             }
             Err((address, errno)) => {
                 let reason = match errno {
                     Errno::EADDRINUSE => {
-                        "the port is in use: take another host port, or 0 for a free one".to_owned()
+                        format!("{IN_USE}: take another host port, or 0 for a free one")
                     }
                     Errno::EACCES => format!(
-                        "port {port} needs a privilege: take one from 1024 on, or lower net.ipv4.ip_unprivileged_port_start"
+                        "port {port} {PRIVILEGE}: take one from 1024 on, or lower net.ipv4.ip_unprivileged_port_start"
                     ),
-                    Errno::EADDRNOTAVAIL => "this host does not have the address".to_owned(),
+                    Errno::EADDRNOTAVAIL => NOT_HERE.to_owned(),
                     other => other.desc().to_owned(),
                 };
                 return Err(PublishError::Bind { address: format!("{proto} {address}"), reason });
@@ -152,11 +161,12 @@ fn bind_all(
     optional: bool,
     mut port: u16,
     proto: Protocol,
+    keep_alive: Option<Duration>,
 ) -> Result<Bound, (SocketAddr, Errno)> {
     let (mut listeners, mut bound) = (Vec::new(), Vec::new());
     for (n, ip) in addresses.iter().enumerate() {
         let address = SocketAddr::new(*ip, port);
-        match bind_one(address, proto) {
+        match bind_one(address, proto, keep_alive) {
             Ok((listener, real)) => {
                 port = real;
                 listeners.push(listener);
@@ -174,7 +184,11 @@ fn bind_all(
     Ok((listeners, bound, port))
 }
 
-fn bind_one(address: SocketAddr, proto: Protocol) -> io::Result<(Listener, u16)> {
+fn bind_one(
+    address: SocketAddr,
+    proto: Protocol,
+    keep_alive: Option<Duration>,
+) -> io::Result<(Listener, u16)> {
     let kind = match proto {
         Protocol::Tcp => Type::STREAM,
         Protocol::Udp => Type::DGRAM,
@@ -186,6 +200,8 @@ fn bind_one(address: SocketAddr, proto: Protocol) -> io::Result<(Listener, u16)>
     }
     if proto == Protocol::Tcp {
         socket.set_reuse_address(true)?;
+        // Connections have from their listener what they do not set themselves.
+        crate::host::settle(&SockRef::from(&socket), keep_alive)?;
     }
     socket.bind(&address.into())?;
     if proto == Protocol::Tcp {
@@ -204,6 +220,19 @@ fn bind_one(address: SocketAddr, proto: Protocol) -> io::Result<(Listener, u16)>
 }
 
 impl Listener {
+    /// The socket once more, for another loop than the data thread's.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn fd(&self) -> io::Result<std::os::fd::OwnedFd> {
+        use std::os::fd::AsFd;
+        match self {
+            Self::Tcp(s) => s.as_fd().try_clone_to_owned(),
+            Self::Unix(s, _) => s.as_fd().try_clone_to_owned(),
+            Self::Udp(s, _) => s.as_fd().try_clone_to_owned(),
+        }
+    }
+
     /// Watches the socket.
     ///
     /// # Errors
@@ -233,10 +262,10 @@ mod tests {
     fn a_free_port_is_the_same_on_both_loopback_addresses() {
         let host = HostEnd::Ports { bind: Bind::Localhost, first: 0 };
         for proto in [Protocol::Tcp, Protocol::Udp] {
-            let (listeners, bound, port) = bind(&host, 0, proto).unwrap();
+            let (listeners, bound, port) = bind(&host, 0, proto, None).unwrap();
             assert_eq!(listeners.len(), bound.len());
             assert_ne!(port, 0);
-            let error = bind(&host, port, proto).unwrap_err().to_string();
+            let error = bind(&host, port, proto, None).unwrap_err().to_string();
             assert!(error.contains(&format!("127.0.0.1:{port}")) && error.contains("in use"), "{error}");
         }
     }
@@ -244,6 +273,11 @@ mod tests {
     #[test]
     fn an_address_the_host_does_not_have_is_said() {
         let host = HostEnd::Ports { bind: Bind::Address("192.0.2.1".parse().unwrap()), first: 0 };
-        assert!(bind(&host, 0, Protocol::Tcp).unwrap_err().to_string().contains("does not have the address"));
+        assert!(
+            bind(&host, 0, Protocol::Tcp, None)
+                .unwrap_err()
+                .to_string()
+                .contains("does not have the address")
+        );
     }
 }

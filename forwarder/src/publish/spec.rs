@@ -9,6 +9,10 @@
 //! | `0:22`, `:22`, `22` | a free host port, printed |
 //! | `2222:192.168.127.3:22`, `2222:db:22` | another guest, by address or by its link's name |
 //! | `unix:/run/vm.sock:22` | a unix socket on the host |
+//! | `8080:127.0.0.1:80` | a port of the guest's own loopback, through the guest agent |
+//! | `unix:/run/docker.sock:/var/run/docker.sock` | a unix socket of the guest, through the guest agent |
+//!
+//! `--publish auto` is no spec but the last rule of [`crate::agent::rules`]; [`PublishArg`] is either.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -17,6 +21,9 @@ use std::str::FromStr;
 
 use portway_api::control::Protocol;
 use serde::{Deserialize, Serialize};
+
+use crate::request::PublishError;
+use crate::sandbox::paths::Paths;
 
 /// What `--publish` asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -66,6 +73,78 @@ pub enum GuestName {
     Address(IpAddr),
     /// By the name of its link.
     Name(String),
+    /// A unix socket of the first guest that has an agent; the spec has no port then.
+    Socket(PathBuf),
+}
+
+/// What `--publish` takes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Deserialize)]
+#[serde(try_from = "String")]
+pub enum PublishArg {
+    /// A port.
+    Port(PublishSpec),
+    /// `auto`: every port on which the guest listens.
+    Auto {
+        /// `auto,next-free`: one that is taken on the host, at the next that is free.
+        next_free: bool,
+    },
+}
+
+impl FromStr for PublishArg {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        match text {
+            "auto" => Ok(Self::Auto { next_free: false }),
+            "auto,next-free" => Ok(Self::Auto { next_free: true }),
+            _ if text.starts_with("auto,") => Err(SpecError {
+                spec: text.to_owned(),
+                fault: "auto has one option, next-free".into(),
+                example: "auto,next-free",
+            }),
+            _ => text.parse().map(Self::Port),
+        }
+    }
+}
+
+impl TryFrom<String> for PublishArg {
+    type Error = SpecError;
+    fn try_from(text: String) -> Result<Self, SpecError> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for PublishArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Port(spec) => spec.fmt(f),
+            Self::Auto { next_free: false } => f.write_str("auto"),
+            Self::Auto { next_free: true } => f.write_str("auto,next-free"),
+        }
+    }
+}
+
+impl PublishSpec {
+    /// Whether the guest's end can be reached from inside the guest alone, which takes its agent.
+    #[must_use]
+    pub fn needs_agent(&self) -> bool {
+        match &self.guest {
+            GuestName::Address(ip) => ip.is_loopback(),
+            GuestName::Socket(_) => true,
+            GuestName::Default | GuestName::Name(_) => false,
+        }
+    }
+
+    /// Refuses a socket of the host outside of the directories where sockets may be made.
+    ///
+    /// # Errors
+    /// [`PublishError::Outside`].
+    pub(crate) fn within(&self, allowed: &Paths) -> Result<(), PublishError> {
+        match &self.host {
+            HostEnd::Unix(path) if !allowed.may_make(path) => Err(PublishError::Outside(path.clone())),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What is wrong with a spec: the value, the fault, and what would be right.
@@ -88,14 +167,15 @@ impl FromStr for PublishSpec {
 type Fault = (String, &'static str);
 
 const EXAMPLE: &str = "2222:22/tcp";
+/// `sun_path` of unix(7), with its end.
+const SOCKET_PATH: usize = 107;
 
 fn parse(spec: &str) -> Result<PublishSpec, Fault> {
     if spec == "auto" || spec.starts_with("auto,") {
-        return Err((
-            "following the guest's own listeners needs the guest agent, which this release does not have"
-                .into(),
-            EXAMPLE,
-        ));
+        return Err(("auto is for the start: `portway serve --publish auto`".into(), EXAMPLE));
+    }
+    if let Some(spec) = parse_guest_socket(spec)? {
+        return Ok(spec);
     }
     let (body, proto) = match spec.rsplit_once('/') {
         Some((body, "tcp")) => (body, Protocol::Tcp),
@@ -142,6 +222,38 @@ fn parse(spec: &str) -> Result<PublishSpec, Fault> {
     }
     let count = u16::try_from(guest_len).map_err(|_| ("the range has 65536 ports".to_owned(), EXAMPLE))?;
     Ok(PublishSpec { host: HostEnd::Ports { bind, first }, guest, guest_port, count, proto })
+}
+
+/// `HOST:/path/in/the/guest`, where HOST is as elsewhere.
+fn parse_guest_socket(spec: &str) -> Result<Option<PublishSpec>, Fault> {
+    const SOCKET: &str = "unix:/run/user/1000/docker.sock:/var/run/docker.sock";
+    // The first `:/` of `unix:/path` is not the guest's.
+    let Some(at) = spec.rfind(":/").filter(|at| !(*at == 4 && spec.starts_with("unix:"))) else {
+        return Ok(None);
+    };
+    let (host, path) = (spec.get(..at).unwrap_or_default(), spec.get(at + 1..).unwrap_or_default());
+    if path.len() < 2 || path.contains('\0') || path.len() > SOCKET_PATH {
+        return Err((format!("{path:?} is not the path of a socket in the guest"), SOCKET));
+    }
+    let host = match host.strip_prefix("unix:") {
+        Some(path) if path.starts_with('/') => HostEnd::Unix(path.into()),
+        Some(path) => return Err((format!("the path {path:?} is not absolute"), SOCKET)),
+        None => {
+            let parts = split(host)?;
+            let (bind, port) = match parts.as_slice() {
+                [port] => (Bind::Localhost, port),
+                [bind, port] => (bind_of(bind)?, port),
+                _ => return Err(("it has too many parts".into(), "2375:/var/run/docker.sock")),
+            };
+            let (first, end) = range(port, true)?;
+            if first != end {
+                return Err(("a socket goes to one port".into(), "2375:/var/run/docker.sock"));
+            }
+            HostEnd::Ports { bind, first }
+        }
+    };
+    let guest = GuestName::Socket(path.into());
+    Ok(Some(PublishSpec { host, guest, guest_port: 0, count: 1, proto: Protocol::Tcp }))
 }
 
 /// Cuts at colons outside brackets; the brackets go.
@@ -232,6 +344,7 @@ impl fmt::Display for PublishSpec {
             GuestName::Default => {}
             GuestName::Address(ip) => write!(f, "{}:", bracketed(ip))?,
             GuestName::Name(name) => write!(f, "{name}:")?,
+            GuestName::Socket(path) => return write!(f, "{}", path.display()),
         }
         write!(f, "{}", self.guest_port)?;
         if self.count > 1 {
@@ -297,6 +410,23 @@ mod tests {
         }
         let unix: PublishSpec = "unix:/run/a.sock:22".parse().unwrap();
         assert_eq!((unix.host, unix.guest_port), (HostEnd::Unix("/run/a.sock".into()), 22));
+        let both: PublishSpec = "unix:/run/a.sock:/run/b.sock".parse().unwrap();
+        assert_eq!(both.host, HostEnd::Unix("/run/a.sock".into()));
+        assert_eq!(both.guest, GuestName::Socket("/run/b.sock".into()));
+        assert!(both.needs_agent() && both.to_string() == "unix:/run/a.sock:/run/b.sock");
+        let tcp: PublishSpec = "127.0.0.1:2375:/run/b.sock".parse().unwrap();
+        assert_eq!(tcp.host, HostEnd::Ports { bind: address("127.0.0.1"), first: 2375 });
+        assert!("8080:127.0.0.1:80".parse::<PublishSpec>().unwrap().needs_agent());
+        assert!(!"8080:80".parse::<PublishSpec>().unwrap().needs_agent());
+    }
+
+    #[test]
+    fn auto_is_an_argument_and_no_spec() {
+        for text in ["auto", "auto,next-free", "2222:22/tcp"] {
+            assert_eq!(text.parse::<PublishArg>().unwrap().to_string(), text);
+        }
+        let error = "auto,everywhere".parse::<PublishArg>().unwrap_err().to_string();
+        assert!(error.contains("one option, next-free"), "{error}");
     }
 
     #[test]
@@ -314,7 +444,10 @@ mod tests {
             ("unix:vm.sock:22", "is not absolute"),
             ("unix:/a:22/udp", "one TCP port"),
             ("unix:", "is not a port"),
-            ("auto", "needs the guest agent"),
+            ("auto", "auto is for the start"),
+            ("unix:a:/b", "is not absolute"),
+            ("1-2:/b", "a socket goes to one port"),
+            ("2375:/", "is not the path of a socket"),
             ("2222:-22", "is not a port"),
             ("+80:80", "is not a port"),
         ] {

@@ -26,6 +26,8 @@ pub(crate) enum Only {
     With(u8, u64),
     /// The argument is one of these.
     OneOf(u8, &'static [u64]),
+    /// These arguments are exactly these.
+    Exactly(&'static [(u8, u64)]),
 }
 
 /// A table of [`Call`]s: `sandbox_calls![SYS_read, SYS_ioctl: Only::OneOf(1, &[…])]`. The names are `libc`'s; one that an
@@ -61,6 +63,8 @@ pub(crate) const ALL: &[(&str, &[Call])] = &[
     ("publish: listeners", crate::publish::CALLS),
     ("dns: files that are read again", crate::dns::CALLS),
     ("sidecar: state files", crate::sidecar::CALLS),
+    ("sidecar: the host's network", crate::sidecar::network::CALLS),
+    ("sidecar: its supervisor", crate::sidecar::SUPERVISOR_CALLS),
 ];
 
 /// Memory, threads, signals and the end. Memory is never both writable and executable, and a new task is a thread.
@@ -93,8 +97,11 @@ const RUNTIME: &[Call] = sandbox_calls![
     SYS_getrandom,
     SYS_clock_gettime,
     SYS_clock_nanosleep,
-    // How much memory and time the process takes, for its metrics.
+    // How much memory and time the process takes and may take, for its metrics; of no other process.
     SYS_getrusage,
+    SYS_prlimit64: Only::OneOf(0, &[0]),
+    // Paths of API clients are made absolute.
+    SYS_getcwd,
 ];
 
 const PROT_EXEC: u64 = 4;

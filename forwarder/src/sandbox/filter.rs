@@ -15,6 +15,11 @@ use seccompiler::{
 use super::calls::{self, Call, Only};
 use super::refused;
 
+/// Whether this kernel has filters: without `CONFIG_SECCOMP_FILTER` the file is not there.
+pub(super) fn is_there() -> bool {
+    std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail").is_ok_and(|all| all.contains("trap"))
+}
+
 /// Puts every thread of the process, and every thread that comes, under the filters.
 ///
 /// # Errors
@@ -77,6 +82,14 @@ fn conditions(call: &Call) -> Result<Option<Vec<SeccompRule>>, String> {
         Only::Any => Ok(None),
         Only::Without(arg, bits) => rule(arg, SeccompCmpOp::MaskedEq(bits), 0).map(|r| Some(vec![r])),
         Only::With(arg, bits) => rule(arg, SeccompCmpOp::MaskedEq(bits), bits).map(|r| Some(vec![r])),
+        Only::Exactly(arguments) => {
+            let condition = |(arg, value): &(u8, u64)| {
+                SeccompCondition::new(*arg, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *value)
+            };
+            let all: Result<Vec<_>, _> = arguments.iter().map(condition).collect();
+            let rule = all.and_then(SeccompRule::new).map_err(|e| e.to_string())?;
+            Ok(Some(vec![rule]))
+        }
         Only::OneOf(arg, values) => {
             values.iter().map(|v| rule(arg, SeccompCmpOp::Eq, *v)).collect::<Result<_, _>>().map(Some)
         }

@@ -79,16 +79,22 @@ pub fn allowed_calls() -> Vec<(&'static str, &'static str)> {
     Vec::new()
 }
 
+/// The parts this kernel may lack, and whether it has them.
+#[cfg(target_os = "linux")]
+pub(crate) fn offered() -> [(&'static str, bool); 2] {
+    [("Landlock", paths::landlock_is_there()), ("seccomp filters", filter::is_there())]
+}
+
 /// Goes into the sandbox; there is no way back.
 ///
 /// # Errors
 /// When `--runas` cannot be had, or `--sandbox require` and a part is missing; the text names it.
-pub fn enter(config: &Config) -> Result<SandboxInfo, ConfigError> {
+pub(crate) fn enter(config: &Config, paths: &paths::Paths) -> Result<SandboxInfo, ConfigError> {
     if config.sandbox == Mode::Off {
         let off = |name: &&str| part(name, Err("--sandbox off".into()));
         return Ok(report(config.sandbox, PARTS.iter().map(off).collect()));
     }
-    let parts = every_part(config)?;
+    let parts = every_part(config, paths)?;
     let missing: Vec<String> =
         parts.iter().filter(|p| !p.in_force).map(|p| format!("{} ({})", p.name, p.detail)).collect();
     if !missing.is_empty() {
@@ -103,11 +109,10 @@ pub fn enter(config: &Config) -> Result<SandboxInfo, ConfigError> {
 }
 
 #[cfg(target_os = "linux")]
-fn every_part(config: &Config) -> Result<Vec<SandboxPart>, ConfigError> {
+fn every_part(config: &Config, paths: &paths::Paths) -> Result<Vec<SandboxPart>, ConfigError> {
     let threads = privileges::threads();
-    let paths = paths::Paths::of(config);
     let bounded = privileges::empty_bounding_set();
-    let user = privileges::become_user(config.runas.as_deref(), &paths)?;
+    let user = privileges::become_user(config.runas.as_deref(), paths)?;
     let mut parts = vec![
         part("user", Ok(user)),
         part("capabilities", privileges::drop_capabilities(bounded)),
@@ -126,7 +131,7 @@ fn every_part(config: &Config) -> Result<Vec<SandboxPart>, ConfigError> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn every_part(config: &Config) -> Result<Vec<SandboxPart>, ConfigError> {
+fn every_part(config: &Config, _: &paths::Paths) -> Result<Vec<SandboxPart>, ConfigError> {
     if config.runas.is_some() {
         return Err(ConfigError::new("--runas", "not on this system"));
     }

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use crate::config::{Config, LinkAddress};
+use crate::config::{Config, DoorAddress, LinkAddress, LinkConfig};
 use crate::publish::spec::HostEnd;
 use crate::vsock::Transport;
 
@@ -35,17 +35,24 @@ impl Paths {
     /// Those that `config` speaks of.
     pub(crate) fn of(config: &Config) -> Self {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(|d| PathBuf::from(d).join("portway"));
-        let live: BTreeSet<PathBuf> = parent(&config.api)
+        // A personality that serves no control socket has no path for one.
+        let api = config.particulars.control.then_some(&config.api);
+        let live: BTreeSet<PathBuf> = api
+            .and_then(|api| parent(api))
             .into_iter()
             .chain(config.state_dir.clone())
             .chain(runtime)
             .chain(config.allow_path.iter().cloned())
+            .chain(config.particulars.directories.iter().filter_map(|d| std::path::absolute(d).ok()))
             .collect();
         let mut write = live.clone();
         write.extend(config.pid_file.as_deref().and_then(parent));
-        write.extend(config.links.iter().filter_map(|l| match &l.address {
-            LinkAddress::Listen(path) => parent(path),
-            _ => None,
+        write.extend(config.links.iter().filter_map(LinkConfig::directory));
+        write.extend(config.agent.agents.iter().filter_map(|a| parent(&a.path)));
+        write.extend(config.agent.rules.iter().filter_map(|rule| parent(rule.socket()?)));
+        write.extend(config.doors.iter().filter_map(|door| match &door.address {
+            DoorAddress::Unix(path) => parent(path),
+            DoorAddress::Tcp(_) => None,
         }));
         write.extend(config.join.as_deref().and_then(parent));
         write.extend(config.vsock_dir.clone());
@@ -60,13 +67,15 @@ impl Paths {
             HostEnd::Ports { .. } => None,
         }));
         let mut ours: Vec<PathBuf> =
-            config.state_dir.iter().chain([&config.api]).chain(&config.pid_file).cloned().collect();
+            config.state_dir.iter().chain(api).chain(&config.pid_file).cloned().collect();
         ours.extend(config.links.iter().filter_map(|l| match &l.address {
             LinkAddress::Listen(path) => Some(path.clone()),
             _ => None,
         }));
+        let files = std::iter::once(&config.resolv_conf).chain(&config.hosts_file);
+        let files = files.chain(&config.particulars.followed);
         let mut read: BTreeSet<PathBuf> = RESOLVERS.iter().map(PathBuf::from).collect();
-        for file in std::iter::once(&config.resolv_conf).chain(&config.hosts_file) {
+        for file in files {
             read.extend(directories_of(file));
         }
         Self { write, live, ours, read }
@@ -121,8 +130,19 @@ impl Paths {
     }
 }
 
+/// Whether this kernel has Landlock: a rule set is made, and nothing is held to it.
+#[cfg(target_os = "linux")]
+pub(super) fn landlock_is_there() -> bool {
+    use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+    let asked = Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(ABI::V1));
+    asked.and_then(Ruleset::create).is_ok()
+}
+
+/// The directory of `path`, wherever the process is.
 fn parent(path: &Path) -> Option<PathBuf> {
-    path.parent().map(Path::to_path_buf)
+    std::path::absolute(path).ok()?.parent().map(Path::to_path_buf)
 }
 
 /// The directory of `file`, and of everything it is a link to.

@@ -26,7 +26,7 @@ pub(super) fn threads() -> usize {
 /// When `wanted` is no user, or cannot be had.
 pub(super) fn become_user(wanted: Option<&str>, paths: &Paths) -> Result<String, ConfigError> {
     let fault = |text: String| ConfigError::new("--runas", text);
-    let me = geteuid();
+    let (me, my_group) = (geteuid(), getegid());
     let named =
         wanted.map(|name| user_called(name).ok_or_else(|| fault(format!("{name:?} is no user here"))));
     let named = named.transpose()?;
@@ -55,7 +55,13 @@ pub(super) fn become_user(wanted: Option<&str>, paths: &Paths) -> Result<String,
     };
     let changed =
         setgroups(&[gid]).and_then(|()| setresgid(gid, gid, gid)).and_then(|()| setresuid(uid, uid, uid));
-    changed.map_err(|e| fault(format!("cannot become user {uid}: {}", e.desc())))?;
+    if let Err(error) = changed {
+        // Root of a user namespace may have nobody else to become (user_namespaces(7)), and is an ordinary user outside of it.
+        if wanted.is_none() && geteuid() == me && getegid() == my_group {
+            return Ok(format!("uid {me}, which may become nobody else here ({})", error.desc()));
+        }
+        return Err(fault(format!("cannot become user {uid}: {}", error.desc())));
+    }
     if geteuid() != uid || getegid() != gid || (!uid.is_root() && setresuid(me, me, me).is_ok()) {
         return Err(fault(format!("the kernel did not make this process user {uid}")));
     }

@@ -18,9 +18,10 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 
-use crate::config::{Config, LinkSpec};
+use crate::config::{Config, LinkAddress, LinkSpec};
 use crate::publish::spec::PublishSpec;
-use crate::request::{Request, Requests};
+use crate::request::{PublishError, Request, Requests};
+use crate::sandbox::paths::Paths;
 
 /// Connections at once; further ones wait to be accepted.
 const CONNECTIONS: usize = 300;
@@ -34,15 +35,18 @@ const FIRST: Duration = Duration::from_secs(10);
 /// What the connections share.
 struct Shared {
     config: Config,
+    /// Where sockets may be made.
+    allowed: Arc<Paths>,
     requests: Requests,
-    /// VMs that are there; the network ends with the last.
+    /// As many as there are VMs, and one more; the network ends with the last VM.
     vms: Arc<()>,
     ending: AtomicBool,
 }
 
 /// Serves until the runtime ends.
-pub(super) async fn serve(listener: UnixListener, config: Config, requests: Requests) {
-    let shared = Arc::new(Shared { config, requests, vms: Arc::new(()), ending: AtomicBool::new(false) });
+pub(super) async fn serve(listener: UnixListener, config: Config, allowed: Arc<Paths>, requests: Requests) {
+    let shared =
+        Arc::new(Shared { config, allowed, requests, vms: Arc::new(()), ending: AtomicBool::new(false) });
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let first = tokio::time::sleep(FIRST);
     tokio::pin!(first);
@@ -83,7 +87,19 @@ impl Shared {
         let _ = self.requests.send(Request::Shutdown);
     }
 
-    async fn serve(&self, mut stream: UnixStream) {
+    async fn serve(&self, stream: UnixStream) {
+        // From here on: a VM that is just being let in keeps the network from ending under it.
+        let here = Arc::clone(&self.vms);
+        self.host(stream).await;
+        drop(here);
+        if Arc::strong_count(&self.vms) == 1 {
+            tracing::info!("the last VM has gone");
+            self.end();
+        }
+    }
+
+    /// One VM, from its request to the end of its connection.
+    async fn host(&self, mut stream: UnixStream) {
         let (port, answer) = match tokio::time::timeout(PATIENCE, self.admit(&mut stream)).await {
             Ok(Ok((port, ports))) => (Some(port), JoinAnswer { ports, error: None }),
             Ok(Err(error)) => (None, JoinAnswer { ports: Vec::new(), error: Some(error) }),
@@ -91,7 +107,6 @@ impl Shared {
                 (None, JoinAnswer { ports: Vec::new(), error: Some("the request took too long".into()) })
             }
         };
-        let here = port.map(|_| Arc::clone(&self.vms));
         let mut line = serde_json::to_vec(&answer).unwrap_or_default();
         line.push(b'\n');
         // Who does not take its answer has gone.
@@ -102,11 +117,6 @@ impl Shared {
             let _ = stream.read(&mut [0; 1]).await;
         }
         self.leave(port).await;
-        drop(here);
-        if Arc::strong_count(&self.vms) == 1 {
-            tracing::info!("the last VM has gone");
-            self.end();
-        }
     }
 
     /// A full queue does not keep a VM's link for ever.
@@ -126,6 +136,11 @@ impl Shared {
         let JoinRequest { link, publish } = serde_json::from_str(&line).map_err(|error| error.to_string())?;
         let link: LinkSpec = link.parse()?;
         let link = self.config.joining(link).map_err(|error| error.to_string())?;
+        if let LinkAddress::Listen(path) = &link.address
+            && !self.allowed.may_make(path)
+        {
+            return Err(PublishError::Outside(path.clone()).to_string());
+        }
         let publish: Result<Vec<PublishSpec>, _> = publish.iter().map(|spec| spec.parse()).collect();
         let publish = publish.map_err(|error| error.to_string())?;
         let (reply, answer) = oneshot::channel();

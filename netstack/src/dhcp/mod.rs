@@ -1,30 +1,37 @@
 //! The DHCPv4 server (RFC 2131, RFC 2132).
 //!
 //! ```text
-//!  DISCOVER ─► an offer, held 60 s          REQUEST ─► lease, or NAK for an address that is not the client's
-//!  DECLINE ─► quarantine                    RELEASE ─► free, remembered        INFORM ─► options only
+//!  DISCOVER ─► an offer, held 60 s; with rapid commit a lease at once (RFC 4039)
+//!  REQUEST ──► lease, or NAK for an address that is not the client's      DECLINE ─► quarantine of 10 min
+//!  INFORM ───► options only                                              RELEASE ─► free, remembered
 //! ```
 //! A lease belongs to a client (its client identifier, else its Ethernet address) and to the link it was made on; it
 //! is offered again to the same client as long as nobody else needs the address. Gateway, host alias, network and
 //! broadcast address are never leased. When no address is left the client gets no answer, and the drop is counted:
-//! the lease that ended longest ago is reused first. The same when its link has [`crate::Limits::leases`] already.
+//! the lease that ended longest ago is reused first, then the one whose link is gone longest. [`leases`] has the table and
+//! its limits, [`message`] reads, [`reply`] writes.
 //!
-//! `dhcproto` reads messages; answers are written by [`reply`], because clients may depend on the order of options
-//! (RFC 2131 §4.3.1: the order of their parameter request list) and the crate keeps them in a map.
+//! We are the only server of the network, and so know every client: one that asks for a free address we have no record
+//! of gets it, where RFC 2131 §4.3.2 would have us silent (INIT-REBOOT) for the sake of other servers. A lease that was
+//! not written down before a crash is thus the same client's again.
+//!
+//! Left out: BOOTP clients (no option 53), networks other than the guests' own behind a relay, authentication (RFC 3118),
+//! FORCERENEW.
 
+mod leases;
+mod message;
 mod reply;
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
-
-use dhcproto::v4::{self, DhcpOption, MessageType, OptionCode};
-use dhcproto::{Decodable, Decoder};
+use std::net::Ipv4Addr;
 
 use crate::drop_reason::DropReason;
 use crate::time::{Duration, Instant};
 use crate::types::{Mac, PortId, Subnet};
 
+use self::leases::{Asker, Client, Lease, Leases, Pool, State};
+use self::message::{Kind, Message};
 pub(crate) use self::reply::Settings;
+use self::reply::Terms;
 
 /// An address that belongs to one Ethernet address for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,12 +51,18 @@ pub struct LeaseReport {
     pub ip: Ipv4Addr,
     /// Whose.
     pub mac: Mac,
-    /// The link it was made on; `None` after a restart, until the guest is back.
+    /// The identifier its client sent (option 61), if any.
+    pub client_id: Option<Box<[u8]>>,
+    /// The link it was made on; `None` while that is gone, and after a restart until the guest is back.
     pub port: Option<PortId>,
-    /// The name: fixed, or what the guest sent.
+    /// The name: the operator's, or what the guest calls itself.
     pub name: Option<String>,
-    /// Until it ends; `None` for a fixed one.
+    /// Whether it is the operator's.
+    pub named: bool,
+    /// Until it ends; `None` for a fixed one that is not in use.
     pub remaining: Option<Duration>,
+    /// How long its client has had it.
+    pub age: Duration,
     /// Whether it was fixed in the configuration.
     pub fixed: bool,
 }
@@ -68,310 +81,243 @@ pub enum PreferError {
     HasAnother,
 }
 
+/// One message, and where it came from.
+pub(crate) struct Arrival<'f> {
+    pub(crate) port: PortId,
+    /// The Ethernet source: the client, or its relay.
+    pub(crate) from: Mac,
+    /// The largest packet of the link.
+    pub(crate) mtu: u16,
+    /// The BOOTP message.
+    pub(crate) bytes: &'f [u8],
+    /// The address the link's configuration gives its first guest, and the name.
+    pub(crate) wish: Option<Ipv4Addr>,
+    pub(crate) link_name: Option<&'f str>,
+}
+
 /// What an answer is and where it goes (RFC 2131 §4.1).
 pub(crate) struct Reply {
     /// The BOOTP message.
     pub(crate) bytes: Vec<u8>,
     pub(crate) dst_mac: Mac,
     pub(crate) dst: Ipv4Addr,
-    /// Whether leases changed: the driver looks at them.
-    pub(crate) granted: bool,
+    pub(crate) dst_port: u16,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// Offered, not yet requested.
-    Offered,
-    /// In use.
-    Bound,
-    /// Ended or released; remembered for its client.
-    Free,
-    /// Somebody else answers for it.
-    Declined,
-}
-
-#[derive(Debug, Clone)]
-struct Lease {
-    client: Vec<u8>,
-    mac: Mac,
-    port: Option<PortId>,
-    name: Option<String>,
-    state: State,
-    /// When the state ends.
-    ends: Instant,
-    fixed: bool,
-}
-
+/// Ports of clients and of servers (and relays).
+const CLIENT_PORT: u16 = 68;
+const SERVER_PORT: u16 = 67;
 /// How long an offer is held.
 const OFFER: Duration = Duration::from_secs(60);
 /// How long a declined address is left alone.
 const QUARANTINE: Duration = Duration::from_secs(600);
-/// Addresses remembered; at it the lease that ended longest ago is forgotten, else the client gets no answer.
-const LEASES: usize = 4096;
+/// The shortest lease a client may ask for.
+const SHORTEST: Duration = Duration::from_secs(60);
 
 /// The server of one network.
 pub(crate) struct DhcpServer {
     settings: Settings,
-    subnet: Subnet,
-    /// Leases that one port may have.
-    per_port: usize,
-    /// Ordered, so that the same messages give the same leases.
-    leases: BTreeMap<Ipv4Addr, Lease>,
+    leases: Leases,
 }
 
 impl DhcpServer {
     pub(crate) fn new(settings: Settings, subnet: Subnet, per_port: usize, fixed: &[StaticLease]) -> Self {
-        let leases = fixed.iter().map(|f| {
+        let pool = Pool {
+            subnet,
+            gateway: settings.gateway,
+            host_alias: settings.host_alias,
+            dns: settings.dns,
+            range: settings.pool,
+        };
+        let mut leases = Leases::new(pool, per_port);
+        for fixed in fixed {
             let lease = Lease {
-                client: f.mac.0.to_vec(),
-                mac: f.mac,
+                client: Client::Mac(fixed.mac),
+                mac: fixed.mac,
                 port: None,
-                name: f.name.clone(),
+                name: fixed.name.clone(),
+                named: fixed.name.is_some(),
                 state: State::Free,
                 ends: Instant::ZERO,
+                since: Instant::ZERO,
+                orphaned: 0,
                 fixed: true,
             };
-            (f.ip, lease)
-        });
-        let leases = leases.collect();
-        Self { settings, subnet, per_port, leases }
+            leases.insert(fixed.ip, lease);
+        }
+        Self { settings, leases }
     }
 
-    /// One BOOTP message of a guest on `port`. `wish` is the address the link's configuration gives its first guest.
+    /// One BOOTP message of a guest.
     pub(crate) fn handle(
         &mut self,
         now: Instant,
-        port: PortId,
-        mtu: u16,
-        bytes: &[u8],
-        wish: Option<Ipv4Addr>,
+        arrival: &Arrival<'_>,
     ) -> Result<Option<Reply>, DropReason> {
-        let readable = with_known_options(bytes).ok_or(DropReason::BadDhcp)?;
-        let message = v4::Message::decode(&mut Decoder::new(&readable)).map_err(|_| DropReason::BadDhcp)?;
-        if message.opcode() != v4::Opcode::BootRequest || message.hlen() != 6 {
-            return Err(DropReason::BadDhcp);
+        let message = Message::parse(arrival.bytes).ok_or(DropReason::BadDhcp)?;
+        self.leases.expire(now);
+        // A relay on another network (RFC 2131 §4.3.1): there are no addresses of that one here.
+        if message.giaddr.is_some_and(|relay| !self.leases.pool().subnet.contains(relay.into())) {
+            return Err(DropReason::DhcpIgnored);
         }
-        let mac = Mac(bytes.get(28..34).and_then(|b| b.try_into().ok()).ok_or(DropReason::BadDhcp)?);
-        if mac.is_group() {
-            return Err(DropReason::BadDhcp);
+        let client = match message.client_id() {
+            Some(id) => Client::Id(id.into()),
+            None => Client::Mac(message.mac),
+        };
+        let name = message.host_label();
+        let Arrival { port, wish, link_name, .. } = *arrival;
+        let asker = Asker { now, port, mac: message.mac, client, name, wish, link_name };
+        let answer = match message.kind {
+            Kind::Discover => self.discover(&asker, &message, arrival.mtu)?,
+            Kind::Request => self.request(&asker, &message, arrival.mtu)?,
+            Kind::Inform => self.inform(&message, arrival.mtu)?,
+            Kind::Decline | Kind::Release => return self.give_up(&asker, &message).map(|()| None),
+            Kind::Offer | Kind::Ack | Kind::Nak => return Err(DropReason::DhcpIgnored),
+        };
+        Ok(Some(addressed(&message, arrival.from, answer)))
+    }
+
+    fn discover(&mut self, asker: &Asker<'_>, message: &Message, mtu: u16) -> Result<Answer, DropReason> {
+        let ip = self.leases.choose(asker, message.requested())?;
+        self.leases.admits(asker, ip)?;
+        if message.rapid_commit() {
+            return Ok(self.lend(asker, message, ip, mtu));
         }
-        let options = message.opts();
-        let client = match options.get(OptionCode::ClientIdentifier) {
-            Some(DhcpOption::ClientIdentifier(id)) if !id.is_empty() => id.clone(),
-            _ => mac.0.to_vec(),
-        };
-        let server = match options.get(OptionCode::ServerIdentifier) {
-            Some(DhcpOption::ServerIdentifier(ip)) => Some(*ip),
-            _ => None,
-        };
-        let requested = match options.get(OptionCode::RequestedIpAddress) {
-            Some(DhcpOption::RequestedIpAddress(ip)) => Some(*ip),
-            _ => None,
-        };
-        let name = match options.get(OptionCode::Hostname) {
-            Some(DhcpOption::Hostname(name)) => host_label(name),
-            _ => None,
-        };
-        let asker = Asker { now, port, mac, client, name, wish };
-        let answer =
-            |kind, ip, lease: bool| reply::write(&self.settings, &message, mac, kind, ip, mtu, lease);
-        match options.msg_type().ok_or(DropReason::BadDhcp)? {
-            MessageType::Discover => {
-                let ip = self.choose(&asker, requested)?;
-                self.admits(&asker, ip)?;
-                let bytes = answer(MessageType::Offer, ip, true);
-                self.hold(&asker, ip, State::Offered, now + OFFER);
-                Ok(Some(self.addressed(&message, mac, ip, bytes, false)))
-            }
-            MessageType::Request => {
-                // RFC 2131 §4.3.2: SELECTING names us as the server; INIT-REBOOT the address in option 50;
-                // RENEWING and REBINDING have it in ciaddr.
-                if server.is_some_and(|s| s != self.settings.gateway) {
-                    // §3.1 step 4: the client took another server's offer; ours is free again.
-                    self.leases.retain(|_, l| l.fixed || l.state != State::Offered || !l.is_of(&asker));
-                    return Err(DropReason::DhcpIgnored);
+        let time = self.lease_time(message);
+        let (name, _) = self.leases.name_for(asker, ip);
+        let terms = Terms { lease: Some((ip, time)), name: name.as_deref(), mtu, why: None };
+        let bytes = reply::write(&self.settings, message, Kind::Offer, terms);
+        self.leases.hold(asker, ip, State::Offered, asker.now + OFFER);
+        Ok(Answer { kind: Kind::Offer, bytes, ip })
+    }
+
+    /// RFC 2131 §4.3.2: SELECTING names us as the server; INIT-REBOOT the address in option 50; RENEWING and REBINDING
+    /// have it in ciaddr.
+    fn request(&mut self, asker: &Asker<'_>, message: &Message, mtu: u16) -> Result<Answer, DropReason> {
+        if message.server().is_some_and(|s| s != self.settings.gateway) {
+            // §3.1 step 4: the client took another server's offer; ours is free again.
+            self.leases.withdraw_offers(asker);
+            return Err(DropReason::DhcpIgnored);
+        }
+        let ip = message.requested().or(message.ciaddr).ok_or(DropReason::BadDhcp)?;
+        if !self.leases.may_have(asker, ip) {
+            let why = if self.leases.pool().has(ip) {
+                "the address is not yours"
+            } else {
+                "the address is not leased on this network"
+            };
+            let terms = Terms { lease: None, name: None, mtu, why: Some(why) };
+            let bytes = reply::write(&self.settings, message, Kind::Nak, terms);
+            return Ok(Answer { kind: Kind::Nak, bytes, ip });
+        }
+        self.leases.admits(asker, ip)?;
+        Ok(self.lend(asker, message, ip, mtu))
+    }
+
+    fn lend(&mut self, asker: &Asker<'_>, message: &Message, ip: Ipv4Addr, mtu: u16) -> Answer {
+        let time = self.lease_time(message);
+        let (name, _) = self.leases.name_for(asker, ip);
+        let terms = Terms { lease: Some((ip, time)), name: name.as_deref(), mtu, why: None };
+        let bytes = reply::write(&self.settings, message, Kind::Ack, terms);
+        self.leases.hold(asker, ip, State::Bound, asker.now + time);
+        Answer { kind: Kind::Ack, bytes, ip }
+    }
+
+    /// RFC 2131 §4.3.5: options for a client that has its address from elsewhere; leases are not looked at.
+    fn inform(&self, message: &Message, mtu: u16) -> Result<Answer, DropReason> {
+        let subnet = &self.leases.pool().subnet;
+        let ip = message.ciaddr.filter(|ip| subnet.contains((*ip).into())).ok_or(DropReason::DhcpIgnored)?;
+        let name = message.host_label();
+        let terms = Terms { lease: None, name: name.as_deref(), mtu, why: None };
+        let bytes = reply::write(&self.settings, message, Kind::Ack, terms);
+        Ok(Answer { kind: Kind::Ack, bytes, ip })
+    }
+
+    /// DECLINE (RFC 2131 §4.3.3) and RELEASE (§4.3.4): no answer.
+    fn give_up(&mut self, asker: &Asker<'_>, message: &Message) -> Result<(), DropReason> {
+        // Table 5 has both name the server; a client that names none means the one there is.
+        let ours = message.server().is_none_or(|s| s == self.settings.gateway);
+        let done = ours
+            && match message.kind {
+                Kind::Decline => {
+                    let ip = message.requested().ok_or(DropReason::BadDhcp)?;
+                    self.leases.decline(asker, ip, asker.now + QUARANTINE)
                 }
-                let ip = match requested {
-                    Some(ip) => ip,
-                    None if !message.ciaddr().is_unspecified() => message.ciaddr(),
-                    None => return Err(DropReason::BadDhcp),
-                };
-                if !self.may_have(&asker, ip) {
-                    let bytes = answer(MessageType::Nak, Ipv4Addr::UNSPECIFIED, false);
-                    // §4.3.2: a NAK is broadcast: the client has no address that is right here.
-                    let dst = Ipv4Addr::BROADCAST;
-                    return Ok(Some(Reply { bytes, dst_mac: Mac::BROADCAST, dst, granted: false }));
+                _ => {
+                    let ip = message.ciaddr.ok_or(DropReason::BadDhcp)?;
+                    self.leases.release(asker, ip)
                 }
-                self.admits(&asker, ip)?;
-                let bytes = answer(MessageType::Ack, ip, true);
-                self.hold(&asker, ip, State::Bound, now + self.settings.lease_time);
-                Ok(Some(self.addressed(&message, mac, ip, bytes, true)))
-            }
-            MessageType::Decline => {
-                let ip = requested.ok_or(DropReason::BadDhcp)?;
-                let lease = self.leases.get_mut(&ip).filter(|l| l.is_of(&asker) && !l.fixed);
-                let lease = lease.ok_or(DropReason::DhcpIgnored)?;
-                lease.state = State::Declined;
-                lease.ends = now + QUARANTINE;
-                Ok(None)
-            }
-            MessageType::Release => {
-                let lease = self.leases.get_mut(&message.ciaddr()).filter(|l| l.is_of(&asker));
-                let lease = lease.ok_or(DropReason::DhcpIgnored)?;
-                lease.state = State::Free;
-                lease.ends = now;
-                Ok(None)
-            }
-            MessageType::Inform => {
-                let ip = message.ciaddr();
-                if !self.subnet.contains(IpAddr::V4(ip)) {
-                    return Err(DropReason::DhcpIgnored);
-                }
-                let bytes = answer(MessageType::Ack, ip, false);
-                Ok(Some(Reply { bytes, dst_mac: mac, dst: ip, granted: false }))
-            }
-            _ => Err(DropReason::DhcpIgnored),
-        }
+            };
+        if done { Ok(()) } else { Err(DropReason::DhcpIgnored) }
     }
 
-    /// RFC 2131 §4.1: to ciaddr when there is one, else broadcast when the client asks for it, else to the address
-    /// it is being given.
-    fn addressed(
-        &self,
-        message: &v4::Message,
-        mac: Mac,
-        ip: Ipv4Addr,
-        bytes: Vec<u8>,
-        granted: bool,
-    ) -> Reply {
-        let (dst_mac, dst) = if !message.ciaddr().is_unspecified() {
-            (mac, message.ciaddr())
-        } else if message.flags().broadcast() {
-            (Mac::BROADCAST, Ipv4Addr::BROADCAST)
-        } else {
-            (mac, ip)
-        };
-        Reply { bytes, dst_mac, dst, granted }
+    /// RFC 2131 §4.3.1: the time the client asks for, within what is allowed.
+    fn lease_time(&self, message: &Message) -> Duration {
+        let longest = self.settings.lease_time;
+        message.lease_time().map_or(longest, |wanted| wanted.max(SHORTEST).min(longest))
     }
 
-    /// The address for a client: its own, the one it or its link wishes, the lowest free one, the one free longest.
-    fn choose(&self, asker: &Asker, requested: Option<Ipv4Addr>) -> Result<Ipv4Addr, DropReason> {
-        let own = self.leases.iter().filter(|(_, l)| l.is_of(asker) || (l.fixed && l.mac == asker.mac));
-        let own = own
-            .filter(|(_, l)| l.state != State::Declined)
-            .max_by_key(|(_, l)| (l.fixed, l.ends))
-            .map(|(ip, _)| *ip);
-        let wishes = [own, asker.wish, requested];
-        if let Some(ip) = wishes.into_iter().flatten().find(|ip| self.may_have(asker, *ip)) {
-            return Ok(ip);
-        }
-        let mut free = (1..).map_while(|n| self.subnet.host(n)).filter_map(|ip| match ip {
-            IpAddr::V4(ip) => Some(ip),
-            IpAddr::V6(_) => None,
-        });
-        let fresh = free.by_ref().take(LEASES).find(|ip| !self.leases.contains_key(ip) && self.is_pool(*ip));
-        let stale = || {
-            let ended =
-                self.leases.iter().filter(|(ip, l)| !l.fixed && self.is_pool(**ip) && l.is_over(asker.now));
-            ended.min_by_key(|(_, l)| l.ends).map(|(ip, _)| *ip)
-        };
-        fresh.filter(|_| self.leases.len() < LEASES).or_else(stale).ok_or(DropReason::DhcpExhausted)
-    }
-
-    fn is_pool(&self, ip: Ipv4Addr) -> bool {
-        let v4 = IpAddr::V4(ip);
-        self.subnet.contains(v4)
-            && v4 != self.subnet.network()
-            && self.subnet.broadcast() != Some(v4)
-            && ip != self.settings.gateway
-            && ip != self.settings.host_alias
-    }
-
-    /// Whether the client may be given `ip`, now.
-    fn may_have(&self, asker: &Asker, ip: Ipv4Addr) -> bool {
-        if !self.is_pool(ip) {
-            return false;
-        }
-        match self.leases.get(&ip) {
-            None => self.leases.len() < LEASES && !self.has_fixed_elsewhere(asker, ip),
-            Some(l) if l.fixed => l.mac == asker.mac && l.on(asker),
-            Some(l) if l.is_of(asker) => l.state != State::Declined && l.on(asker),
-            Some(l) => l.is_over(asker.now) && !self.has_fixed_elsewhere(asker, ip),
-        }
-    }
-
-    /// Whether the asker's link may have a lease of `ip`: it has it already, or fewer than its limit.
-    fn admits(&self, asker: &Asker, ip: Ipv4Addr) -> Result<(), DropReason> {
-        let counts = |l: &Lease| !l.fixed && l.port == Some(asker.port) && !l.is_over(asker.now);
-        let known = self.leases.get(&ip).is_some_and(|l| l.fixed || counts(l));
-        if known || self.leases.values().filter(|l| counts(l)).count() < self.per_port {
-            Ok(())
-        } else {
-            Err(DropReason::DhcpLimit)
-        }
-    }
-
-    fn has_fixed_elsewhere(&self, asker: &Asker, ip: Ipv4Addr) -> bool {
-        self.leases.iter().any(|(other, l)| l.fixed && l.mac == asker.mac && *other != ip)
-    }
-
-    fn hold(&mut self, asker: &Asker, ip: Ipv4Addr, state: State, ends: Instant) {
-        let lease = self.leases.entry(ip).or_insert_with(|| Lease {
-            client: asker.client.clone(),
-            mac: asker.mac,
-            port: None,
-            name: None,
-            state,
-            ends,
-            fixed: false,
-        });
-        // An offer to a client whose lease still runs does not shorten it.
-        if state == State::Offered && lease.is_of(asker) && lease.state == State::Bound && lease.ends > ends {
-            return;
-        }
-        lease.client.clone_from(&asker.client);
-        lease.mac = asker.mac;
-        lease.port = Some(asker.port);
-        if !lease.fixed || lease.name.is_none() {
-            lease.name.clone_from(&asker.name);
-        }
-        (lease.state, lease.ends) = (state, ends);
-    }
+    // ---- what others ask ----
 
     /// Whether `ip` is leased to somebody on another port than `port`.
     pub(crate) fn is_elsewhere(&self, now: Instant, ip: Ipv4Addr, port: PortId) -> bool {
         self.leases
-            .get(&ip)
+            .get(ip)
             .is_some_and(|l| l.state == State::Bound && l.ends > now && l.port.is_some_and(|p| p != port))
     }
 
-    /// The address leased first on `port`.
+    /// The address of the first guest on `port`: the lowest one leased there; of several that one machine has under
+    /// different identifiers, as a boot loader and the system it loads, the newest.
     pub(crate) fn first_on(&self, port: PortId) -> Option<Ipv4Addr> {
-        let mine = self.leases.iter().filter(|(_, l)| l.port == Some(port) && l.state == State::Bound);
-        mine.map(|(ip, _)| *ip).min()
+        let first = self.leases.bound_on(port).map(|(_, l)| l.mac).next()?;
+        let machine = self.leases.bound_on(port).filter(|(_, l)| l.mac == first);
+        machine.max_by_key(|(_, l)| l.since).map(|(ip, _)| ip)
     }
 
     /// The link is gone: its leases may be claimed by the same clients from another link.
     pub(crate) fn port_down(&mut self, port: PortId) {
-        for lease in self.leases.values_mut().filter(|l| l.port == Some(port)) {
-            lease.port = None;
-        }
+        self.leases.port_down(port);
     }
 
-    /// Every lease in use and every fixed one.
+    /// When [`Self::handle_timeout`] has to be called.
+    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
+        self.leases.next_end()
+    }
+
+    /// Ends the leases that are over.
+    pub(crate) fn handle_timeout(&mut self, now: Instant) {
+        self.leases.expire(now);
+    }
+
+    /// Whether leases were made, renewed or ended since this was last asked.
+    pub(crate) fn take_changed(&mut self) -> bool {
+        self.leases.has_changed() && self.leases.take_changed()
+    }
+
+    /// Other search domains from now on (option 119).
+    pub(crate) fn set_search(&mut self, search: Vec<String>) {
+        self.settings.search = search;
+    }
+
+    /// Every lease in use and every fixed one, by address.
     pub(crate) fn reports(&self, now: Instant) -> Vec<LeaseReport> {
-        let shown = self.leases.iter().filter(|(_, l)| l.fixed || (l.state == State::Bound && l.ends > now));
-        let report = |(ip, l): (&Ipv4Addr, &Lease)| LeaseReport {
-            ip: *ip,
+        let in_use = |l: &Lease| l.state == State::Bound && l.ends > now;
+        let shown = self.leases.iter().filter(|(_, l)| l.fixed || in_use(l));
+        let report = |(ip, l): (Ipv4Addr, &Lease)| LeaseReport {
+            ip,
             mac: l.mac,
+            client_id: match &l.client {
+                Client::Id(id) => Some(id.clone()),
+                Client::Mac(_) => None,
+            },
             port: l.port,
             name: l.name.clone(),
-            remaining: (l.state == State::Bound && l.ends > now).then(|| l.ends.since(now)),
+            named: l.named,
+            remaining: in_use(l).then(|| l.ends.since(now)),
+            age: now.since(l.since),
             fixed: l.fixed,
         };
-        let mut all: Vec<_> = shown.map(report).collect();
-        all.sort_by_key(|l| l.ip);
-        all
+        shown.map(report).collect()
     }
 
     /// Keeps `ip` for the guest `mac`, as if it had leased it.
@@ -379,109 +325,83 @@ impl DhcpServer {
     /// # Errors
     /// When it is not the guest's to have.
     pub(crate) fn prefer(&mut self, now: Instant, mac: Mac, ip: Ipv4Addr) -> Result<(), PreferError> {
-        if !self.is_pool(ip) {
+        self.leases.expire(now);
+        if !self.leases.pool().has(ip) {
             return Err(PreferError::OutOfRange);
         }
-        let bound = |l: &Lease| l.fixed || (l.state == State::Bound && l.ends > now);
-        if self.leases.get(&ip).is_some_and(|l| l.mac != mac && bound(l)) {
+        let bound = |l: &Lease| l.fixed || l.state == State::Bound;
+        if self.leases.get(ip).is_some_and(|l| l.mac != mac && bound(l)) {
             return Err(PreferError::Taken);
         }
-        if self.leases.iter().any(|(other, l)| *other != ip && l.mac == mac && bound(l)) {
+        if self.leases.iter().any(|(other, l)| other != ip && l.mac == mac && bound(l)) {
             return Err(PreferError::HasAnother);
         }
-        self.leases.retain(|other, l| *other != ip || l.mac == mac);
-        let remaining = Some(self.settings.lease_time);
-        self.restore(now, [LeaseReport { ip, mac, port: None, name: None, remaining, fixed: false }]);
+        if self.leases.get(ip).is_some_and(|l| l.mac != mac) {
+            self.leases.remove(ip);
+        }
+        let (remaining, age) = (Some(self.settings.lease_time), Duration::ZERO);
+        let kept = LeaseReport {
+            ip,
+            mac,
+            client_id: None,
+            port: None,
+            name: None,
+            named: false,
+            remaining,
+            age,
+            fixed: false,
+        };
+        self.restore(now, [kept]);
         Ok(())
     }
 
     /// Takes leases back that an earlier run had given.
     pub(crate) fn restore(&mut self, now: Instant, leases: impl IntoIterator<Item = LeaseReport>) {
         for old in leases {
-            let Some(remaining) = old.remaining.filter(|_| self.is_pool(old.ip) && !old.fixed) else {
+            let Some(remaining) = old.remaining.filter(|_| self.leases.pool().has(old.ip)) else { continue };
+            if self.leases.is_full() || self.leases.get(old.ip).is_some() {
                 continue;
+            }
+            let lease = Lease {
+                client: old.client_id.map_or(Client::Mac(old.mac), Client::Id),
+                mac: old.mac,
+                port: None,
+                name: old.name,
+                named: old.named,
+                state: State::Bound,
+                // A clock that was set back does not make a lease longer than leases are.
+                ends: now + remaining.min(self.settings.lease_time),
+                since: now,
+                orphaned: 0,
+                fixed: false,
             };
-            if self.leases.len() < LEASES && !self.leases.contains_key(&old.ip) {
-                let ends = now + remaining.min(self.settings.lease_time);
-                let client = old.mac.0.to_vec();
-                let lease = Lease {
-                    client,
-                    mac: old.mac,
-                    port: None,
-                    name: old.name,
-                    state: State::Bound,
-                    ends,
-                    fixed: false,
-                };
-                self.leases.insert(old.ip, lease);
-            }
+            self.leases.insert(old.ip, lease);
         }
     }
 }
 
-/// Who asks.
-struct Asker {
-    now: Instant,
-    port: PortId,
-    mac: Mac,
-    client: Vec<u8>,
-    name: Option<String>,
-    wish: Option<Ipv4Addr>,
+/// An answer before it has an address to go to.
+struct Answer {
+    kind: Kind,
+    bytes: Vec<u8>,
+    ip: Ipv4Addr,
 }
 
-impl Lease {
-    fn is_over(&self, now: Instant) -> bool {
-        self.state == State::Free || self.ends <= now
-    }
-
-    /// Whether the lease is the asker's. One that was kept over a restart, or made before the guest's system sent an
-    /// identifier (its boot loader did), is known by its Ethernet address alone.
-    fn is_of(&self, asker: &Asker) -> bool {
-        self.client == asker.client || (self.client == self.mac.0 && self.mac == asker.mac)
-    }
-
-    /// Whether the lease may be used from the asker's link: it is that link's, or nobody's now.
-    fn on(&self, asker: &Asker) -> bool {
-        self.port.is_none_or(|p| p == asker.port) || self.is_over(asker.now)
-    }
-}
-
-/// The guest's name for itself as one DNS label (RFC 1123 §2.1); `None` when nothing is left of it.
-fn host_label(name: &str) -> Option<String> {
-    let first = name.split('.').next().unwrap_or_default();
-    let label: String = first.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(63).collect();
-    let label = label.trim_matches('-').to_ascii_lowercase();
-    (!label.is_empty()).then_some(label)
-}
-
-/// The message with only those options that are read here. dhcproto 0.15 asserts the lengths of some others (80, 81, 94,
-/// 152–155) in builds with debug assertions, so a guest's bytes must not reach it there. `None` when an option is cut off.
-fn with_known_options(bytes: &[u8]) -> Option<Vec<u8>> {
-    /// Bytes of the fixed fields and the magic cookie (RFC 2131 §2).
-    const FIXED: usize = 240;
-    const PAD: u8 = 0;
-    const END: u8 = 255;
-    /// Host name, requested address, message type, server, parameter request list, client identifier.
-    const READ: [u8; 6] = [12, 50, 53, 54, 55, 61];
-    let (fixed, mut rest) = bytes.split_at_checked(FIXED)?;
-    let mut out = fixed.to_vec();
-    while let Some((&code, after)) = rest.split_first() {
-        match code {
-            PAD => rest = after,
-            END => break,
-            _ => {
-                let (&len, after) = after.split_first()?;
-                let (value, after) = after.split_at_checked(usize::from(len))?;
-                if READ.contains(&code) {
-                    out.extend([code, len]);
-                    out.extend_from_slice(value);
-                }
-                rest = after;
-            }
+/// RFC 2131 §4.1: to the relay when there is one; a NAK to everybody; else to ciaddr when there is one; else to
+/// everybody when the client asks for it; else to the address the client is being given.
+fn addressed(message: &Message, from: Mac, answer: Answer) -> Reply {
+    let (mac, all) = (message.mac, (Mac::BROADCAST, Ipv4Addr::BROADCAST));
+    let (dst_mac, dst) = match (message.giaddr, message.ciaddr) {
+        (Some(relay), _) => {
+            let dst_port = SERVER_PORT;
+            return Reply { bytes: answer.bytes, dst_mac: from, dst: relay, dst_port };
         }
-    }
-    out.push(END);
-    Some(out)
+        _ if answer.kind == Kind::Nak => all,
+        (None, Some(ciaddr)) => (mac, ciaddr),
+        (None, None) if message.broadcast() => all,
+        (None, None) => (mac, answer.ip),
+    };
+    Reply { bytes: answer.bytes, dst_mac, dst, dst_port: CLIENT_PORT }
 }
 
 #[cfg(test)]

@@ -157,6 +157,15 @@ pub fn link_local(mac: Mac) -> Ipv6Addr {
     Ipv6Addr::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
 }
 
+/// The Ethernet address an IPv6 address was made of in that way, when it looks like one.
+#[must_use]
+pub fn ethernet_of(address: Ipv6Addr) -> Option<Mac> {
+    match address.octets() {
+        [.., a, b, c, 0xff, 0xfe, d, e, f] => Some(Mac([a ^ 2, b, c, d, e, f])),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -233,6 +242,7 @@ mod tests {
     #[test]
     fn rfc_2464_5_the_interfaces_identifier_comes_from_its_mac() {
         assert_eq!(link_local(OURS), "fe80::5894:efff:fee4:cdd".parse::<Ipv6Addr>().unwrap());
+        assert_eq!((ethernet_of(link_local(OURS)), ethernet_of(A)), (Some(OURS), None));
     }
 
     proptest! {

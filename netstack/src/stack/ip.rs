@@ -8,12 +8,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{DNS, Netstack};
+use super::{DNS, HTTP, Netstack};
+use crate::config::{DnsAt, Transport};
 use crate::drop_reason::DropReason;
 use crate::fragments::Piece;
-use crate::host::{Datagram, Echo, Handled, HostTarget, Service};
+use crate::host::{Datagram, Echo, FlowId, Handled, HostTarget, Reach, Service};
 use crate::icmp::{self, Fault, Unreachable};
 use crate::ndp;
+use crate::switch::Destination;
 use crate::tcp::{Arrival, FlowKey, Path, Verdict};
 use crate::time::Instant;
 use crate::types::{Mac, PortId};
@@ -99,6 +101,18 @@ impl Netstack {
         };
         if !self.is_guests(ip) || elsewhere {
             return Err(DropReason::SourceSpoofed);
+        }
+        if let IpAddr::V6(v6) = ip
+            && let Some(maker) = ndp::ethernet_of(v6)
+        {
+            // Such an address is its maker's, whoever was first: everybody can guess it.
+            let other = matches!(self.switch.destination(maker), Destination::Port(p) if p != port);
+            if maker != mac && other {
+                return Err(DropReason::SourceSpoofed);
+            }
+            if maker == mac {
+                self.neighbours.take_from_others(ip, port);
+            }
         }
         if self.neighbours.learn(ip, port, mac)? && self.tcp.is_resolving() {
             self.tcp.resolved(now, port, ip, mac, &mut self.commands);
@@ -203,7 +217,7 @@ impl Netstack {
         if packet.protocol == ipv4::UDP {
             let (ports, body) = udp::parse(packet.payload)?;
             if ports.dst == 67 && (dst.is_broadcast() || dst == self.config.gateway) {
-                return self.dhcp(now, port, body).map(|()| Handled::Done);
+                return self.dhcp(now, port, header.src, body).map(|()| Handled::Done);
             }
             self.claim(now, port, header.src, packet.src)?;
             self.forbid_groups(dst)?;
@@ -368,7 +382,7 @@ impl Netstack {
         }
         // The gateway serves what it serves; nothing of the host stands behind it.
         if ip == self.config.host_alias
-            || ip == self.config.gateway
+            || self.config.is_ours(ip.into())
             || (ip.is_link_local() && !self.config.metadata)
             || ip.is_loopback()
             || ip.octets()[0] == 0
@@ -403,6 +417,29 @@ impl Netstack {
             return Err(DropReason::NotForUs);
         }
         Ok(ip)
+    }
+
+    /// The Ethernet addresses guests use now, and the ports they are behind.
+    pub fn macs(&self) -> impl Iterator<Item = (Mac, PortId)> + '_ {
+        self.switch.macs()
+    }
+
+    /// The guest's end of a flow.
+    #[must_use]
+    pub fn guest_of_flow(&self, flow: FlowId) -> Option<SocketAddr> {
+        self.tcp.guest_of(flow)
+    }
+
+    /// What stands behind `to` for a guest, as the data path decides it; for those who ask before they connect.
+    #[must_use]
+    pub fn reach(&self, to: SocketAddr) -> Reach {
+        if self.is_gateway(to.ip()) {
+            return Reach::Gateway;
+        }
+        match self.neighbours.get(to.ip()) {
+            Some(neighbour) => Reach::Guest(neighbour.port),
+            None => self.host_view(to).map_or_else(Reach::Nowhere, Reach::Host),
+        }
     }
 
     /// An address of the host that answers, as a guest of that version knows it.
@@ -441,6 +478,29 @@ impl Netstack {
             IpAddr::V6(ip) => self.config.ipv6.as_ref().is_some_and(|c| ip == c.host_alias),
         };
         self.config.is_ours(ip) && !host_alias
+    }
+
+    fn is_dns(&self, to: SocketAddr) -> bool {
+        to.port() == DNS
+            && match to.ip() {
+                IpAddr::V4(ip) => self.config.dns() == Some(ip),
+                ip @ IpAddr::V6(_) => self.config.services.dns != DnsAt::Nowhere && self.is_gateway(ip),
+            }
+    }
+
+    /// Whether the API for guests is there: on the gateway's IPv4 address, where gvproxy's guests look for it, and not where
+    /// that is the host's as well.
+    fn is_api(&self, to: SocketAddr) -> bool {
+        let gateway = self.config.gateway;
+        self.config.guest_api
+            && to == SocketAddr::new(gateway.into(), HTTP)
+            && gateway != self.config.host_alias
+    }
+
+    /// Where a port of the gateway leads, when it is forwarded.
+    fn forwarded(&self, to: SocketAddr, transport: Transport) -> Option<SocketAddr> {
+        let gateway = to.ip() == IpAddr::V4(self.config.gateway);
+        gateway.then(|| self.config.forward(transport, to.port())).flatten()
     }
 
     /// Routers a packet to `remote` may still pass. The host's loopback is behind none.
@@ -486,8 +546,12 @@ impl Netstack {
     /// A SYN of a connection that is not known.
     fn syn(&mut self, now: Instant, packet: &Packet<'_>, arrival: Arrival<'_>) -> Result<(), DropReason> {
         let remote = arrival.key.remote();
-        let target = if remote.port() == DNS && self.is_gateway(remote.ip()) {
+        let target = if self.is_dns(remote) {
             Ok(HostTarget::Service(Service::Dns))
+        } else if let Some(to) = self.forwarded(remote, Transport::Tcp) {
+            Ok(HostTarget::Address(to))
+        } else if self.is_api(remote) {
+            Ok(HostTarget::Service(Service::Api))
         } else {
             self.host_view(remote).map(HostTarget::Address)
         };
@@ -518,15 +582,19 @@ impl Netstack {
     ) -> Result<Handled<'f>, DropReason> {
         let guest = SocketAddr::new(packet.src, ports.src);
         let seen = SocketAddr::new(packet.dst, ports.dst);
-        if self.is_gateway(seen.ip()) {
-            if ports.dst == DNS {
-                self.dns_queries += 1;
-                return Ok(Handled::Dns { guest, asked: seen, query: payload });
-            }
+        if self.is_dns(seen) {
+            self.dns_queries += 1;
+            return Ok(Handled::Dns { guest, asked: seen, query: payload });
+        }
+        let forwarded = self.forwarded(seen, Transport::Udp);
+        if forwarded.is_none() && self.is_gateway(seen.ip()) {
             self.refuse(now, packet, Fault::Unreachable(Unreachable::Port))?;
             return Err(DropReason::NotForUs);
         }
-        let remote = self.allowed(now, packet, seen)?;
+        let remote = match forwarded {
+            Some(to) => to,
+            None => self.allowed(now, packet, seen)?,
+        };
         let hop_limit = self.hops(now, packet, remote.ip())?;
         let path = self.udp.to_host(now, packet.target(ports.src), seen, remote, payload.len());
         let dont_fragment = packet.dont_fragment;

@@ -15,8 +15,8 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 pub(crate) use self::outbox::Outbox;
-use crate::config::{PortConfig, StackConfig};
-use crate::dhcp::{DhcpServer, LeaseReport, Settings};
+use crate::config::{GatewayForward, PortConfig, StackConfig, Transport};
+use crate::dhcp::{self, DhcpServer, LeaseReport, Settings};
 use crate::dhcp6::{Dhcp6Server, Lease6Report, Settings6};
 use crate::drop_reason::{DropCounters, DropReason};
 use crate::fragments::Fragments;
@@ -30,15 +30,15 @@ use crate::segments;
 use crate::sink::{FrameSink, Offload};
 use crate::switch::{Destination, Switch};
 use crate::tcp::{FlowKey, Tcp};
-use crate::time::{Duration, Instant};
+use crate::time::Instant;
 use crate::types::{Mac, PortId};
 use crate::udp::{BindingId, BindingReport, Bindings, Target};
 use crate::wire::{arp, ethernet, ipv4, udp};
 
-/// How long a lease lasts.
-const LEASE: Duration = Duration::from_secs(3600);
 /// The port of the DNS service.
 const DNS: u16 = 53;
+/// The port of the service where guests publish ports.
+const HTTP: u16 = 80;
 
 /// Numbers of the whole stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,6 +53,8 @@ pub struct StackCounters {
     pub bindings: usize,
     /// DNS queries over UDP since the start.
     pub dns_queries: u64,
+    /// Entries of the timer wheels now, with those that mean nothing any more.
+    pub timers: usize,
 }
 
 struct Port {
@@ -82,6 +84,7 @@ pub struct Netstack {
     commands: VecDeque<HostCommand>,
     drops: DropCounters,
     dns_queries: u64,
+    /// Of IPv6; the DHCPv4 server knows of its own.
     leases_changed: bool,
     seed: u64,
 }
@@ -100,11 +103,14 @@ impl Netstack {
         let settings = Settings {
             gateway: config.gateway,
             host_alias: config.host_alias,
+            dns: config.dns(),
+            pool: config.services.pool,
             mask,
             broadcast,
             domain: config.domain.clone(),
             search: config.search.clone(),
-            lease_time: LEASE,
+            ntp: config.ntp.clone(),
+            lease_time: config.lease_time,
         };
         let domains: Vec<String> = std::iter::once(&config.domain).chain(&config.search).cloned().collect();
         let (mac, leases) = (config.gateway_mac, config.limits.leases);
@@ -279,18 +285,17 @@ impl Netstack {
         }
     }
 
-    fn dhcp(&mut self, now: Instant, port: PortId, body: &[u8]) -> Result<(), DropReason> {
+    fn dhcp(&mut self, now: Instant, port: PortId, from: Mac, bytes: &[u8]) -> Result<(), DropReason> {
         let config =
             &self.ports.get(usize::from(port.0)).and_then(Option::as_ref).ok_or(DropReason::NotForUs)?.config;
-        let Some(reply) = self.dhcp.handle(now, port, config.mtu, body, config.address)? else {
-            return Ok(());
-        };
-        self.leases_changed |= reply.granted;
+        let (mtu, wish, link_name) = (config.mtu, config.address, config.name.as_deref());
+        let arrival = dhcp::Arrival { port, from, mtu, bytes, wish, link_name };
+        let Some(reply) = self.dhcp.handle(now, &arrival)? else { return Ok(()) };
         let gateway = self.config.gateway;
         let mut packet = Vec::with_capacity(ipv4::HEADER + udp::HEADER + reply.bytes.len());
         let length = u16::try_from(udp::HEADER + reply.bytes.len()).map_err(|_| DropReason::BadDhcp)?;
         packet.extend(ipv4::header(gateway, reply.dst, ipv4::UDP, length));
-        packet.extend(udp::header((gateway, 67).into(), (reply.dst, 68).into(), &reply.bytes));
+        packet.extend(udp::header((gateway, 67).into(), (reply.dst, reply.dst_port).into(), &reply.bytes));
         packet.extend(&reply.bytes);
         self.answer_ip(port, reply.dst_mac, &packet);
         Ok(())
@@ -460,12 +465,28 @@ impl Netstack {
     ) {
         let result = self.udp.from_host(binding, remote, payload.len());
         let result = result.and_then(|target| {
-            let seen = self.guest_view(remote, target.guest.is_ipv6());
+            let seen = self.answered_as(remote, target.guest.is_ipv6());
             self.datagram(target, seen, payload, sink)
         });
         if let Err(reason) = result {
             self.drops.count(reason);
         }
+    }
+
+    /// The address from which a guest sees the answer of `remote` to its datagram: the gateway's, when that is how it
+    /// got there.
+    fn answered_as(&self, remote: SocketAddr, v6: bool) -> SocketAddr {
+        let forwards = self.config.services.forwards.iter();
+        let forward = forwards.clone().find(|f| f.transport == Transport::Udp && f.to == remote && !v6);
+        match forward {
+            Some(f) => SocketAddr::new(self.config.gateway.into(), f.port),
+            None => self.guest_view(remote, v6),
+        }
+    }
+
+    /// Replaces the ports of the gateway that lead elsewhere. Open flows stay as they are.
+    pub fn set_gateway_forwards(&mut self, forwards: Vec<GatewayForward>) {
+        self.config.services.forwards = forwards;
     }
 
     /// The port whose guest owns `binding`.
@@ -543,7 +564,9 @@ impl Netstack {
                 return true;
             }
         }
-        self.tcp.transmit(now, port, sink, &mut self.commands)
+        let full = self.tcp.transmit(now, port, sink, &mut self.commands);
+        self.drops.add(DropReason::EngineFault, self.tcp.take_faults());
+        full
     }
 
     /// Whether `port` has frames or flows that wait for `poll_transmit`.
@@ -559,7 +582,8 @@ impl Netstack {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let router = self.router.as_ref().and_then(Router::poll_timeout);
-        [self.tcp.poll_timeout(), self.udp.poll_timeout(), self.fragments.poll_timeout(), router]
+        let (fragments, dhcp) = (self.fragments.poll_timeout(), self.dhcp.poll_timeout());
+        [self.tcp.poll_timeout(), self.udp.poll_timeout(), fragments, dhcp, router]
             .into_iter()
             .flatten()
             .min()
@@ -573,6 +597,7 @@ impl Netstack {
             self.ask(ip);
         }
         self.udp.handle_timeout(now);
+        self.dhcp.handle_timeout(now);
         while let Some(expired) = self.fragments.pop_expired(now) {
             self.drops.count(DropReason::FragmentTimeout);
             // RFC 792, RFC 8200 §4.5: told when the first piece came.
@@ -614,6 +639,11 @@ impl Netstack {
         self.dhcp.restore(now, leases);
     }
 
+    /// Other search domains for the guests that ask from now on (DHCP option 119).
+    pub fn set_search(&mut self, search: Vec<String>) {
+        self.dhcp.set_search(search);
+    }
+
     /// Keeps `ip` for the guest `mac`, which will ask for it by DHCP.
     ///
     /// # Errors
@@ -627,9 +657,10 @@ impl Netstack {
         self.dhcp.prefer(now, mac, ip)
     }
 
-    /// Whether leases changed since this was last asked.
+    /// Whether leases were made, renewed or ended since this was last asked.
     pub fn leases_changed(&mut self) -> bool {
-        std::mem::take(&mut self.leases_changed)
+        // Both are asked: each answers once.
+        std::mem::take(&mut self.leases_changed) | self.dhcp.take_changed()
     }
 
     /// Every TCP flow.
@@ -652,6 +683,8 @@ impl Netstack {
     #[must_use]
     pub fn counters(&self) -> StackCounters {
         let (flows, dialing, flows_total) = self.tcp.counts();
-        StackCounters { flows, dialing, flows_total, bindings: self.udp.len(), dns_queries: self.dns_queries }
+        let (bindings, dns_queries) = (self.udp.len(), self.dns_queries);
+        let timers = self.tcp.timers() + self.udp.timers();
+        StackCounters { flows, dialing, flows_total, bindings, dns_queries, timers }
     }
 }

@@ -407,7 +407,7 @@ impl Flow {
             _ if socket.send_queue() > 0 => {
                 self.last_heard.max(self.sending_since) + limits.tcp_unacknowledged
             }
-            State::Established => self.last_active + limits.tcp_idle,
+            State::Established => self.last_active + limits.open_for(),
             _ => self.last_active + limits.tcp_half_closed,
         }
     }
@@ -422,6 +422,7 @@ impl Flow {
             },
         };
         FlowReport {
+            port: self.key.port,
             direction: self.direction,
             guest: self.key.guest(),
             remote: self.key.remote(),

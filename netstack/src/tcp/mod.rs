@@ -22,11 +22,12 @@
 //! ([`Live::is_remembered`]). docs/adr/0003 has the reasons.
 //!
 //! Limits: [`crate::Limits`] (`flows`, `dialing`, `dialing_loopback`, `resolving` and the times). Sources: RFC 9293,
-//! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp).
+//! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp, but for resets inside the window).
 
 mod clock;
 mod device;
 mod flow;
+mod last_net;
 mod table;
 mod window;
 
@@ -38,10 +39,11 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
-use self::clock::{engine_time, our_time};
+use self::clock::{engine_span, engine_time, our_time};
 use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
 use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving, Shown};
+use self::last_net::caught;
 use self::table::{FlowTable, SocketPool};
 use self::window::Senders;
 use crate::config::Limits;
@@ -59,6 +61,9 @@ use crate::wire::tcp::{self, Segment};
 
 /// Segments one flow may send before the next flow of the port has its turn.
 const TURN: usize = 32;
+
+/// Stale entries of the timer wheel that are not worth a sweep.
+const STALE_TIMERS: usize = 1024;
 
 /// Our Ethernet address, and the guest's.
 #[derive(Debug, Clone, Copy)]
@@ -118,6 +123,7 @@ pub(crate) struct Tcp {
     limits: Limits,
     gateway_mac: Mac,
     opened_total: u64,
+    faults: u64,
 }
 
 impl Tcp {
@@ -132,6 +138,7 @@ impl Tcp {
             limits,
             gateway_mac,
             opened_total: 0,
+            faults: 0,
         }
     }
 
@@ -249,7 +256,13 @@ impl Tcp {
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let calling = live.socket.tcp_ref().state() == State::SynSent;
         let mut device = Ingress::new(shown, outbox, path, key.is_v6(), &port.shape).with_window(window);
-        port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
+        let taken = caught(|| {
+            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
+        });
+        if taken.is_err() {
+            self.fault(id, commands);
+            return Verdict::Done(Err(DropReason::EngineFault));
+        }
         if calling && live.is_remembered(segment) {
             // smoltcp has answered with RST, which ends what the guest remembers, and would say SYN again in a second.
             live.socket.tcp().abort();
@@ -450,6 +463,8 @@ impl Tcp {
             return false;
         };
         let local = listen_on(&flow.key);
+        // Before the socket begins: later, smoltcp would ask at once.
+        live.socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
         let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
         Self::queue(port, flow, id);
         self.arm(now, id);
@@ -541,6 +556,7 @@ impl Tcp {
             port.dialing -= 1;
         }
         let local = listen_on(&key);
+        socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
         if socket.tcp().listen(local).is_ok() {
             let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
             port.iface.poll_ingress_single(engine_time(now), &mut device, &mut socket.set);
@@ -708,15 +724,17 @@ impl Tcp {
         let clock = live.clock(now) + live.take_ack_haste();
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let mut device = Egress::new(sink, path, flow.key, &port.shape, window);
-        let mut more = true;
-        for _ in 0..TURN {
-            if port.iface.poll_egress(engine_time(clock), &mut device, &mut live.socket.set)
-                == PollResult::None
-            {
-                more = false;
-                break;
-            }
-        }
+        let turn = caught(|| {
+            (0..TURN).all(|_| {
+                let polled = port.iface.poll_egress(engine_time(clock), &mut device, &mut live.socket.set);
+                polled != PollResult::None
+            })
+        });
+        let Ok(mut more) = turn else {
+            self.faults += 1;
+            self.fault(id, commands);
+            return false;
+        };
         more |= device.refused;
         let refused = device.refused;
 
@@ -781,7 +799,23 @@ impl Tcp {
         if flow.deadline.is_none_or(|d| at < d) {
             flow.deadline = Some(at);
             self.wheel.insert(at, id);
+            self.sweep();
         }
+    }
+
+    /// Entries of flows that have gone stay in the wheel until their time, which may be hours: when they are more than those
+    /// in use, they are taken out. Otherwise a guest could fill memory with flows it lets cool and closes.
+    fn sweep(&mut self) {
+        if self.wheel.len() <= 2 * self.table.len() + STALE_TIMERS {
+            return;
+        }
+        let table = &self.table;
+        self.wheel.retain(|at, id| table.get(id).is_some_and(|flow| flow.deadline == Some(at)));
+    }
+
+    /// Entries of the timer wheel, stale ones included.
+    pub(crate) fn timers(&self) -> usize {
+        self.wheel.len()
     }
 
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
@@ -857,6 +891,24 @@ impl Tcp {
 
     // ---- the end of a flow ----
 
+    /// The engine panicked in a flow: it ends, and its socket, which may hold anything, is not used again. The rings' address
+    /// space is lost to the pool; their pages go back.
+    fn fault(&mut self, id: FlowId, commands: &mut VecDeque<HostCommand>) {
+        let Some(flow) = self.table.get_mut(id) else { return };
+        if !flow.host_gone {
+            commands.push_back(HostCommand::Reset { flow: id });
+        }
+        if let Life::Live(live) = std::mem::replace(&mut flow.life, Life::Resolving(Resolving { asked: 0 })) {
+            self.pool.discard(&live.socket);
+        }
+        self.release(id);
+    }
+
+    /// Faults of the engine while it sent, since this was asked last.
+    pub(crate) fn take_faults(&mut self) -> u64 {
+        std::mem::take(&mut self.faults)
+    }
+
     fn release(&mut self, id: FlowId) {
         let Some(flow) = self.table.remove(id) else { return };
         if matches!(flow.life, Life::Resolving(_)) {
@@ -894,6 +946,10 @@ impl Tcp {
     }
 
     /// The port a flow belongs to.
+    pub(crate) fn guest_of(&self, id: FlowId) -> Option<SocketAddr> {
+        self.table.get(id).map(|f| f.key.guest())
+    }
+
     pub(crate) fn port_of(&self, id: FlowId) -> Option<PortId> {
         self.table.get(id).map(|f| f.key.port)
     }

@@ -32,6 +32,8 @@ use crate::types::{Mac, PortId};
 pub use self::peers::PEERS;
 use self::peers::Peers;
 
+/// Stale entries of the timer wheel that are not worth a sweep.
+const STALE_TIMERS: usize = 1024;
 /// See the module documentation.
 pub const IDLE_DNS: Duration = Duration::from_secs(30);
 /// See the module documentation (RFC 5508 REQ-2: 60 s at the least).
@@ -55,6 +57,8 @@ impl BindingId {
 /// What a listing says of one binding of UDP, or one client of a published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BindingReport {
+    /// The guest's port of the switch.
+    pub port: PortId,
     /// The guest's end.
     pub guest: SocketAddr,
     /// Where its last datagram went (host's view); of a published client, the client.
@@ -318,6 +322,11 @@ impl Bindings {
         self.closed.pop_front()
     }
 
+    /// Entries of the timer wheel, stale ones included.
+    pub(crate) fn timers(&self) -> usize {
+        self.wheel.len()
+    }
+
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         self.wheel.poll_at()
     }
@@ -340,6 +349,7 @@ impl Bindings {
     pub(crate) fn reports(&self, now: Instant) -> impl Iterator<Item = BindingReport> + '_ {
         let entries = self.slots.iter().filter_map(|(_, e)| e.as_ref());
         entries.filter(|e| !matches!(e.key, Key::Echo(..))).map(move |e| BindingReport {
+            port: e.port,
             guest: e.guest,
             remote: e.remote,
             published: matches!(e.key, Key::Client(..)),
@@ -410,6 +420,12 @@ impl Bindings {
         let id = self.id(slot);
         // It may live longer than this; the timer looks again.
         self.wheel.insert(now + IDLE_DNS, id);
+        // Entries of bindings that were evicted would stay until their time, and a guest makes new bindings faster.
+        if self.wheel.len() > 2 * self.by_key.len() + STALE_TIMERS {
+            let slots = &self.slots;
+            self.wheel
+                .retain(|_, id| slots.get(id.slot()).is_some_and(|s| s.0 == id.generation && s.1.is_some()));
+        }
         slot
     }
 

@@ -131,10 +131,14 @@ pub fn config(limits: Limits) -> StackConfig {
         gateway: GATEWAY.parse().unwrap(),
         host_alias: ALIAS.parse().unwrap(),
         gateway_mac: GATEWAY_MAC,
+        services: portway_netstack::Services::default(),
         domain: "portway.internal".into(),
         search: vec![],
+        ntp: vec![],
+        lease_time: secs(3600),
         static_leases: vec![],
         host_loopback: true,
+        guest_api: true,
         metadata: false,
         ipv6: Some(Ipv6Config {
             subnet: "fd00:77::/64".parse().unwrap(),
@@ -239,9 +243,14 @@ impl Lab {
 
     /// One guest, and the defaults with something changed.
     pub fn configured(change: impl FnOnce(&mut StackConfig)) -> Self {
+        Self::configured_for(1, change)
+    }
+
+    /// The defaults with something changed.
+    pub fn configured_for(guests: usize, change: impl FnOnce(&mut StackConfig)) -> Self {
         let mut config = config(Limits::default());
         change(&mut config);
-        Self::of(config, 1, 1500, Box::new(HeapRings { next: 0, left: usize::MAX }))
+        Self::of(config, guests, 1500, Box::new(HeapRings { next: 0, left: usize::MAX }))
     }
 
     fn of(config: StackConfig, guests: usize, mtu: u16, rings: Box<dyn RingMemory>) -> Self {

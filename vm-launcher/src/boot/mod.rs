@@ -72,6 +72,8 @@ pub(crate) struct Asked<'a> {
     pub(crate) image: &'a BootImage,
     pub(crate) arch: Arch,
     pub(crate) uefi: bool,
+    /// Whether the hypervisor brings its firmware along, so that none is looked for.
+    pub(crate) own_firmware: bool,
     pub(crate) firmware: Option<&'a Path>,
 }
 
@@ -279,6 +281,10 @@ impl Asked<'_> {
         let by_name = name.contains("-efi.") && entrance == Entrance::Unknown;
         let only = entrance == Entrance::UefiOnly;
         let why = match () {
+            () if self.own_firmware => {
+                let firmware = self.firmware.map_or(Ok(Firmware::Default), firmware::by_name)?;
+                return Ok((firmware, None));
+            }
             () if self.uefi => None,
             () if self.arch == Arch::Aarch64 => Some(format!("UEFI: {} has no other firmware", self.arch)),
             () if only => Some(format!("UEFI: {} boots by nothing else", path.display())),

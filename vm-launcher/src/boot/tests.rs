@@ -19,7 +19,7 @@ impl Files {
     }
 
     fn resolve(&self, image: &BootImage, uefi: bool) -> Result<Found, LaunchError> {
-        Asked { image, arch: Arch::X86_64, uefi, firmware: None }.resolve()
+        Asked { image, arch: Arch::X86_64, uefi, own_firmware: false, firmware: None }.resolve()
     }
 
     fn found(&self, name: &str) -> Found {
@@ -168,7 +168,13 @@ fn a_medium_for_uefi_alone_gets_it_and_the_note_says_why() {
     let files = Files::new(&[("os.iso", &iso(&[0xef])), ("OVMF.fd", b"f")]);
     let image = BootImage::Prefix(files.path("os.iso"));
     let firmware = files.path("OVMF.fd");
-    let asked = Asked { image: &image, arch: Arch::X86_64, uefi: false, firmware: Some(&firmware) };
+    let asked = Asked {
+        image: &image,
+        arch: Arch::X86_64,
+        uefi: false,
+        own_firmware: false,
+        firmware: Some(&firmware),
+    };
     let found = asked.resolve().expect("a CD");
     assert_eq!(
         found.boot,

@@ -10,6 +10,7 @@ fn config() -> LaunchConfig {
     config.arch = Arch::X86_64;
     config.cpus = 2;
     config.mem_mib = 512;
+    config.vsock = false;
     config
 }
 
@@ -72,6 +73,21 @@ fn vhost_user_shares_the_guests_memory() {
     has(&line, &["-object", "memory-backend-memfd,id=ram,size=512M,share=on"]);
     has(&line, &["-chardev", "socket,id=link,path=/run/a,,b", "-netdev", "vhost-user,id=net0,chardev=link"]);
     has(&line, &["-accel", "kvm", "-cpu", "host"]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn vsock_is_a_device_of_the_sidecars_and_shares_the_guests_memory() {
+    let mut config = config();
+    config.vsock = true;
+    config.api = "/run/a,b".into();
+    let tcg = line(&config, &machine(), &wires());
+    has(&tcg, &["-machine", "q35,memory-backend=ram"]);
+    has(&tcg, &["-object", "memory-backend-memfd,id=ram,size=512M,share=on"]);
+    has(&tcg, &["-chardev", "socket,id=vsock,path=/run/a,,b-demo-vsock"]);
+    has(&tcg, &["-device", "vhost-user-vsock-pci,chardev=vsock,vectors=0"]);
+    let kvm = line(&config, &Machine { accel: Kind::Kvm, ..machine() }, &wires());
+    has(&kvm, &["-device", "vhost-user-vsock-pci,chardev=vsock", "-object"]);
 }
 
 #[test]

@@ -33,10 +33,11 @@ async fn a_negative_answer_is_kept_as_the_soa_says_and_not_without_one() {
     let dns = dns_with(&[&server]);
     for kind in [RecordType::A, RecordType::AAAA] {
         let before = server.asked();
-        lookup(&dns, "no.example.", kind).await;
+        let fresh = lookup(&dns, "no.example.", kind).await;
+        assert_eq!(fresh.authorities[0].ttl, 10, "RFC 2308 §5: the least of TTL and minimum");
         advance(Duration::from_secs(9)).await;
-        lookup(&dns, "no.example.", kind).await;
-        assert_eq!(server.asked() - before, 1);
+        let kept = lookup(&dns, "no.example.", kind).await;
+        assert_eq!((kept.authorities[0].ttl, server.asked() - before), (1, 1), "and it runs down");
         advance(Duration::from_secs(2)).await;
         lookup(&dns, "no.example.", kind).await;
         assert_eq!(server.asked() - before, 2);
@@ -93,6 +94,12 @@ async fn dnssec_clients_have_answers_of_their_own_and_every_edns_client_gets_an_
     assert_eq!(server.asked(), 2);
 }
 
+/// What an address of `text` is kept under.
+fn key_of(text: &str) -> Key {
+    let asked = query(text, RecordType::A).to_vec().unwrap();
+    Key::of(&Query::parse(&asked).unwrap()).unwrap()
+}
+
 #[test]
 fn it_stays_within_its_entries_and_bytes_and_the_longest_unused_goes_first() {
     let now = Instant::now();
@@ -104,13 +111,10 @@ fn it_stays_within_its_entries_and_bytes_and_the_longest_unused_goes_first() {
             let [hi, lo] = n.to_be_bytes();
             reply.add_answer(Record::from_rdata(name(text), 600, RData::A(A::new(10, 0, hi, lo))));
         }
-        let asked = asked.to_vec().unwrap();
-        cache.store(&Query::parse(&asked).unwrap(), &reply.to_vec().unwrap(), 0, now);
+        let reply = Reply::read(kind::A, &reply.to_vec().unwrap()).unwrap();
+        cache.store(&key_of(text), &Arc::new(reply), 0, now);
     };
-    let has = |cache: &mut Cache, text: &str| {
-        let asked = query(text, RecordType::A).to_vec().unwrap();
-        cache.lookup(&Query::parse(&asked).unwrap(), now).is_some()
-    };
+    let has = |cache: &mut Cache, text: &str| cache.lookup(&key_of(text), now).is_some();
     for n in 0..cache::ENTRIES_MAX {
         put(&mut cache, &format!("n{n}.example."), 1);
     }

@@ -23,7 +23,7 @@ async fn its_names_are_answered_and_a_change_is_seen_within_a_second() {
     let new = dir.path().join("new");
     std::fs::write(&new, "192.0.2.99 web.example\n").unwrap();
     std::fs::rename(&new, &path).unwrap();
-    advance(watch::INTERVAL).await;
+    advance(watch_file::INTERVAL).await;
     assert_eq!(data(&lookup(&dns, "web.example.", RecordType::A).await), ["192.0.2.99"]);
     assert_eq!(code(&lookup(&dns, "www.", RecordType::A).await), ResponseCode::ServFail, "no resolver");
 }

@@ -21,7 +21,7 @@ async fn gateway_and_host_have_addresses_under_the_domain_and_every_alias() {
 async fn case_does_not_matter_and_the_question_comes_back_as_it_was_spelt() {
     let dns = Dns::new(config()).unwrap();
     let asked = query("GateWay.PORTWAY.internal.", RecordType::A);
-    let raw = dns.answer_datagram(&asked.to_vec().unwrap()).await.unwrap();
+    let raw = dns.answer_datagram(GUEST, &asked.to_vec().unwrap()).await.unwrap();
     assert!(raw.windows(8).any(|w| w == b"\x07GateWay"), "0x20 spelling is kept");
     assert_eq!(data(&Message::from_vec(&raw).unwrap()), ["192.168.127.1"]);
 }
@@ -51,7 +51,7 @@ async fn a_missing_type_is_nodata_and_a_missing_name_is_nxdomain_both_with_the_s
 }
 
 #[tokio::test]
-async fn our_addresses_have_pointers_and_their_neighbours_go_to_the_resolvers() {
+async fn our_addresses_have_pointers_and_their_neighbours_are_nowhere() {
     let dns = Dns::new(config()).unwrap();
     let v6 = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa.";
     for (text, target) in [
@@ -68,34 +68,104 @@ async fn our_addresses_have_pointers_and_their_neighbours_go_to_the_resolvers() 
         );
     }
     let answer = lookup(&dns, "77.127.168.192.in-addr.arpa.", RecordType::PTR).await;
-    assert_eq!(code(&answer), ResponseCode::ServFail, "no resolver is configured");
+    assert_eq!((code(&answer), answer.authorities.len()), (ResponseCode::NXDomain, 1), "RFC 6303");
+    let elsewhere = lookup(&dns, "1.126.168.192.in-addr.arpa.", RecordType::PTR).await;
+    assert_eq!(code(&elsewhere), ResponseCode::ServFail, "a matter of resolvers, and none is there");
 }
 
 #[tokio::test]
 async fn a_guest_has_its_name_while_it_is_there() {
     let dns = Dns::new(config()).unwrap();
     assert_eq!(code(&lookup(&dns, "vm1.portway.internal.", RecordType::A).await), ResponseCode::NXDomain);
-    dns.set_guest("VM1", &[ip("192.168.127.2")]).unwrap();
+    dns.set_guests(&[("VM1".into(), ip("192.168.127.2"))]);
     assert_eq!(data(&lookup(&dns, "vm1.docker.internal.", RecordType::A).await), ["192.168.127.2"]);
     let pointer = lookup(&dns, "2.127.168.192.in-addr.arpa.", RecordType::PTR).await;
     assert_eq!(data(&pointer).len(), 1);
-    dns.set_guest("vm1", &[ip("192.168.127.3")]).unwrap();
+    dns.set_guests(&[("vm1".into(), ip("192.168.127.3")), ("vm2".into(), ip("192.168.127.4"))]);
     assert_eq!(data(&lookup(&dns, "vm1.portway.internal.", RecordType::A).await), ["192.168.127.3"]);
-    dns.remove_guest("vm1");
+    dns.set_guests(&[("vm2".into(), ip("192.168.127.4"))]);
     assert_eq!(code(&lookup(&dns, "vm1.portway.internal.", RecordType::A).await), ResponseCode::NXDomain);
+    let pointer = lookup(&dns, "3.127.168.192.in-addr.arpa.", RecordType::PTR).await;
+    assert_eq!(code(&pointer), ResponseCode::NXDomain);
 }
 
 #[tokio::test]
 async fn a_guest_cannot_take_a_name_of_ours_nor_more_names_than_there_are() {
     let dns = Dns::new(config()).unwrap();
-    let address = [ip("192.168.127.2")];
-    assert_eq!(dns.set_guest("Gateway", &address), Err(DnsError::Reserved("Gateway".into())));
-    for bad in ["", "a.b", "a b", "*", "ä", &"x".repeat(64)] {
-        assert_eq!(dns.set_guest(bad, &address), Err(DnsError::BadGuestName(bad.into())));
+    let address = ip("192.168.127.2");
+    let guests = || dns.known().into_iter().filter(|k| k.origin == Origin::Guest).count();
+    for bad in ["Gateway", "host", "", "a.b", "a b", "*", "ä", &"x".repeat(64)] {
+        dns.set_guests(&[(bad.into(), address)]);
+        assert_eq!(guests(), 0, "{bad}");
     }
-    lock(&dns.book).guests = (0..GUESTS_MAX).map(|n| (format!("vm{n}"), address.to_vec())).collect();
-    assert_eq!(dns.set_guest("late", &address), Err(DnsError::TooManyGuests("late".into())));
-    dns.set_guest("vm7", &address).unwrap();
+    assert_eq!(data(&lookup(&dns, "gateway.portway.internal.", RecordType::A).await), ["192.168.127.1"]);
+    let many: Vec<_> = (0..=GUESTS_MAX).map(|n| (format!("vm{n}"), address)).collect();
+    dns.set_guests(&many);
+    assert_eq!(guests(), GUESTS_MAX);
+}
+
+#[tokio::test]
+async fn records_come_and_go_while_the_network_runs() {
+    let dns = Dns::new(config()).unwrap();
+    let live = |text: &str, address: &str| (text.to_owned(), ip(address));
+    dns.add_records(&[
+        live("New.example", "192.0.2.9"),
+        live("new.example", "2001:db8::9"),
+        live("*.apps.example", "192.0.2.10"),
+        live("own.apps.example", "192.0.2.11"),
+        live("*.dev.portway.internal", "192.0.2.12"),
+        live("web.portway.internal", "192.0.2.13"),
+    ])
+    .unwrap();
+    for (text, kind, address) in [
+        ("NEW.example.", RecordType::A, "192.0.2.9"),
+        ("new.example.", RecordType::AAAA, "2001:db8::9"),
+        ("a.b.apps.example.", RecordType::A, "192.0.2.10"),
+        ("own.apps.example.", RecordType::A, "192.0.2.11"),
+        ("x.dev.portway.internal.", RecordType::A, "192.0.2.12"),
+        ("web.portway.internal.", RecordType::A, "192.0.2.13"),
+    ] {
+        assert_eq!(data(&lookup(&dns, text, kind).await), [address], "{text}");
+    }
+    let nodata = lookup(&dns, "x.apps.example.", RecordType::AAAA).await;
+    assert_eq!((code(&nodata), nodata.authorities.len()), (ResponseCode::NoError, 1), "NODATA with its SOA");
+    assert_eq!(
+        code(&lookup(&dns, "apps.example.", RecordType::A).await),
+        ResponseCode::ServFail,
+        "not below it"
+    );
+
+    let rm = |text: &str, address: Option<&str>| dns.remove_records(&[(text.to_owned(), address.map(ip))]);
+    rm("new.EXAMPLE", Some("192.0.2.9")).unwrap();
+    assert!(data(&lookup(&dns, "new.example.", RecordType::A).await).is_empty());
+    assert_eq!(data(&lookup(&dns, "new.example.", RecordType::AAAA).await), ["2001:db8::9"]);
+    rm("*.apps.example", None).unwrap();
+    assert_eq!(code(&lookup(&dns, "a.apps.example.", RecordType::A).await), ResponseCode::ServFail);
+    rm("db.example", None).unwrap();
+    assert_eq!(
+        code(&lookup(&dns, "db.example.", RecordType::A).await),
+        ResponseCode::ServFail,
+        "a configured one"
+    );
+    let gone = rm("db.example", None).unwrap_err();
+    assert_eq!(gone, DnsError::NoRecord("db.example".into()));
+}
+
+#[tokio::test]
+async fn records_have_their_number_and_a_bad_one_changes_nothing() {
+    let dns = Dns::new(config()).unwrap();
+    let before = dns.known();
+    let good = ("good.example".to_owned(), ip("192.0.2.1"));
+    for bad in ["a..b", "*", ""] {
+        assert!(dns.add_records(&[good.clone(), (bad.to_owned(), ip("192.0.2.1"))]).is_err(), "{bad}");
+    }
+    assert_eq!(dns.known(), before);
+    let many: Vec<_> = (0..RECORDS_MAX).map(|n| (format!("n{n}.example"), ip("192.0.2.1"))).collect();
+    let error = dns.add_records(&many).unwrap_err();
+    assert!(matches!(error, DnsError::TooManyRecords(_)));
+    dns.add_records(&many[..RECORDS_MAX - config().records.len()]).unwrap();
+    dns.add_records(&many[..1]).unwrap(); // there already
+    assert!(dns.add_records(&[good]).is_err());
 }
 
 #[tokio::test]

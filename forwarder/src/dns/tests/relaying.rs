@@ -42,7 +42,7 @@ async fn answers_with_another_id_or_question_are_not_taken() {
 async fn an_answer_from_a_foreign_address_is_not_taken() {
     let foreign = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
     let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let upstreams = Some(vec![server.local_addr().unwrap()]);
+    let upstreams = asked(&[server.local_addr().unwrap()]);
     let dns = Dns::new(DnsConfig { upstreams, ..config() }).unwrap();
     tokio::spawn(async move {
         let mut bytes = [0; 512];
@@ -82,7 +82,7 @@ async fn without_resolvers_the_answer_is_servfail_at_once() {
 async fn a_refused_or_failing_server_is_passed_over_at_once_and_the_working_one_remembered() {
     let failing = Resolver::start(|q| bytes(&reply_to(&q, ResponseCode::ServFail))).await;
     let good = Resolver::start(|q| bytes(&address_reply(&q, "198.51.100.1", 0))).await;
-    let upstreams = Some(vec![closed_port().await, failing.address, good.address]);
+    let upstreams = asked(&[closed_port().await, failing.address, good.address]);
     let dns = Dns::new(DnsConfig { upstreams, ..config() }).unwrap();
     let start = Instant::now();
     for _ in 0..2 {
@@ -139,8 +139,7 @@ async fn a_large_answer_is_cut_to_what_the_client_takes() {
 }
 
 #[tokio::test]
-async fn an_answer_cut_by_the_resolver_stays_cut_and_tcp_gets_the_whole() {
-    let server = Resolver::start(|q| bytes(&address_reply(&q, "198.51.100.1", 60))).await;
+async fn an_answer_cut_by_the_resolver_is_fetched_by_tcp_and_stays_cut_where_there_is_none() {
     let cutting = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = cutting.local_addr().unwrap();
     tokio::spawn(async move {
@@ -152,16 +151,32 @@ async fn an_answer_cut_by_the_resolver_stays_cut_and_tcp_gets_the_whole() {
             cutting.send_to(&cut.to_vec().unwrap(), from).await.unwrap();
         }
     });
-    let dns = Dns::new(DnsConfig { upstreams: Some(vec![address]), ..config() }).unwrap();
+    let dns = Dns::new(DnsConfig { upstreams: asked(&[address]), ..config() }).unwrap();
     assert!(lookup(&dns, "www.example.", RecordType::A).await.metadata.truncation);
     assert_eq!(dns.stats().cached, 0);
 
+    // One that cuts, and speaks TCP: everybody gets the whole, as far as it fits.
+    let server = Resolver::start_with(|q, tcp| {
+        let mut reply = address_reply(&q, "198.51.100.1", 60);
+        reply.metadata.truncation = !tcp;
+        for _ in 0..usize::from(tcp) * 20 {
+            reply.add_answer(reply.answers[0].clone());
+        }
+        bytes(&reply)
+    })
+    .await;
     let dns = dns_with(&[&server]);
+    let answer = ask(&dns, &with_edns(query("www.example.", RecordType::A), 1232)).await;
+    assert_eq!((answer.answers.len(), answer.metadata.truncation), (21, false));
     let (mut guest, ours) = tokio::io::duplex(4096);
-    tokio::spawn(Arc::clone(&dns).serve_stream(ours));
+    tokio::spawn(Arc::clone(&dns).serve_stream(GUEST, ours));
     send(&mut guest, &query("www.example.", RecordType::A)).await;
-    assert_eq!(data(&receive(&mut guest).await.unwrap()), ["198.51.100.1"]);
-    assert_eq!((*server.tcp.lock().unwrap(), server.asked()), (1, 0), "a stream's query goes on by TCP");
+    assert_eq!(receive(&mut guest).await.unwrap().answers.len(), 21, "from the cache");
+    assert_eq!((*server.tcp.lock().unwrap(), server.asked()), (1, 1));
+}
+
+fn addresses(dns: &Dns) -> Vec<String> {
+    dns.upstreams().iter().map(ToString::to_string).collect()
 }
 
 #[tokio::test(start_paused = true)]
@@ -170,39 +185,26 @@ async fn new_resolvers_in_resolv_conf_are_asked_and_the_cache_forgets_the_old_on
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("resolv.conf");
     std::fs::write(&path, "nameserver 127.0.0.53\nsearch corp.example\n").unwrap();
-    let dns = Dns::new(DnsConfig { upstreams: None, resolv_conf: path.clone(), ..config() }).unwrap();
-    assert_eq!(dns.upstreams(), ["127.0.0.53:53".parse().unwrap()]);
+    let dns = Dns::new(DnsConfig { upstreams: Vec::new(), resolv_conf: path.clone(), ..config() }).unwrap();
+    assert_eq!(addresses(&dns), ["127.0.0.53:53"]);
     assert_eq!(dns.search(), ["corp.example"]);
-    let asked = query("www.example.", RecordType::A).to_vec().unwrap();
-    let asked = Query::parse(&asked).unwrap();
-    let reply = address_reply(&Message::from_vec(asked.bytes()).unwrap(), "198.51.100.1", 600);
+    let asked = query("www.example.", RecordType::A);
+    let reply = address_reply(&asked, "198.51.100.1", 600).to_vec().unwrap();
+    let asked = asked.to_vec().unwrap();
     {
         let mut cache = lock(&dns.cache);
         let generation = cache.generation();
-        cache.store(&asked, &reply.to_vec().unwrap(), generation, Instant::now());
+        let key = Key::of(&Query::parse(&asked).unwrap()).unwrap();
+        cache.store(&key, &Arc::new(Reply::read(kind::A, &reply).unwrap()), generation, Instant::now());
     }
     assert_eq!(dns.stats().cached, 1);
     let new = dir.path().join("new");
     std::fs::write(&new, "nameserver 192.0.2.53\n").unwrap();
     std::fs::rename(&new, &path).unwrap();
-    advance(watch::INTERVAL).await;
+    advance(watch_file::INTERVAL).await;
+    let mut search = dns.watch_search();
     assert!(dns.search().is_empty(), "whoever looks first");
-    assert_eq!(dns.upstreams(), ["192.0.2.53:53".parse().unwrap()]);
+    assert!(search.has_changed().unwrap() && search.borrow_and_update().is_empty(), "DHCP is told");
+    assert_eq!(addresses(&dns), ["192.0.2.53:53"]);
     assert_eq!(dns.stats().cached, 0);
-}
-
-#[tokio::test(start_paused = true)]
-async fn at_the_limit_a_datagram_is_dropped_and_a_stream_is_refused() {
-    let server = Resolver::start(|_| None).await;
-    let dns = dns_with(&[&server]);
-    let taken: Vec<_> = (0..IN_FLIGHT_MAX).map(|_| Place::take(&dns.in_flight, IN_FLIGHT_MAX)).collect();
-    assert!(taken.iter().all(Option::is_some));
-    let asked = query("www.example.", RecordType::A);
-    assert_eq!(dns.answer_datagram(&asked.to_vec().unwrap()).await, None);
-    let refused = dns.answer(&asked.to_vec().unwrap(), Transport::Stream).await.unwrap();
-    assert_eq!(code(&Message::from_vec(&refused).unwrap()), ResponseCode::Refused);
-    assert_eq!(data(&lookup(&dns, "gateway.portway.internal.", RecordType::A).await).len(), 1);
-    assert_eq!(dns.stats().over_limit, 2);
-    drop(taken);
-    assert_eq!(dns.stats().in_flight, 0);
 }

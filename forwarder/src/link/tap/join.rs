@@ -10,19 +10,20 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use super::device;
+use super::setup::{self, Setup};
 
 /// The first argument of the child.
 pub const CHILD: &str = "__open-tap";
 
 /// Opens the device in the namespace that `path` names.
-pub(super) fn by_path(name: &str, path: &Path) -> io::Result<File> {
+pub(super) fn by_path(name: &str, path: &Path, setup: Option<&Setup>) -> io::Result<File> {
     let fault =
         |e: io::Error, what: &str| io::Error::new(e.kind(), format!("netns={}: {what}: {e}", path.display()));
     let namespace = File::open(path).map_err(|e| fault(e, "no such network namespace"))?;
@@ -31,17 +32,25 @@ pub(super) fn by_path(name: &str, path: &Path) -> io::Result<File> {
             setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|e| {
                 fault(e.into(), "entering it needs CAP_SYS_ADMIN; netns=PID of a process in it does not")
             })?;
-            device::open(name)
+            made(name, setup)
         });
         entering.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
     })
 }
 
 /// Opens the device in the namespaces of process `pid`, by a child of ours.
-pub(super) fn by_process(name: &str, pid: u32) -> io::Result<File> {
+pub(super) fn by_process(name: &str, pid: u32, setup: Option<&Setup>) -> io::Result<File> {
+    let namespace = |kind: &str| PathBuf::from(format!("/proc/{pid}/ns/{kind}"));
+    by_child(name, &namespace("user"), &namespace("net"), setup)
+}
+
+/// Opens the device in the network namespace `net`, which belongs to the user namespace `user`, by a child of ours.
+pub(super) fn by_child(name: &str, user: &Path, net: &Path, setup: Option<&Setup>) -> io::Result<File> {
     let (mut ours, theirs) = UnixStream::pair()?;
     let mut child = Command::new("/proc/self/exe")
-        .args([CHILD, name, &pid.to_string()])
+        .args([CHILD, name])
+        .args([user, net])
+        .args(setup.map(ToString::to_string))
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .spawn()?;
@@ -92,14 +101,19 @@ pub fn child(arguments: &[OsString]) -> io::Result<()> {
 }
 
 fn opened(arguments: &[OsString]) -> io::Result<File> {
-    let [name, pid] = arguments else { return Err(io::ErrorKind::InvalidInput.into()) };
-    let (name, pid) = (name.to_string_lossy(), pid.to_string_lossy());
-    let fault = |e: io::Error, what: &str| io::Error::new(e.kind(), format!("netns={pid}: {what}: {e}"));
-    let namespace = |kind: &str| {
-        File::open(format!("/proc/{pid}/ns/{kind}"))
-            .map_err(|e| fault(e, "no such process, or not one of yours"))
+    let (name, user, net, setup) = match arguments {
+        [name, user, net] => (name, user, net, None),
+        [name, user, net, setup] => (name, user, net, Some(setup)),
+        _ => return Err(io::ErrorKind::InvalidInput.into()),
     };
-    let (user, net) = (namespace("user")?, namespace("net")?);
+    let setup = setup.map(|text| text.to_string_lossy().parse::<Setup>()).transpose();
+    let setup = setup.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    let (name, shown) = (name.to_string_lossy(), net.to_string_lossy());
+    let fault = |e: io::Error, what: &str| io::Error::new(e.kind(), format!("{shown}: {what}: {e}"));
+    let namespace = |path: &OsString| {
+        File::open(path).map_err(|e| fault(e, "no such process or namespace, or not one of yours"))
+    };
+    let (user, net) = (namespace(user)?, namespace(net)?);
     let own = File::open("/proc/self/ns/user")?;
     let id = |f: &File| nix::sys::stat::fstat(f).map(|s| (s.st_dev, s.st_ino));
     // Entering the user namespace one is in already is an error.
@@ -109,5 +123,12 @@ fn opened(arguments: &[OsString]) -> io::Result<File> {
     }
     setns(&net, CloneFlags::CLONE_NEWNET)
         .map_err(|e| fault(e.into(), "its network namespace cannot be entered"))?;
-    device::open(&name)
+    made(&name, setup.as_ref())
+}
+
+/// The device of the namespace we are in, set up if that is asked for.
+fn made(name: &str, setup: Option<&Setup>) -> io::Result<File> {
+    let device = device::open(name)?;
+    setup.map_or(Ok(()), |setup| setup::apply(name, setup))?;
+    Ok(device)
 }

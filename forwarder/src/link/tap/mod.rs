@@ -10,6 +10,7 @@
 
 mod device;
 mod join;
+mod setup;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -17,6 +18,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 pub use join::{CHILD, child};
 use portway_netstack::{FrameSink, Offload};
+pub use setup::{BadSetup, Setup};
 
 use super::{Batch, vnet};
 use crate::config::Namespace;
@@ -47,15 +49,20 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Opens device `name`, and makes it where it is not.
+    /// Opens device `name`, and makes it where it is not; with `setup` it also gets an address and is up.
     ///
     /// # Errors
     /// When there is no such namespace, no permission, or somebody else holds the device; the text says what to do.
-    pub fn open(name: &str, namespace: Option<&Namespace>) -> io::Result<Self> {
+    pub fn open(name: &str, namespace: Option<&Namespace>, setup: Option<&Setup>) -> io::Result<Self> {
         let device = match namespace {
-            None => device::open(name)?,
-            Some(Namespace::Path(path)) => join::by_path(name, path)?,
-            Some(Namespace::Process(pid)) => join::by_process(name, *pid)?,
+            None => {
+                let device = device::open(name)?;
+                setup.map_or(Ok(()), |setup| setup::apply(name, setup))?;
+                device
+            }
+            Some(Namespace::Path(path)) => join::by_path(name, path, setup)?,
+            Some(Namespace::Process(pid)) => join::by_process(name, *pid, setup)?,
+            Some(Namespace::Within { user, net }) => join::by_child(name, user, net, setup)?,
         };
         device::configure(&device)?;
         Ok(Self {

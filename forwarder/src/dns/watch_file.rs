@@ -86,6 +86,11 @@ impl<T: Default + PartialEq> Watched<T> {
         (Arc::clone(&state.value), changed)
     }
 
+    /// Has the next `current` look at the file, however soon it comes.
+    pub(super) fn look_again(&self) {
+        self.lock().looked = None;
+    }
+
     fn lock(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

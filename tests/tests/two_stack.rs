@@ -1,0 +1,413 @@
+//! A guest with both versions of IP, seen through stock clients: ping, traceroute, rdisc6, dhclient, dig, curl, iperf3.
+//!
+//! The guest is a network namespace behind a tap; where routes of the host matter, the sidecar lives in a namespace too, with
+//! routers behind it. All of it needs root; without, the tests say that they were skipped.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use portway_tests::namespace::Namespace;
+use portway_tests::sidecar::{Sidecar, until};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The guests' IPv6 network in these tests.
+const SUBNET6: &str = "fd00:77::/64";
+const GATEWAY: [&str; 2] = ["192.168.127.1", "fd00:77::1"];
+const HOST: [&str; 2] = ["192.168.127.254", "fd00:77::254"];
+const GUEST: &str = "192.168.127.77";
+
+/// Attaches `guest` to a sidecar that runs in `host`, or here.
+fn attach(dir: &Path, host: Option<&Namespace>, guest: &Namespace, options: &[&str]) -> Result<Sidecar> {
+    let link = format!("tap:tap0,netns={},name=box", guest.path().display());
+    let options = [&["--link", &link, "--subnet6", SUBNET6], options].concat();
+    let sidecar = match host {
+        Some(host) => Sidecar::start_in(host, dir, &options)?,
+        None => Sidecar::start(dir, &options)?,
+    };
+    guest.up("tap0")?;
+    Ok(sidecar)
+}
+
+/// Gives the guest its IPv4 address; the IPv6 one it makes itself.
+fn address_v4(guest: &Namespace) -> Result<()> {
+    guest.ip(&["address", "add", &format!("{GUEST}/24"), "dev", "tap0"])?;
+    guest.ip(&["route", "add", "default", "via", GATEWAY[0]])
+}
+
+/// The address the guest made itself of the advertised prefix, when it may be used.
+fn made_itself(guest: &Namespace) -> Result<IpAddr> {
+    let mut found = None;
+    until(PATIENCE, || {
+        let (_, text) =
+            guest.run("ip -6 -o address show dev tap0 scope global -tentative").unwrap_or_default();
+        found = text.split_whitespace().find_map(|w| w.strip_suffix("/64")?.parse().ok());
+        found.is_some()
+    })
+    .context("no address by SLAAC")?;
+    found.context("no address")
+}
+
+/// Runs a command in the guest, which must succeed; what it printed.
+fn run(guest: &Namespace, words: &str) -> Result<String> {
+    let (good, text) = guest.run(words)?;
+    ensure!(good, "{words}: {text}");
+    Ok(text)
+}
+
+/// Answers every connection with one page.
+fn serve_page(ip: &str) -> Result<u16> {
+    let listener = TcpListener::bind((ip, 0))?;
+    let port = listener.local_addr()?.port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+        }
+    });
+    Ok(port)
+}
+
+fn url(host: &str, port: u16) -> String {
+    format!("http://{}/", SocketAddr::new(host.parse().unwrap(), port))
+}
+
+#[test]
+fn a_guest_makes_itself_an_address_and_reaches_gateway_and_host_over_both() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar = attach(dir.path(), None, &guest, &["--ipv6", "on", "--publish", "0:box:5000"])?;
+    address_v4(&guest)?;
+    let made = made_itself(&guest)?;
+    assert!(made.to_string().starts_with("fd00:77:"), "{made}");
+    for address in [GATEWAY, HOST].concat() {
+        run(&guest, &format!("ping -n -c 2 -i 0.2 -W 5 {address}"))?;
+        // In fragments, both ways.
+        run(&guest, &format!("ping -n -c 1 -W 5 -s 40000 {address}"))?;
+    }
+    let (v4, v6) = (serve_page("127.0.0.1")?, serve_page("::1")?);
+    for (version, host, port) in [("-4", HOST[0], v4), ("-6", HOST[1], v6), ("-6", HOST[1], v4)] {
+        // The last: the host alias over IPv6 finds what listens on 127.0.0.1 alone, too.
+        let text = run(&guest, &format!("curl -gsS {version} -m 10 {}", url(host, port)))?;
+        assert_eq!(text, "hello");
+    }
+    let (good, text) = guest.run(&format!("curl -gsS -m 10 {}", url(HOST[1], 1)))?;
+    ensure!(!good && text.contains("refused") || text.contains("connect"), "{text}");
+
+    let advertised = run(&guest, "rdisc6 -1 -q tap0")?;
+    assert_eq!(advertised.trim(), SUBNET6);
+    let advertised = run(&guest, "rdisc6 -1 tap0")?;
+    for part in [
+        "Recursive DNS server     : fd00:77::1",
+        "portway.internal",
+        "1800 (0x00000708) seconds",
+        "1500 bytes",
+    ] {
+        ensure!(advertised.contains(part), "{part:?} is not in {advertised}");
+    }
+    let asked = run(&guest, "ndisc6 -1 -q fd00:77::254 tap0")?;
+    assert_eq!(asked.trim().to_lowercase(), "5a:94:ef:e4:0c:dd");
+
+    for (name, addresses) in [("gateway", GATEWAY), ("host", HOST)] {
+        for (kind, address) in ["A", "AAAA"].into_iter().zip(addresses) {
+            for server in GATEWAY {
+                let question = format!("dig +short +time=5 @{server} {name}.portway.internal {kind}");
+                assert_eq!(run(&guest, &question)?.trim(), address, "{question}");
+            }
+        }
+    }
+    assert_eq!(
+        run(&guest, "dig +short +tcp +time=5 @fd00:77::1 host.portway.internal AAAA")?.trim(),
+        HOST[1]
+    );
+    drop(sidecar);
+    Ok(())
+}
+
+#[test]
+fn a_stock_dhcpv6_client_gets_a_lease_that_is_listed_and_named() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar = attach(dir.path(), None, &guest, &[])?;
+    made_itself(&guest)?;
+    let (leases, pid) = (dir.path().join("dhclient.leases"), dir.path().join("dhclient.pid"));
+    // Never with its own script, which rewrites /etc/resolv.conf of the whole machine: a network namespace has no files of its own.
+    // What it got stands in the file.
+    let client = format!("dhclient -6 -1 -sf /bin/true -lf {} -pf {} tap0", leases.display(), pid.display());
+    let (_, text) = guest.run(&client)?;
+    let kept = std::fs::read_to_string(&leases).with_context(|| text.clone())?;
+    let ip =
+        kept.lines().find_map(|l| l.trim().strip_prefix("iaaddr ")?.split(' ').next()).context("no lease")?;
+    ensure!(kept.contains("dhcp6.name-servers fd00:77::1"), "{kept}");
+    let listed = sidecar.json(&["leases"])?;
+    let ours = listed.as_array().into_iter().flatten().find(|l| l["ip"] == ip).context("it is not listed")?;
+    assert_eq!(ours["name"], "box");
+    until(PATIENCE, || {
+        let answer = guest.run("dig +short +time=5 @fd00:77::1 box.portway.internal AAAA");
+        answer.is_ok_and(|(_, text)| text.trim() == ip)
+    })?;
+    let (_, text) = guest.run(&client.replace("-1", "-r"))?;
+    let listed = sidecar.json(&["leases"])?;
+    ensure!(!listed.as_array().into_iter().flatten().any(|l| l["ip"] == ip), "not released: {text}");
+    Ok(())
+}
+
+#[test]
+fn a_published_port_on_either_loopback_reaches_a_guest_that_has_ipv6_alone() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar =
+        attach(dir.path(), None, &guest, &["--publish", "0:box:5000", "--publish", "0:box:5001/udp"])?;
+    let address = made_itself(&guest)?;
+    let listener = guest.inside(|| Ok(TcpListener::bind((address, 5000))?))?;
+    let datagrams = guest.inside(|| Ok(UdpSocket::bind((address, 5001))?))?;
+    let ports = sidecar.json(&["ports"])?;
+    let port = |n: usize| u16::try_from(ports[n]["host_port"].as_u64().unwrap()).unwrap();
+    for loopback in ["127.0.0.1", "::1"] {
+        let loopback: IpAddr = loopback.parse()?;
+        let mut client = TcpStream::connect_timeout(&SocketAddr::new(loopback, port(0)), PATIENCE)?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        client.write_all(b"hello")?;
+        let (mut server, from) = listener.accept()?;
+        assert_eq!(from.ip(), HOST[1].parse::<IpAddr>()?);
+        let mut bytes = [0; 5];
+        server.read_exact(&mut bytes)?;
+        server.write_all(b"world")?;
+        client.read_exact(&mut bytes)?;
+        assert_eq!(&bytes, b"world");
+
+        let client = UdpSocket::bind((loopback, 0))?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        datagrams.set_read_timeout(Some(PATIENCE))?;
+        client.send_to(b"ping", (loopback, port(1)))?;
+        let (n, from) = datagrams.recv_from(&mut bytes)?;
+        datagrams.send_to(&bytes[..n], from)?;
+        let (n, _) = client.recv_from(&mut bytes)?;
+        assert_eq!(&bytes[..n], b"ping");
+    }
+    Ok(())
+}
+
+#[test]
+fn datagrams_of_64_kib_cross_both_ways_and_a_refused_one_is_an_error_of_the_guests_socket() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar = attach(dir.path(), None, &guest, &["--ipv6", "on"])?;
+    address_v4(&guest)?;
+    let made = made_itself(&guest)?;
+    for (loopback, guest_ip, alias) in [("127.0.0.1", GUEST.parse()?, HOST[0]), ("::1", made, HOST[1])] {
+        let host = UdpSocket::bind((loopback, 0))?;
+        host.set_read_timeout(Some(PATIENCE))?;
+        let alias: IpAddr = alias.parse()?;
+        let to = SocketAddr::new(alias, host.local_addr()?.port());
+        let socket = guest.inside(|| Ok(UdpSocket::bind((guest_ip, 0))?))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.connect(to)?;
+        let mut buffer = vec![0; 70_000];
+        for size in [1, 1472, 1473, 9000, 65_507] {
+            let bytes: Vec<u8> = (0..size).map(|n| u8::try_from(n % 251).unwrap()).collect();
+            socket.send(&bytes)?;
+            let (n, from) =
+                host.recv_from(&mut buffer).with_context(|| format!("{size} bytes to the host"))?;
+            ensure!(buffer[..n] == bytes, "{size} bytes became others");
+            host.send_to(&bytes, from)?;
+            let n = socket.recv(&mut buffer).with_context(|| format!("{size} bytes to the guest"))?;
+            ensure!(buffer[..n] == bytes, "{size} bytes became others on their way back");
+        }
+        drop(host);
+        socket.send(b"anybody?")?;
+        let error = socket.recv(&mut buffer).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{error}");
+    }
+    // What listens on 127.0.0.1 alone is the host's loopback to a guest that comes over IPv6, too.
+    let host = UdpSocket::bind("127.0.0.1:0")?;
+    host.set_read_timeout(Some(PATIENCE))?;
+    let socket = guest.inside(|| Ok(UdpSocket::bind((made, 0))?))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect((HOST[1], host.local_addr()?.port()))?;
+    for bytes in [&b"first"[..], b"second", b""] {
+        socket.send(bytes)?;
+        let mut buffer = [0; 16];
+        let (n, from) = host.recv_from(&mut buffer)?;
+        assert_eq!(&buffer[..n], bytes);
+        host.send_to(&buffer[..n], from)?;
+        assert_eq!(socket.recv(&mut buffer)?, bytes.len());
+    }
+    let stats = sidecar.json(&["stats"])?;
+    assert!(stats["drops"]["fragment_overlap"].is_null(), "{stats}");
+    Ok(())
+}
+
+#[test]
+fn iperf3_sends_datagrams_both_ways() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let _sidecar = attach(dir.path(), None, &guest, &["--ipv6", "on"])?;
+    address_v4(&guest)?;
+    made_itself(&guest)?;
+    for (bind, alias) in [("127.0.0.1", HOST[0]), ("::1", HOST[1])] {
+        for direction in ["", "-R"] {
+            let port = TcpListener::bind((bind, 0))?.local_addr()?.port();
+            let mut server = std::process::Command::new("iperf3")
+                .args(["-s", "-1", "-B", bind, "-p", &port.to_string()])
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .context("iperf3")?;
+            let client = format!("iperf3 -u -b 50M -t 1 --json {direction} -c {alias} -p {port}");
+            let mut report = String::new();
+            let done = until(PATIENCE, || {
+                // The server may not listen yet; with --json a client that failed is content all the same.
+                guest.run(&client).is_ok_and(|(good, text)| {
+                    report = text;
+                    good && report.contains("lost_packets")
+                })
+            });
+            let _ = server.kill();
+            server.wait()?;
+            done.with_context(|| report.clone())?;
+            let report: serde_json::Value = serde_json::from_str(&report)?;
+            let sum = &report["end"]["sum"];
+            let (sent, lost) =
+                (sum["packets"].as_f64().unwrap_or(0.0), sum["lost_packets"].as_f64().unwrap_or(0.0));
+            ensure!(sent > 1000.0 && lost < sent / 5.0, "{bind} {direction}: {report}");
+        }
+    }
+    Ok(())
+}
+
+/// host ─ first ─ second ─ far: each a namespace, the link in the middle with a smaller MTU. The guest's sidecar is to live in
+/// the first.
+struct Chain {
+    host: Namespace,
+    _routers: [Namespace; 2],
+    _far: Namespace,
+}
+
+/// The hops of a chain behind the gateway, and their addresses of each version.
+const HOPS: [[&str; 2]; 3] =
+    [["10.61.1.2", "2001:db8:1::2"], ["10.61.2.2", "2001:db8:2::2"], ["10.61.3.2", "2001:db8:3::2"]];
+const NARROW: u16 = 1400;
+
+fn chain() -> Result<Option<Chain>> {
+    let (Some(host), Some(first), Some(second), Some(far)) =
+        (Namespace::new()?, Namespace::new()?, Namespace::new()?, Namespace::new()?)
+    else {
+        return Ok(None);
+    };
+    host.cable(
+        "east",
+        ["10.61.1.1/24", "2001:db8:1::1/64"],
+        &first,
+        ["10.61.1.2/24", "2001:db8:1::2/64"],
+        1500,
+    )?;
+    first.cable(
+        "mid",
+        ["10.61.2.1/24", "2001:db8:2::1/64"],
+        &second,
+        ["10.61.2.2/24", "2001:db8:2::2/64"],
+        NARROW,
+    )?;
+    second.cable(
+        "west",
+        ["10.61.3.1/24", "2001:db8:3::1/64"],
+        &far,
+        ["10.61.3.2/24", "2001:db8:3::2/64"],
+        1500,
+    )?;
+    for router in [&first, &second] {
+        router.sysctl("net.ipv4.ip_forward", "1")?;
+        router.sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        // Routers answer a burst of probes.
+        router.sysctl("net.ipv6.icmp.ratelimit", "0")?;
+        router.sysctl("net.ipv4.icmp_ratelimit", "0")?;
+    }
+    far.sysctl("net.ipv4.icmp_ratelimit", "0")?;
+    far.sysctl("net.ipv6.icmp.ratelimit", "0")?;
+    for (at, to) in [
+        (&host, ["10.61.1.2", "2001:db8:1::2"]),
+        (&first, ["10.61.2.2", "2001:db8:2::2"]),
+        (&second, ["10.61.2.1", "2001:db8:2::1"]),
+        (&far, ["10.61.3.1", "2001:db8:3::1"]),
+    ] {
+        for gateway in to {
+            let version = if gateway.contains(':') { "-6" } else { "-4" };
+            at.ip(&[version, "route", "add", "default", "via", gateway])?;
+        }
+    }
+    Ok(Some(Chain { host, _routers: [first, second], _far: far }))
+}
+
+#[test]
+fn traceroute_by_udp_and_icmp_shows_every_hop_and_the_mtu_of_the_path_is_told() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let Some(chain) = chain()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let _sidecar = attach(dir.path(), Some(&chain.host), &guest, &[])?;
+    address_v4(&guest)?;
+    made_itself(&guest)?;
+    // Nobody may have ping sockets at first, but the process may have raw ones; then by ping sockets.
+    for range in ["1 0", "0 2147483647"] {
+        chain.host.sysctl("net.ipv4.ping_group_range", range)?;
+        for (n, version) in ["-4", "-6"].into_iter().enumerate() {
+            let to = HOPS[2][n];
+            for method in ["-U", "-I"] {
+                let text = run(&guest, &format!("traceroute {version} {method} -n -q 1 -w 5 {to}"))?;
+                let seen: Vec<&str> =
+                    text.lines().skip(1).filter_map(|l| l.split_whitespace().nth(1)).collect();
+                let expected: Vec<&str> = std::iter::once(GATEWAY[n]).chain(HOPS.map(|h| h[n])).collect();
+                assert_eq!(seen, expected, "{version} {method}, ping_group_range {range}: {text}");
+            }
+            run(&guest, &format!("ping {version} -n -c 2 -i 0.2 -W 5 {to}"))?;
+            let (_, text) = guest.run(&format!("ping {version} -n -c 1 -t 2 -W 5 {to}"))?;
+            ensure!(text.contains("Time to live exceeded") || text.contains("Hop limit"), "{text}");
+        }
+    }
+    // A packet too large for the middle, which nobody may fragment.
+    let (_, text) = guest.run(&format!("ping -4 -n -c 1 -W 5 -M do -s 1450 {}", HOPS[2][0]))?;
+    ensure!(text.contains("mtu = 1400") || text.contains("mtu=1400"), "{text}");
+    let (_, text) = guest.run(&format!("ping -6 -n -c 1 -W 5 -M do -s 1440 {}", HOPS[2][1]))?;
+    ensure!(text.contains("mtu = 1400") || text.contains("mtu=1400") || text.contains("too big"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_guest_on_a_host_without_ipv6_has_no_default_route_and_follows_when_the_host_gets_one() -> Result<()> {
+    let (Some(guest), Some(host), Some(other)) = (Namespace::new()?, Namespace::new()?, Namespace::new()?)
+    else {
+        return Ok(());
+    };
+    let dir = tempfile::tempdir()?;
+    let _sidecar = attach(dir.path(), Some(&host), &guest, &[])?;
+    address_v4(&guest)?;
+    made_itself(&guest)?;
+    let default_route =
+        || guest.run("ip -6 route show default").is_ok_and(|(_, text)| text.contains("default"));
+    assert!(!default_route());
+    // The gateway is there all the same.
+    run(&guest, "ping -n -c 1 -W 5 fd00:77::1")?;
+    // One that has a route of its own making is told at once, by ICMPv6.
+    guest.ip(&["-6", "route", "add", "2001:db8:9::/64", "via", "fe80::5894:efff:fee4:cdd", "dev", "tap0"])?;
+    let start = Instant::now();
+    let (good, text) = guest.run("curl -gsS -6 -m 10 http://[2001:db8:9::1]/")?;
+    ensure!(!good && start.elapsed() < Duration::from_secs(5), "{text}, after {:?}", start.elapsed());
+    let (_, text) = guest.run("ping -n -c 1 -W 5 2001:db8:9::1")?;
+    ensure!(text.contains("unreachable"), "{text}");
+
+    host.cable(
+        "east",
+        ["10.61.1.1/24", "2001:db8:1::1/64"],
+        &other,
+        ["10.61.1.2/24", "2001:db8:1::2/64"],
+        1500,
+    )?;
+    host.ip(&["-6", "route", "add", "default", "via", "2001:db8:1::2"])?;
+    until(PATIENCE, default_route).context("no default route after the host got one")?;
+    run(&guest, "ping -n -c 1 -W 5 2001:db8:1::2")?;
+    host.ip(&["-6", "route", "delete", "default"])?;
+    until(PATIENCE, || !default_route()).context("the default route stayed")
+}

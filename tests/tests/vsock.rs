@@ -1,0 +1,326 @@
+//! A real guest with our own vsock device: `portway serve --vsock vhost-user:unix:…` and QEMU's `vhost-user-vsock-pci`.
+//!
+//! The guest has no network card: all it is asked goes through a shell on its vsock port 7000. Needs QEMU
+//! (`tests/setup.sh`) and the demo's guest; without QEMU the tests say that they were skipped.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use portway_tests::sidecar::{Sidecar, until};
+use portway_tests::vm::{blob, first_word, guest_image, sha256};
+
+/// A guest under TCG takes some seconds to its shell; on a busy machine some more.
+const BOOT: Duration = Duration::from_secs(120);
+/// How long anything else may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// What is moved each way, whoever opens the stream.
+const BLOB_LEN: usize = 200_000_000;
+/// Streams at once.
+const MANY: usize = 1000;
+/// The guest's services.
+const SHELL: u32 = 7000;
+const SHA256: u32 = 7001;
+const FILE: u32 = 7002;
+const ECHO: u32 = 7003;
+/// Nobody listens there.
+const CLOSED: u32 = 7009;
+/// Ports of the host.
+const GIVES: u32 = 9001;
+const TAKES: u32 = 9002;
+const ECHOES: u32 = 9003;
+
+/// A VM without a network; killed when dropped.
+struct Machine {
+    process: Child,
+    qmp: BufReader<UnixStream>,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Machine {
+    /// Boots the demo's guest; `devices` are more arguments of QEMU.
+    fn boot(dir: &Path, devices: &[&str]) -> Result<Self> {
+        let image = guest_image()?;
+        let part = |suffix: &str| format!("{}-{suffix}", image.display());
+        let cmdline = std::fs::read_to_string(part("cmdline")).context("the guest's command line")?;
+        let console = std::fs::File::create(dir.join("console"))?;
+        let qmp = dir.join("qmp");
+        let process = Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-cpu", "max"])
+            .args(["-machine", "q35,memory-backend=ram", "-smp", "2", "-m", "640M"])
+            .args(["-object", "memory-backend-memfd,id=ram,size=640M,share=on", "-serial", "stdio"])
+            .args(["-kernel", &part("kernel"), "-initrd", &part("initrd.img"), "-append", cmdline.trim()])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
+            .args(devices)
+            .stdin(Stdio::null())
+            .stdout(console.try_clone()?)
+            .stderr(console)
+            .spawn()
+            .context("qemu-system-x86_64")?;
+        let mut stream = None;
+        until(PATIENCE, || {
+            stream = UnixStream::connect(&qmp).ok();
+            stream.is_some()
+        })
+        .with_context(|| std::fs::read_to_string(dir.join("console")).unwrap_or_default())?;
+        let stream = stream.context("no QMP")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut machine = Self { process, qmp: BufReader::new(stream) };
+        machine.command(r#"{"execute":"qmp_capabilities"}"#)?;
+        Ok(machine)
+    }
+
+    /// The next line of QMP that has `key`.
+    fn line(&mut self, key: &str) -> Result<serde_json::Value> {
+        loop {
+            let mut line = String::new();
+            ensure!(self.qmp.read_line(&mut line)? > 0, "QEMU has ended");
+            let said: serde_json::Value = serde_json::from_str(&line)?;
+            ensure!(said.get("error").is_none(), "QEMU: {said}");
+            if said.get(key).is_some() {
+                return Ok(said);
+            }
+        }
+    }
+
+    fn command(&mut self, command: &str) -> Result<()> {
+        writeln!(self.qmp.get_mut(), "{command}")?;
+        self.line("return").map(drop)
+    }
+
+    /// Waits until a device is unplugged.
+    fn unplugged(&mut self, id: &str) -> Result<()> {
+        while self.line("event")?["data"]["device"] != id {}
+        Ok(())
+    }
+}
+
+fn has_qemu() -> bool {
+    let found = Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !found {
+        eprintln!("SKIPPED: no qemu-system-x86_64 in PATH (tests/setup.sh says what to install)");
+    }
+    found
+}
+
+/// The sidecar with the vsock device, and the sockets of the guest's ports in `dir/ports`.
+fn serve(dir: &Path) -> Result<Sidecar> {
+    let (vsock, ports) = (format!("vhost-user:unix:{}", dir.join("vsock").display()), dir.join("ports"));
+    let numbers = [SHELL, SHA256, FILE, ECHO, CLOSED].map(|port| port.to_string()).join(",");
+    let ports = ports.display().to_string();
+    Sidecar::start(dir, &["--vsock", &vsock, "--vsock-ports", &numbers, "--vsock-dir", &ports])
+}
+
+/// The socket of a port of the guest's.
+fn port(dir: &Path, port: u32) -> Result<UnixStream> {
+    let path = dir.join(format!("ports/guest.{port:08x}"));
+    let stream = UnixStream::connect(&path).with_context(|| path.display().to_string())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Where streams of the guest's to a port of the host arrive.
+fn arrivals(dir: &Path, port: u32) -> Result<UnixListener> {
+    Ok(UnixListener::bind(dir.join(format!("ports/00000002.{port:08x}")))?)
+}
+
+/// Runs a command in the guest and answers what it printed; the shell is waited for.
+fn guest(dir: &Path, command: &str, patience: Duration) -> Result<String> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let mut said = String::new();
+        let asked = port(dir, SHELL).and_then(|mut shell| {
+            writeln!(shell, "{command}; echo done")?;
+            shell.shutdown(Shutdown::Write)?;
+            Ok(shell.read_to_string(&mut said)?)
+        });
+        if let (Ok(_), Some(text)) = (&asked, said.strip_suffix("done\n")) {
+            return Ok(text.to_owned());
+        }
+        ensure!(said.is_empty(), "in the guest: {command}: {said}");
+        if Instant::now() > deadline {
+            let console = std::fs::read_to_string(dir.join("console")).unwrap_or_default();
+            bail!("the guest does not answer ({asked:?}):\n{console}");
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn sha_of(dir: &Path, stream: &mut impl Read) -> Result<String> {
+    let path: PathBuf = dir.join("received");
+    std::io::copy(stream, &mut std::fs::File::create(&path)?)?;
+    sha256(&path)
+}
+
+#[test]
+fn streams_of_a_real_guest() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let file = dir.join("blob");
+    blob(&file, BLOB_LEN)?;
+    let sum = sha256(&file)?;
+    let mut sidecar = serve(dir)?;
+    let chardev = format!("socket,id=vsock,path={}", dir.join("vsock").display());
+    let device = ["-chardev", &chardev, "-device", "vhost-user-vsock-pci,chardev=vsock,vectors=0"];
+    let mut machine = Machine::boot(dir, &device)?;
+    let step =
+        |what: &str, start: Instant| eprintln!("vsock: {what}: {:.1} s", start.elapsed().as_secs_f32());
+    let start = Instant::now();
+    ensure!(guest(dir, "echo hello", BOOT)? == "hello\n");
+    step("boot", start);
+
+    let start = Instant::now();
+    let gives = arrivals(dir, GIVES)?;
+    let giver = thread::spawn({
+        let file = file.clone();
+        move || -> Result<()> {
+            let (mut stream, _) = gives.accept()?;
+            std::io::copy(&mut std::fs::File::open(file)?, &mut stream)?;
+            Ok(stream.shutdown(Shutdown::Write)?)
+        }
+    });
+    let fetch = format!("guest-probe vsock-send {GIVES} < /dev/null > /tmp/blob; sha256sum /tmp/blob");
+    let said = guest(dir, &fetch, PATIENCE)?;
+    giver.join().expect("no panic")?;
+    ensure!(first_word(&said) == sum, "to the guest, which asked: {said}");
+    step("200 MB to the guest, which opened the stream", start);
+
+    let start = Instant::now();
+    ensure!(sha_of(dir, &mut port(dir, FILE)?)? == sum, "to the host, which asked: other bytes");
+    step("200 MB to the host, which opened the stream", start);
+
+    let start = Instant::now();
+    let mut stream = port(dir, SHA256)?;
+    std::io::copy(&mut std::fs::File::open(&file)?, &mut stream)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    ensure!(first_word(&said) == sum, "to the guest, asked by the host: {said}");
+    step("200 MB to the guest, the host opened the stream", start);
+
+    let start = Instant::now();
+    let takes = arrivals(dir, TAKES)?;
+    let taker = thread::spawn({
+        let dir = dir.to_owned();
+        move || -> Result<String> {
+            let (mut stream, _) = takes.accept()?;
+            let sum = sha_of(&dir, &mut stream)?;
+            stream.write_all(b"got it\n")?;
+            Ok(sum)
+        }
+    });
+    let said = guest(dir, &format!("guest-probe vsock-send {TAKES} < /tmp/blob"), PATIENCE)?;
+    ensure!(said == "got it\n", "the answer after the end of the other direction: {said:?}");
+    ensure!(taker.join().expect("no panic")? == sum, "to the host, asked by the guest: other bytes");
+    step("200 MB to the host, the guest opened the stream", start);
+
+    refused(dir)?;
+    let start = Instant::now();
+    many(dir)?;
+    step("1000 streams at once, each way", start);
+
+    // The guest reboots: what was open ends, and the next guest is served.
+    let mut held = port(dir, ECHO)?;
+    held.write_all(b"x")?;
+    held.read_exact(&mut [0])?;
+    machine.command(r#"{"execute":"system_reset"}"#)?;
+    ensure!(held.read(&mut [0])? == 0, "a stream outlives its guest");
+    let start = Instant::now();
+    ensure!(guest(dir, "cat /tmp/blob 2>/dev/null | wc -c", BOOT)? == "0\n", "it did not reboot");
+    step("reboot", start);
+    ensure!(sidecar.is_alive()?);
+    ensure!(sidecar.stop()?.success());
+    let left: Vec<_> =
+        std::fs::read_dir(dir.join("ports"))?.filter_map(|f| Some(f.ok()?.file_name())).collect();
+    ensure!(left.len() == 3, "names of sockets that nobody serves: {left:?}");
+    Ok(())
+}
+
+/// Ports that nobody listens on, either way.
+fn refused(dir: &Path) -> Result<()> {
+    ensure!(port(dir, CLOSED)?.read(&mut [0])? == 0, "a closed port of the guest's");
+    let said = guest(dir, "guest-probe vsock-send 9999 < /dev/null 2>&1", PATIENCE)?;
+    ensure!(said.contains("reset"), "a closed port of the host's: {said}");
+    Ok(())
+}
+
+/// A thousand streams open at once, from each side, and bytes on each of them.
+fn many(dir: &Path) -> Result<()> {
+    let mut streams = (0..MANY).map(|_| port(dir, ECHO)).collect::<Result<Vec<_>>>()?;
+    for (n, stream) in streams.iter_mut().enumerate() {
+        stream.write_all(&n.to_le_bytes())?;
+    }
+    for (n, stream) in streams.iter_mut().enumerate() {
+        let mut echo = [0; 8];
+        stream.read_exact(&mut echo).with_context(|| format!("stream {n}"))?;
+        ensure!(echo == n.to_le_bytes(), "stream {n} has the bytes of another");
+    }
+    drop(streams);
+    let listener = arrivals(dir, ECHOES)?;
+    let echo = thread::spawn(move || -> Result<()> {
+        let mut streams = Vec::new();
+        while streams.len() < MANY {
+            streams.push(listener.accept()?.0);
+        }
+        for stream in &mut streams {
+            let mut bytes = [0; 8];
+            stream.read_exact(&mut bytes)?;
+            stream.write_all(&bytes)?;
+        }
+        Ok(())
+    });
+    let said = guest(dir, &format!("guest-probe vsock-dial-many {MANY} {ECHOES} 2>&1"), PATIENCE)?;
+    ensure!(said == format!("held {MANY}\n"), "{said}");
+    echo.join().expect("no panic")
+}
+
+#[test]
+fn a_sidecar_that_was_killed_comes_back_to_a_running_guest() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let sidecar = serve(dir)?;
+    // QEMU connects again by itself, but its vsock device never negotiates again: so it is plugged in anew. And it must be
+    // plugged in, for at the start QEMU does not wait for a socket that reconnects.
+    let chardev = format!("socket,id=vsock,path={},reconnect=1", dir.join("vsock").display());
+    let mut machine = Machine::boot(dir, &["-chardev", &chardev, "-device", "pcie-root-port,id=slot0"])?;
+    let plug = r#"{"execute":"device_add","arguments":{"driver":"vhost-user-vsock-pci","chardev":"vsock","id":"vsock0","bus":"slot0","vectors":0}}"#;
+    let attached = |sidecar: &Sidecar| until(PATIENCE, || sidecar.log().contains("vsock: VMM attached"));
+    attached(&sidecar)?;
+    machine.command(plug)?;
+    ensure!(guest(dir, "echo before > /tmp/mark; cat /tmp/mark", BOOT)? == "before\n");
+    let mut held = port(dir, ECHO)?;
+    held.write_all(b"x")?;
+    held.read_exact(&mut [0])?;
+
+    drop(sidecar);
+    ensure!(!matches!(held.read(&mut [0]), Ok(n) if n > 0), "a stream outlives the sidecar");
+    let sidecar = serve(dir)?;
+    attached(&sidecar)?;
+    ensure!(
+        port(dir, SHELL)?.read(&mut [0]).unwrap_or(0) == 0,
+        "nobody is there yet, and nobody is kept waiting"
+    );
+    machine.command(r#"{"execute":"device_del","arguments":{"id":"vsock0"}}"#)?;
+    machine.unplugged("vsock0")?;
+    machine.command(plug)?;
+    ensure!(guest(dir, "cat /tmp/mark", BOOT)? == "before\n", "another guest");
+    Ok(())
+}
