@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -17,8 +17,9 @@ use nix::unistd::Pid;
 use crate::process::timeout;
 use crate::registry::{self, VmInfo};
 use crate::signals::Signals;
+use crate::sys::Watched;
 use crate::terminal::Terminal;
-use crate::{LaunchError, sockets, state, sys};
+use crate::{LaunchError, sockets, state};
 
 /// How much longer than its own deadline a launcher may take to end: sidecar, files, guard.
 const SLACK: Duration = Duration::from_secs(15);
@@ -68,25 +69,25 @@ pub fn find(registry: &Path, name: Option<&str>) -> Result<VmInfo, LaunchError> 
 
 /// A launcher that surely is this VM's.
 struct Launcher {
-    fd: OwnedFd,
+    process: Watched,
 }
 
 impl Launcher {
     fn of(registry: &Path, vm: &VmInfo) -> Result<Option<Self>, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot watch the VM's launcher", error);
         let pid = i32::try_from(vm.pid).map_err(|error| failed(io::Error::other(error)))?;
-        let fd = match sys::pidfd_open(Pid::from_raw(pid)) {
-            Ok(fd) => fd,
+        let process = match Watched::open(Pid::from_raw(pid)) {
+            Ok(process) => process,
             Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => return Ok(None),
             Err(error) => return Err(failed(error)),
         };
-        // The number is still this launcher's if its file is still locked: it was when the descriptor was made.
+        // The number is still this launcher's if its file is still locked: it was when the process was opened.
         let lives = registry::list(registry).map_err(failed)?.contains(vm);
-        Ok(lives.then_some(Self { fd }))
+        Ok(lives.then_some(Self { process }))
     }
 
     fn signal(&self, signal: Signal) -> Result<(), LaunchError> {
-        match sys::pidfd_signal(&self.fd, signal) {
+        match self.process.signal(signal) {
             Err(error) if error.raw_os_error() != Some(Errno::ESRCH as i32) => {
                 Err(LaunchError::system("cannot signal the VM's launcher", error))
             }
@@ -98,7 +99,7 @@ impl Launcher {
     fn ends(&self, deadline: Option<Instant>) -> Result<bool, LaunchError> {
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let mut waited = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+            let mut waited = [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)];
             match poll(&mut waited, left.map_or(PollTimeout::NONE, timeout)) {
                 Ok(0) => return Ok(false),
                 Ok(_) => return Ok(true),

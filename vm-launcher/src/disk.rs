@@ -111,7 +111,9 @@ impl DiskSpec {
     }
 
     /// What can be known to be wrong before anything is made.
-    pub(crate) fn check(&self, n: usize, state_dir: &Path) -> Result<(), LaunchError> {
+    ///
+    /// The guest writes to it, unless the VM is `disposable`.
+    pub(crate) fn check(&self, n: usize, state_dir: &Path, disposable: bool) -> Result<(), LaunchError> {
         let path = self.place(n, state_dir);
         let fail = |reason: String| LaunchError::Setting(format!("--disk {}: {reason}", path.display()));
         match fs::metadata(&path) {
@@ -122,7 +124,11 @@ impl DiskSpec {
                     "it is a qcow2 disk, and as raw its content would be destroyed: format=qcow2".into(),
                 )),
                 (Some(Format::Qcow2), Format::Raw) => Err(fail("it is not a qcow2 disk: format=raw".into())),
-                _ => Ok(()),
+                _ if disposable => Ok(()),
+                // Nothing is written: this is only to know whether it may be.
+                _ => OpenOptions::new().write(true).open(&path).map(drop).map_err(|error| {
+                    fail(format!("it cannot be written: {error}; --disposable only reads it"))
+                }),
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let directory = path.parent().filter(|p| !p.as_os_str().is_empty());
@@ -267,7 +273,7 @@ mod tests {
     fn a_sized_disk_is_made_sparse_and_kept() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let disk = spec("size=1G");
-        disk.check(0, dir.path()).expect("it can be made");
+        disk.check(0, dir.path(), false).expect("it can be made");
         let (made, note) = disk.prepare(0, dir.path()).expect("it is made");
         assert!(note.expect("a note").contains("1024 MiB"));
         assert_eq!((made.path.clone(), made.format), (dir.path().join("disk0.raw"), Format::Raw));
@@ -285,7 +291,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("d");
         fs::write(&path, b"QFI\xfb").expect("writing");
-        let check = |text: &str| spec(text).check(0, dir.path()).expect_err(text).to_string();
+        let check = |text: &str| spec(text).check(0, dir.path(), false).expect_err(text).to_string();
         let file = path.display();
         assert!(check(&format!("{file},format=raw")).contains("would be destroyed"));
         assert!(check(&dir.path().display().to_string()).contains("a directory"));

@@ -14,20 +14,20 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{SetArg, tcgetattr, tcsetattr};
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::Pid;
 
 use crate::process::{Process, timeout};
 use crate::state::StateDir;
+use crate::sys::Watched;
 use crate::terminal::Terminal;
 use crate::{LaunchError, sockets, sys};
 
@@ -50,7 +50,7 @@ impl Guard {
     /// Starts `program` as the guard.
     pub(crate) fn start(program: &Path, state: &StateDir, terminal: &Terminal) -> Result<Self, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot start the guard", error);
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed(errno.into()))?;
+        let (read, write) = sys::pipe().map_err(failed)?;
         let lock = state.lock().map_err(failed)?;
         let mut command = Command::new(program);
         command.arg(GUARD).stdin(Stdio::from(read)).stderr(Stdio::null());
@@ -152,7 +152,7 @@ pub fn guard() -> ExitCode {
     let stdout = io::stdout();
     let terminal = if stdout.is_terminal() { tcgetattr(&stdout).ok() } else { None };
     let mut told = Told::default();
-    let mut watched: Vec<(OwnedFd, bool)> = Vec::new();
+    let mut watched: Vec<(Watched, bool)> = Vec::new();
     let mut partial = Vec::new();
     let mut buffer = [0; 4096];
     let mut stdin = io::stdin().lock();
@@ -168,12 +168,13 @@ pub fn guard() -> ExitCode {
                     told.hear(&partial);
                     partial.clear();
                     // Now, while the launcher has not yet waited for it, the number is surely this process.
-                    let fds = |pids: &mut Vec<i32>, in_order: bool| -> Vec<(OwnedFd, bool)> {
-                        let open = |pid| sys::pidfd_open(Pid::from_raw(pid)).ok().map(|fd| (fd, in_order));
+                    let opened = |pids: &mut Vec<i32>, in_order: bool| -> Vec<(Watched, bool)> {
+                        let open =
+                            |pid| Watched::open(Pid::from_raw(pid)).ok().map(|process| (process, in_order));
                         pids.drain(..).filter_map(open).collect()
                     };
-                    watched.extend(fds(&mut told.kill, false));
-                    watched.extend(fds(&mut told.terminate, true));
+                    watched.extend(opened(&mut told.kill, false));
+                    watched.extend(opened(&mut told.terminate, true));
                 }
             }
         }
@@ -188,25 +189,25 @@ pub fn guard() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn end_all(watched: &[(OwnedFd, bool)]) {
-    for (fd, in_order) in watched {
+fn end_all(watched: &[(Watched, bool)]) {
+    for (process, in_order) in watched {
         // A process that has ended already needs no signal.
-        let _ = sys::pidfd_signal(fd, if *in_order { Signal::SIGTERM } else { Signal::SIGKILL });
+        let _ = process.signal(if *in_order { Signal::SIGTERM } else { Signal::SIGKILL });
     }
     let deadline = Instant::now() + PATIENCE;
-    for (fd, _) in watched {
-        if !ended_by(fd, deadline) {
-            let _ = sys::pidfd_signal(fd, Signal::SIGKILL);
-            ended_by(fd, Instant::now() + PATIENCE);
+    for (process, _) in watched {
+        if !ended_by(process, deadline) {
+            let _ = process.signal(Signal::SIGKILL);
+            ended_by(process, Instant::now() + PATIENCE);
         }
     }
 }
 
 /// Whether a process ends before `deadline`.
-fn ended_by(fd: &OwnedFd, deadline: Instant) -> bool {
+fn ended_by(process: &Watched, deadline: Instant) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let mut waited = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        let mut waited = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         match poll(&mut waited, timeout(left)) {
             Ok(0) => return false,
             Ok(_) => return true,

@@ -7,10 +7,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
-use nix::unistd::pipe2;
 
 use crate::guard::Guard;
 use crate::machine::Machine;
@@ -106,8 +104,7 @@ impl Sidecar {
         for path in &paths {
             guard.socket(path);
         }
-        let (ready, told) =
-            pipe2(OFlag::O_CLOEXEC).map_err(|errno| LaunchError::system("cannot make a pipe", errno))?;
+        let (ready, told) = sys::pipe().map_err(failed("cannot make a pipe"))?;
         let log = state.log("sidecar.log")?;
         let mut command = Command::new(&config.sidecar);
         let writer = || log.writer().map_err(failed("cannot share a log"));

@@ -100,9 +100,11 @@ impl Daemon {
     pub(crate) fn find(named: Option<&Path>) -> Result<Self, LaunchError> {
         let setting = |text: String| Err(LaunchError::Setting(text));
         let program = match named {
-            Some(path) if path.is_file() => Some(path.to_owned()),
-            Some(path) => return setting(format!("--virtiofsd {}: there is no such file", path.display())),
-            None => programs::in_path("virtiofsd").or_else(|| programs::first_file(&PLACES)),
+            Some(path) => {
+                let found = programs::named(path);
+                Some(found.map_err(|why| LaunchError::Setting(format!("--virtiofsd: {why}")))?)
+            }
+            None => programs::in_path("virtiofsd").or_else(|| programs::first(&PLACES)),
         };
         let Some(program) = program else {
             return setting(
@@ -112,9 +114,16 @@ impl Daemon {
             );
         };
         // QEMU's own tells its options as `-o`; the other is written with clap.
-        let help = std::process::Command::new(&program).arg("--help").output();
-        let help = help.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
-        Ok(if help.contains("-o source=") { Self::C(program) } else { Self::Rust(program) })
+        let help = programs::says(&program, &["--help".as_ref()]);
+        let (help, _) = help.map_err(|why| LaunchError::Setting(format!("--virtiofsd: {why}")))?;
+        match () {
+            () if help.contains("-o source=") => Ok(Self::C(program)),
+            () if help.contains("--shared-dir") => Ok(Self::Rust(program)),
+            () => setting(format!(
+                "--virtiofsd {}: it is no virtiofsd: its --help has neither --shared-dir nor -o source=",
+                program.display()
+            )),
+        }
     }
 }
 
@@ -168,7 +177,9 @@ mod tests {
         assert!(refused(&vec![share("/"); SHARES + 1]).contains("at most 16"));
         check(&[share("/")]).expect("a directory");
         let error = Daemon::find(Some(Path::new("/nonexistent"))).expect_err("absent").to_string();
-        assert!(error.contains("--virtiofsd"), "{error}");
+        assert!(error.contains("--virtiofsd: /nonexistent"), "{error}");
+        let error = Daemon::find(Some(Path::new("/bin/true"))).expect_err("another program").to_string();
+        assert!(error.contains("no virtiofsd"), "{error}");
     }
 
     #[test]

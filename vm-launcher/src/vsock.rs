@@ -6,6 +6,9 @@ use std::path::PathBuf;
 
 use crate::{HypervisorKind, LaunchConfig, LaunchError};
 
+/// What its path has more than the link's.
+pub(crate) const ENDING: &str = "-vsock";
+
 /// The socket on which the sidecar waits for the hypervisor's vsock device, beside the link's; `None` when the VM has no
 /// vsock: nobody wants one, or no sidecar is this VM's own.
 pub(crate) fn socket(config: &LaunchConfig) -> Option<PathBuf> {
@@ -13,7 +16,7 @@ pub(crate) fn socket(config: &LaunchConfig) -> Option<PathBuf> {
         return None;
     }
     let mut path = crate::net::socket(config).into_os_string();
-    path.push("-vsock");
+    path.push(ENDING);
     Some(path.into())
 }
 
