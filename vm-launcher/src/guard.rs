@@ -14,7 +14,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -26,7 +26,6 @@ use nix::sys::termios::{SetArg, tcgetattr, tcsetattr};
 use nix::unistd::Pid;
 
 use crate::process::{Process, timeout};
-use crate::state::StateDir;
 use crate::sys::Watched;
 use crate::terminal::Terminal;
 use crate::{LaunchError, sockets, sys};
@@ -47,11 +46,14 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// Starts `program` as the guard.
-    pub(crate) fn start(program: &Path, state: &StateDir, terminal: &Terminal) -> Result<Self, LaunchError> {
+    /// Starts `program` as the guard. It holds `lock`, that of the state directory, as long as it has something to do.
+    pub(crate) fn start(
+        program: &Path,
+        lock: Option<OwnedFd>,
+        terminal: &Terminal,
+    ) -> Result<Self, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot start the guard", error);
         let (read, write) = sys::pipe().map_err(failed)?;
-        let lock = state.lock().map_err(failed)?;
         let mut command = Command::new(program);
         command.arg(GUARD).stdin(Stdio::from(read)).stderr(Stdio::null());
         // Its stdout is the terminal to put back; it writes nothing there.
@@ -59,7 +61,7 @@ impl Guard {
             Some(terminal) => command.stdout(terminal),
             None => command.stdout(Stdio::null()),
         };
-        sys::prepare_session(&mut command, vec![lock]);
+        sys::prepare_session(&mut command, lock.into_iter().collect());
         let process = Process::start(command)?;
         Ok(Self { pipe: Some(write.into()), process: Some(process) })
     }

@@ -160,6 +160,12 @@ fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
     if config.mem_mib < 32 {
         return setting(format!("--mem {}: so few MiB boot no Linux: --mem 256 or more", config.mem_mib));
     }
+    if config.state_dir.exists() && !config.state_dir.is_dir() {
+        return setting(format!(
+            "--state-dir {}: it is not a directory: name another, which is made if it is not there",
+            config.state_dir.display()
+        ));
+    }
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     if let Some(has) = memory(&meminfo).filter(|has| u64::from(config.mem_mib) > *has) {
         return setting(format!("--mem {}: this host has {has} MiB, swap included", config.mem_mib));

@@ -88,7 +88,8 @@ fn run_in(
 ) -> Result<u8, LaunchError> {
     let terminal = Terminal::remember()
         .map_err(|error| LaunchError::system("cannot read the terminal's settings", error))?;
-    let mut guard = Guard::start(&config.sidecar, state, &terminal)?;
+    let lock = state.lock().map_err(|error| LaunchError::system("cannot share the lock", error))?;
+    let mut guard = Guard::start(&config.sidecar, Some(lock), &terminal)?;
     guard.end_note(&state.path().join(state::END));
     let (machine, notes) = plan.prepare(config, state)?;
     let _registered = Registration::make(config, &plan.accel, &mut guard)?;

@@ -481,7 +481,7 @@ impl Link {
 
     /// Takes a socket over: one that listens, or one with a VMM at its other end.
     fn adopt(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
-        if !socket2::SockRef::from(&fd).is_listener().unwrap_or(false) {
+        if !nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::AcceptConn).unwrap_or(false) {
             return self.attach_socket(fd, registry);
         }
         let listener = socket2::Socket::from(fd);
@@ -803,7 +803,11 @@ fn dial(path: &std::path::Path, kind: socket2::Type) -> io::Result<socket2::Sock
     let socket = socket2::Socket::new(socket2::Domain::UNIX, kind, None)?;
     if kind == socket2::Type::DGRAM {
         // With a name of ours, which the kernel makes up, or the VMM could not answer.
+        #[cfg(target_os = "linux")]
         nix::sys::socket::bind(socket.as_raw_fd(), &nix::sys::socket::UnixAddr::new_unnamed())?;
+        // Only Linux's kernel makes one up.
+        #[cfg(not(target_os = "linux"))]
+        return Err(io::ErrorKind::Unsupported.into());
     }
     socket.connect(&socket2::SockAddr::unix(path)?)?;
     Ok(socket)

@@ -180,7 +180,7 @@ fn bind_one(
         Protocol::Tcp => Type::STREAM,
         Protocol::Udp => Type::DGRAM,
     };
-    let socket = Socket::new(Domain::for_address(address), kind.nonblocking(), None)?;
+    let socket = crate::host::nonblocking(Domain::for_address(address), kind)?;
     if address.is_ipv6() {
         // [::] means every address, as it does for every other program; ::1 is ::1.
         socket.set_only_v6(!address.ip().is_unspecified())?;
