@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use portway_netstack::{FrameSink, Mac, Offload, PortId};
+use portway_netstack::{FrameSink, Mac, Offload, Offloads, PortId};
 
 use self::framing::Prefix;
 #[cfg(target_os = "linux")]
@@ -181,16 +181,16 @@ impl Carrier {
     }
 
     /// Whether the guest takes segments and checksums that are not finished.
-    fn offload(&self) -> bool {
+    fn offloads(&self) -> Offloads {
         match self {
-            Self::Tapped(t) => t.inner.offload(),
-            Self::Stream(_) => false,
+            Self::Tapped(t) => t.inner.offloads(),
+            Self::Stream(_) => Offloads::default(),
             #[cfg(target_os = "linux")]
-            Self::Tap(_) => true,
+            Self::Tap(t) => t.offloads(),
             #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.offload(),
+            Self::VhostUser(v) => v.offloads(),
             #[cfg(target_os = "linux")]
-            Self::Packets(_) => false,
+            Self::Packets(_) => Offloads::default(),
         }
     }
 
@@ -426,8 +426,12 @@ impl Link {
 
     /// Whether the guest takes segments and checksums that are not finished.
     #[must_use]
-    pub fn offload(&self) -> bool {
-        self.implied || self.carrier.as_ref().is_some_and(Carrier::offload)
+    pub fn offloads(&self) -> Offloads {
+        if self.implied {
+            // Without a header nothing says where to cut datagrams.
+            return Offloads { tcp: true, udp: false };
+        }
+        self.carrier.as_ref().map(Carrier::offloads).unwrap_or_default()
     }
 
     /// The link's numbers.
