@@ -281,7 +281,7 @@ impl VhostUser {
     /// Frames from and to the guest that were lost: bad chains, and frames that did not fit.
     #[must_use]
     pub const fn dropped(&self) -> (u64, u64) {
-        (self.to_host.dropped, self.front.device.kind.dropped)
+        (self.to_host.dropped(), self.front.device.kind.dropped)
     }
 
     /// Takes buffers until there is room, or asks the guest to say when it posts more.
