@@ -200,6 +200,7 @@ fn bind_one(
         Protocol::Udp => {
             let socket = UdpSocket::from_std(socket.into());
             crate::datagrams::hold_bursts(&socket);
+            crate::datagrams::come_together(&socket);
             Listener::Udp(socket, address.is_ipv6())
         }
     };
