@@ -41,6 +41,7 @@ mod net;
 mod network;
 mod process;
 mod programs;
+mod progress;
 mod qemu;
 mod qmp;
 mod registry;

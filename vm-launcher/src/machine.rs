@@ -10,8 +10,10 @@ use crate::accel;
 use crate::boot::{Asked, Boot, Firmware, Found};
 use crate::config::HypervisorKind;
 use crate::disk::Disk;
+use crate::guard::Guard;
 use crate::hypervisor::Hypervisor;
 use crate::metadata::{self, Cd};
+use crate::progress::Progress;
 use crate::qemu::Qemu;
 use crate::share::{self, Daemon};
 use crate::state::{self, StateDir};
@@ -84,12 +86,15 @@ impl Plan {
         Ok(Self { found, hypervisor, accel, net, virtiofsd, cds })
     }
 
-    /// Makes what the machine needs; the answer's texts are lines for the user.
+    /// Makes what the machine needs; the answer's texts are lines for the user. What is half made when the launcher is killed is
+    /// for the guard to remove.
     pub(crate) fn prepare(
         &self,
         config: &LaunchConfig,
         state: &StateDir,
+        guard: &mut Guard,
     ) -> Result<(Machine, Vec<String>), LaunchError> {
+        let mut progress = Progress::new(self.cds.len() + config.disks.len());
         let mut notes: Vec<String> = self.found.note.iter().cloned().collect();
         let mac = match config.mac {
             Some(mac) => mac,
@@ -97,6 +102,7 @@ impl Plan {
         };
         let mut cds = Vec::new();
         for cd in &self.cds {
+            progress.step(format_args!("writing {}", cd.name()));
             cds.push(cd.write(&config.state_dir)?);
         }
         let vars = match &self.found.boot {
@@ -109,7 +115,8 @@ impl Plan {
         // Disks last: they are the user's, and stay when something before fails.
         let mut disks = Vec::new();
         for (n, disk) in config.disks.iter().enumerate() {
-            let (disk, note) = disk.prepare(n, &config.state_dir)?;
+            progress.step(disk.what(n, &config.state_dir));
+            let (disk, note) = disk.prepare(n, &config.state_dir, |half| guard.file(half))?;
             disks.push(disk);
             notes.extend(note);
         }

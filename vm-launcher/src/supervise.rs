@@ -91,7 +91,7 @@ fn run_in(
     let lock = state.lock().map_err(|error| LaunchError::system("cannot share the lock", error))?;
     let mut guard = Guard::start(&config.sidecar, Some(lock), &terminal)?;
     guard.end_note(&state.path().join(state::END));
-    let (machine, notes) = plan.prepare(config, state)?;
+    let (machine, notes) = plan.prepare(config, state, &mut guard)?;
     let _registered = Registration::make(config, &plan.accel, &mut guard)?;
     for note in notes {
         say(note);
