@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use portway_tests::launch::{Detached, Terminal, has_qemu, path, said};
+use portway_tests::launch::{Detached, Terminal, has_qemu, path, process, said};
 use portway_tests::sidecar::until;
 use portway_tests::vm::portway;
 
@@ -31,22 +30,6 @@ fn script(dir: &Path, name: &str, vm: &str) -> Result<String> {
     );
     fs::write(at("script"), text)?;
     Ok(format!("clear; bash {}", at("script")))
-}
-
-/// The process on the terminal that is the console.
-fn console_process(dir: &Path) -> Result<Pid> {
-    let mark = format!("XDG_RUNTIME_DIR={}\0", dir.display());
-    for entry in fs::read_dir("/proc")? {
-        let path = entry?.path();
-        let line = fs::read(path.join("cmdline")).unwrap_or_default();
-        let environment = fs::read(path.join("environ")).unwrap_or_default();
-        let is_console = line.split(|byte| *byte == 0).nth(1) == Some(b"console");
-        if is_console && environment.windows(mark.len()).any(|bytes| bytes == mark.as_bytes()) {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            return Ok(Pid::from_raw(name.parse()?));
-        }
-    }
-    anyhow::bail!("no process is the console")
 }
 
 #[test]
@@ -87,7 +70,7 @@ fn keys_are_the_guests_and_the_terminal_is_as_it_was_however_the_console_is_left
         terminal.shows("Ctrl-] leaves it")?;
         terminal.types(&["", "Enter"])?;
         terminal.shows("/ #")?;
-        kill(console_process(dir.path())?, signal)?;
+        kill(process(dir.path(), "console")?, signal)?;
         terminal.shows(&format!("left={code}"))?;
         terminal.shows(&format!("{name} is-as-it-was"))?;
     }

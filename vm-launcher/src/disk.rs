@@ -7,10 +7,12 @@ use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::str::FromStr;
 
-use crate::LaunchError;
+use nix::sys::signal::Signal;
+
+use crate::{LaunchError, sys};
 
 const EXAMPLE: &str = "an example: --disk data.qcow2,size=4G";
 
@@ -236,12 +238,11 @@ fn has_qemu_img() -> bool {
 }
 
 fn make_qcow2(path: &Path, size: u64) -> Result<(), String> {
-    let made = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2"])
-        .arg(path)
-        .arg(size.to_string())
-        .output();
-    match made {
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2"]).arg(path).arg(size.to_string()).stdin(Stdio::null());
+    // It must not go on writing when the launcher is killed.
+    sys::prepare(&mut command, Vec::new(), Signal::SIGKILL);
+    match command.output() {
         Ok(out) if out.status.success() => Ok(()),
         Ok(out) => Err(String::from_utf8_lossy(&out.stderr).trim().to_owned()),
         Err(error) => Err(format!("qemu-img: {error}")),

@@ -15,7 +15,7 @@
 //! | disks, CDs of metadata, shared directories | `disk`, `metadata` and `iso`, `share` |
 //! | the hypervisor's command line and control | `hypervisor`, `qemu` and `qmp`, `vfkit` and `http` |
 //! | the network card and what is behind it | `net`, `network`, `sidecar`, `shared` |
-//! | start, signals, end | `machine`, `supervise`, `process`, `state`, `guard`, `sys` |
+//! | start, signals, end | `machine`, `vm`, `supervise`, `process`, `state`, `guard`, `sys` |
 //! | VMs that run already | `registry`, `control`, `console`, `detach`, `console_log` |
 //!
 //! Not here: the options of the command line (`forwarder`).
@@ -55,6 +55,7 @@ mod supervise;
 mod sys;
 mod terminal;
 mod vfkit;
+mod vm;
 mod vsock;
 
 pub use accel::Accel;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,7 +19,8 @@ use crate::shared::Joined;
 use crate::sidecar::{self, Link};
 use crate::signals::Signals;
 use crate::state::{Log, StateDir};
-use crate::supervise::{END_PATIENCE, VmEnd, pair};
+use crate::supervise::END_PATIENCE;
+use crate::vm::VmEnd;
 use crate::{LaunchConfig, LaunchError, sockets, sys};
 
 /// How long the sidecar has to be ready; it takes milliseconds.
@@ -178,4 +180,14 @@ impl Drop for Sidecar {
             sockets::remove_dead(path);
         }
     }
+}
+
+/// A pair of sockets for the two ends of a link.
+fn pair(card: &Card) -> io::Result<(OwnedFd, OwnedFd)> {
+    if *card == Card::Datagrams {
+        let (ours, theirs) = UnixDatagram::pair()?;
+        return Ok((ours.into(), theirs.into()));
+    }
+    let (ours, theirs) = UnixStream::pair()?;
+    Ok((ours.into(), theirs.into()))
 }

@@ -60,12 +60,17 @@ impl Qemu {
     pub(crate) fn find(config: &LaunchConfig) -> Result<Self, LaunchError> {
         let fail = |why: String| LaunchError::NoQemu { why, package: config.arch.package() };
         let program = config.arch.qemu();
-        let program = match &config.qemu {
-            Some(path) => programs::named(path).map_err(fail)?,
-            None => programs::in_path(program).ok_or_else(|| fail(format!("no {program} in PATH")))?,
-        };
-        let version = probe::version(&program).map_err(fail)?;
-        Ok(Self { program, version })
+        let with_version =
+            |program: PathBuf| probe::version(&program).map(|version| Self { program, version });
+        match &config.qemu {
+            Some(path) => programs::named(path)
+                .and_then(with_version)
+                .map_err(|why| LaunchError::Setting(format!("--qemu: {why}"))),
+            None => programs::in_path(program)
+                .ok_or_else(|| format!("no {program} in PATH"))
+                .and_then(with_version)
+                .map_err(fail),
+        }
     }
 }
 

@@ -46,7 +46,9 @@ impl Vfkit {
     /// Finds vfkit: where it was said to be, else in `PATH`.
     pub(crate) fn find(config: &LaunchConfig) -> Result<Self, LaunchError> {
         let program = match &config.vfkit {
-            Some(path) => programs::named(path).map_err(LaunchError::NoVfkit)?,
+            Some(path) => {
+                programs::named(path).map_err(|why| LaunchError::Setting(format!("--vfkit: {why}")))?
+            }
             None => programs::in_path("vfkit")
                 .ok_or_else(|| LaunchError::NoVfkit("no vfkit in PATH".to_owned()))?,
         };

@@ -236,7 +236,7 @@ fn what_is_wrong_is_told_before_anything_starts() {
     type Change = fn(&mut LaunchConfig);
     let wrong: [(&str, Change); 5] = [
         ("kernel", |config| config.image = BootImage::Prefix("/nonexistent/os".into())),
-        ("QEMU is missing", |config| config.qemu = Some("/nonexistent/qemu".into())),
+        ("--qemu: /nonexistent/qemu", |config| config.qemu = Some("/nonexistent/qemu".into())),
         ("letters, digits", |config| config.name = "a,mtu=1".into()),
         ("--cpus 1", |config| config.cpus = 0),
         ("--mem 256", |config| config.mem_mib = 0),

@@ -80,10 +80,10 @@ struct MachineArgs {
     #[arg(long, value_enum)]
     arch: Option<ArchArg>,
     /// Virtual CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = |text: &str| number(text, 1..=255, "2"))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = |text: &str| number::<u16>(text, 1..=255, "2"))]
     cpus: u16,
     /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = |text: &str| number(text, 32..=u32::MAX, "1024"))]
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = |text: &str| number::<u32>(text, 32..=u32::MAX, "1024"))]
     mem: u32,
     /// What runs the guest's instructions
     #[arg(long, value_enum, default_value_t = AccelArg::Auto)]
@@ -149,13 +149,13 @@ struct NetworkArgs {
     #[arg(long, value_name = "IP")]
     ip: Option<Ipv4Addr>,
     /// The largest IP packet on the link [default: 65520; 1500 with vfkit]
-    #[arg(long, value_name = "BYTES", value_parser = |text: &str| number(text, 576..=u16::MAX, "1500"))]
+    #[arg(long, value_name = "BYTES", value_parser = |text: &str| number::<u16>(text, 576..=u16::MAX, "1500"))]
     mtu: Option<u16>,
     /// Whether the VM has a vsock, by the network's own device: streams between host and guest without a network [default: on]
     #[arg(long, value_name = "on|off")]
     vsock: Option<Switch>,
     /// Ports of the guest's vsock, each a unix socket guest.%08x in the state directory, such as 2374,62373
-    #[arg(long, value_name = "PORT,…", value_delimiter = ',', value_parser = |text: &str| number(text, 1..=u32::MAX - 1, "2374"))]
+    #[arg(long, value_name = "PORT,…", value_delimiter = ',', value_parser = |text: &str| number::<u32>(text, 1..=u32::MAX - 1, "2374"))]
     vsock_ports: Vec<u32>,
     /// Start or join the network of this name, which several VMs share [default: a network of its own, called default]
     #[arg(long, value_name = "NAME")]
@@ -205,7 +205,7 @@ struct LifeArgs {
         long,
         value_name = "SECONDS",
         default_value_t = LaunchConfig::DEFAULT_STOP_TIMEOUT.as_secs(),
-        value_parser = |text: &str| number(text, 0..=LaunchConfig::LONGEST_STOP_TIMEOUT.as_secs(), "30")
+        value_parser = |text: &str| number::<u64>(text, 0..=LaunchConfig::LONGEST_STOP_TIMEOUT.as_secs(), "30")
     )]
     stop_timeout: u64,
 }

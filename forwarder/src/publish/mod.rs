@@ -14,7 +14,7 @@ use mio::net::{TcpListener, UdpSocket, UnixListener};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use portway_api::control::{PortInfo, Protocol};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, SockRef, Type};
 
 use self::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::PublishError;
