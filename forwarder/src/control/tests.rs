@@ -139,6 +139,7 @@ impl Server {
                 started_ms: 1_700_000_000_000,
             };
             let dns = Dns::new(crate::dns::DnsConfig {
+                authorities: None,
                 domain: crate::DOMAIN.into(),
                 aliases: Vec::new(),
                 gateway: vec![[192, 168, 127, 1].into()],

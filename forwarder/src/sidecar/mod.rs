@@ -269,6 +269,7 @@ fn dns_config(config: &Config) -> DnsConfig {
         records: config.dns_host.clone(),
         subnets: std::iter::once(config.subnet).chain(config.ipv6.as_ref().map(|v6| v6.subnet)).collect(),
         upstreams: config.dns_upstream.clone(),
+        authorities: config.dns_ca.clone(),
         rebind_protection: config.dns_rebind_protection,
         private_domains: config.dns_private.clone(),
         resolv_conf: config.resolv_conf.clone(),
