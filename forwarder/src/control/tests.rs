@@ -86,6 +86,7 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
             | Request::Leave(_)
             | Request::HandedOver { .. }
             | Request::GatewayForwards(_)
+            | Request::Ipv6Uplink(_)
             | Request::Search { .. }
             | Request::GuestAddress { .. }
             | Request::Note(_)
