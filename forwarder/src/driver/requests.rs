@@ -53,6 +53,7 @@ impl Driver {
                 Request::Tunnel { to, stream } => self.tunnel(to, stream),
                 Request::Macs { reply } => drop(reply.send(self.stack.macs().collect())),
                 Request::Stats { reply } => drop(reply.send(self.stats())),
+                Request::Ipv6Uplink(there) => self.stack.set_ipv6_uplink(there),
                 Request::Search { domains } => self.stack.set_search(domains),
                 Request::DnsAnswer { ticket, answer } => {
                     if let Some(sink) = Self::sink(&mut self.links, ticket.port) {
