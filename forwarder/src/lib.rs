@@ -33,6 +33,7 @@ pub mod rings;
 pub mod sandbox;
 pub mod sidecar;
 mod unix_path;
+mod uplink;
 #[cfg(target_os = "linux")]
 mod vhost_user;
 pub mod vsock;

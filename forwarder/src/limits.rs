@@ -65,57 +65,52 @@ limits! {
     resolving, "resolving", 1..=65_536, "published connections that wait for a guest's address", "Further ones are reset.";
 }
 
-/// Limits that are no settings.
+/// Limits that are no settings: the constants where they are used.
 fn fixed() -> Vec<Limit> {
-    let limit = |name, default, unit, at| Limit { name, default, unit, at };
-    vec![
-        limit(
-            "control: connections",
-            crate::control::CONNECTIONS,
-            "clients of the control socket",
-            "Further ones wait to be accepted.",
-        ),
-        limit("control: body", crate::control::BODY, "bytes of a request", "The answer is 413."),
-        limit(
-            "control: patience",
-            usize::try_from(crate::control::PATIENCE.as_secs()).unwrap_or(usize::MAX),
-            "seconds for headers, and for a request and its answer",
-            "The answer is 408, or the connection is closed.",
-        ),
-        limit(
-            "control: requests",
-            crate::request::Requests::LIMIT,
-            "requests that wait for the data thread",
-            "The answer is 503.",
-        ),
-        limit(
-            "dns: in flight",
-            crate::dns::IN_FLIGHT_MAX,
-            "queries that wait for resolvers of the host",
-            "Further ones are answered SERVFAIL.",
-        ),
-        limit(
-            "dns: streams",
-            crate::dns::STREAMS_MAX,
-            "connections to the DNS service",
-            "Further ones are closed.",
-        ),
-        limit("dns: names", crate::dns::GUESTS_MAX, "guests that have a name", "Further ones have none."),
-        limit(
-            "driver: slow",
-            crate::driver::SLOW_LIMIT,
-            "queries that wait for the control thread",
-            "They are dropped, and the guest asks again.",
-        ),
-        limit("driver: ports", crate::driver::PORTS, "published ports", "Publishing fails and says so."),
-        limit("events", crate::events::EventQueue::LIMIT, "events that are remembered", "The oldest goes."),
-        limit(
-            "descriptors: reserve",
-            crate::fd::RESERVE.unsigned_abs() as usize,
-            "descriptors (at most a quarter) that flows leave to others",
-            "Flows and bindings beyond are refused.",
-        ),
+    use crate::{agent, capture, control, dns, driver, log};
+    use portway_netstack::fragments;
+    let seconds = |time: std::time::Duration| usize::try_from(time.as_secs()).unwrap_or(usize::MAX);
+    [
+        ("fragments: bytes", fragments::BYTES, "bytes of fragments that wait for others", "The link that has most of them loses its oldest."),
+        ("fragments: bytes of a link", fragments::PORT_BYTES, "the same, of one link", "Its oldest packet goes."),
+        ("fragments: packets of a link", fragments::PORT_PACKETS, "packets of one link that are not whole", "Its oldest goes."),
+        ("control: connections", control::CONNECTIONS, "clients of the control socket", "Further ones wait to be accepted."),
+        ("control: body", control::BODY, "bytes of a request", "The answer is 413."),
+        ("control: patience", seconds(control::PATIENCE), "seconds for headers, and for a request and its answer", "The answer is 408, or the connection is closed."),
+        ("control: requests", crate::request::Requests::LIMIT, "requests that wait for the data thread", "The answer is 503."),
+        ("control: followers", control::stream::STREAMS, "clients that follow events or captures", "The answer is 503."),
+        ("control: guests", control::GUEST_CLIENTS, "connections of guests to the gateway's port 80", "Further ones are closed."),
+        ("control: ports of a guest", control::gvproxy::GUEST_PORTS, "ports a guest publishes by the gateway", "Publishing fails and says so."),
+        ("control: metrics", control::METRICS_CLIENTS, "clients of `--metrics`", "Further ones wait to be accepted."),
+        ("dns: in flight", dns::IN_FLIGHT_MAX, "queries that wait for resolvers of the host", "The guest that has most of them loses one; without a place a datagram gets no answer and a stream REFUSED."),
+        ("dns: streams", dns::STREAMS_MAX, "connections to the DNS service", "Further ones are closed."),
+        ("dns: cache", dns::cache::ENTRIES_MAX, "answers that are remembered", "The oldest goes."),
+        ("dns: cache bytes", dns::cache::BYTES_MAX, "bytes of them", "The oldest goes."),
+        ("dns: records", dns::RECORDS_MAX, "names that were added while the network runs", "Adding fails and says so."),
+        ("dns: names", dns::GUESTS_MAX, "guests that have a name", "Further ones have none."),
+        ("agent: listeners", agent::guest::LISTENERS, "listeners of one guest that are known", "Further ones are not published."),
+        ("agent: ports", agent::guest::PORTS, "ports one guest's agent has published", "Publishing fails and says so."),
+        ("agent: streams", agent::shared::STREAMS, "connections carried by one guest's agent", "Further ones are reset."),
+        ("agent: messages", to_usize(agent::session::RATE), "messages a second of one agent, some bursts apart", "It is heard more slowly."),
+        ("agent: datagrams", agent::udp::CLIENTS, "clients of one UDP port that goes through an agent", "The idlest goes."),
+        #[cfg(target_os = "linux")]
+        ("vsock: streams", crate::vsock::device::streams::STREAMS, "streams of one guest's vsock device", "Further ones are reset."),
+        ("driver: slow", driver::SLOW_LIMIT, "queries that wait for the control thread", "They are dropped, and the guest asks again."),
+        ("driver: ports", driver::PORTS, "published ports", "Publishing fails and says so."),
+        ("driver: joined", driver::join::JOINED, "VMs that have joined (`--join`)", "A further one is told so."),
+        ("capture: captures", capture::CAPTURES, "captures at once", "The answer is 503."),
+        ("capture: budget", capture::BUDGET, "bytes of frames one capture's reader has not taken", "Frames are lost, and the capture says how many."),
+        ("events", crate::events::EventQueue::LIMIT, "events that are remembered", "The oldest goes."),
+        ("log: lines", to_usize(log::BURST), "lines one place of the program says in ten seconds", "Further ones are counted, and the count is told."),
+        ("descriptors: reserve", to_usize(crate::fd::RESERVE.unsigned_abs()), "descriptors (at most a quarter) that flows leave to others", "Flows and bindings beyond are refused."),
     ]
+    .into_iter()
+    .map(|(name, default, unit, at)| Limit { name, default, unit, at })
+    .collect()
+}
+
+fn to_usize(n: u32) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
 }
 
 /// The page docs/reference/limits.md.
@@ -136,6 +131,11 @@ pub fn reference() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_window_of_the_log_is_what_the_page_says() {
+        assert_eq!(crate::log::WINDOW, std::time::Duration::from_secs(10));
+    }
 
     #[test]
     fn the_page_says_what_the_code_does() {

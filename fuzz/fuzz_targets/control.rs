@@ -36,6 +36,7 @@ static API: LazyLock<Api> = LazyLock::new(|| {
         records: vec![],
         subnets: vec![],
         upstreams: vec!["127.0.0.1:1".parse().expect("a server where nobody is")],
+        authorities: None,
         rebind_protection: false,
         private_domains: vec![],
         resolv_conf: "/nonexistent".into(),

@@ -7,5 +7,6 @@ pub mod namespace;
 pub mod program;
 pub mod raw;
 pub mod resolver;
+pub mod secure;
 pub mod sidecar;
 pub mod vm;

@@ -36,9 +36,9 @@ use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::{PublishError, Request, Requests};
 
 /// Listeners of one guest; further ones are not seen.
-pub(super) const LISTENERS: usize = 4096;
+pub(crate) const LISTENERS: usize = 4096;
 /// Ports published for one guest by rule or at its wish.
-pub(super) const PORTS: usize = 256;
+pub(crate) const PORTS: usize = 256;
 /// Refused listeners that are known beside as many published ones.
 const REFUSED: usize = 256;
 /// Bytes of a spec that a guest asks for.

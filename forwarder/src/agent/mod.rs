@@ -30,13 +30,13 @@
 mod carry;
 mod door;
 mod entrance;
-mod guest;
+pub(crate) mod guest;
 pub mod rules;
-mod session;
-mod shared;
+pub(crate) mod session;
+pub(crate) mod shared;
 #[cfg(test)]
 mod tests;
-mod udp;
+pub(crate) mod udp;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;

@@ -132,6 +132,7 @@ impl TryFrom<Settings> for Config {
             publish,
             agent,
             dns_upstream: s.dns_upstream,
+            dns_ca: s.dns_ca,
             dns_rebind_protection: s.dns_rebind_protection == Some(Switch::On),
             dns_private: s.dns_private,
             dns_host: s.dns_host.into_iter().map(|h| (h.0, h.1)).collect(),

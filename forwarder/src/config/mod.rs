@@ -73,6 +73,8 @@ pub struct Config {
     /// Resolvers; where none is for every name, those of `resolv_conf` are.
     pub dns_upstream: Vec<Upstream>,
     /// See [`Settings`].
+    pub dns_ca: Option<PathBuf>,
+    /// See [`Settings`].
     pub dns_rebind_protection: bool,
     /// See [`Settings`].
     pub dns_private: Vec<String>,

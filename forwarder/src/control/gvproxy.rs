@@ -26,7 +26,7 @@ use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::{PublishError, Request};
 
 /// Ports one guest may publish by itself.
-const GUEST_PORTS: usize = 256;
+pub(crate) const GUEST_PORTS: usize = 256;
 
 /// The guest who asks, when one does.
 #[derive(Debug, Clone, Copy)]

@@ -13,7 +13,7 @@ mod agents;
 pub mod client;
 mod dns;
 mod explain;
-mod gvproxy;
+pub(crate) mod gvproxy;
 mod hijack;
 pub mod kept;
 pub mod metrics;

@@ -26,8 +26,6 @@ pub(crate) enum Only {
     With(u8, u64),
     /// The argument is one of these.
     OneOf(u8, &'static [u64]),
-    /// These arguments are exactly these.
-    Exactly(&'static [(u8, u64)]),
 }
 
 /// A table of [`Call`]s: `sandbox_calls![SYS_read, SYS_ioctl: Only::OneOf(1, &[…])]`. The names are `libc`'s; one that an
@@ -63,7 +61,6 @@ pub(crate) const ALL: &[(&str, &[Call])] = &[
     ("publish: listeners", crate::publish::CALLS),
     ("dns: files that are read again", crate::dns::CALLS),
     ("sidecar: state files", crate::sidecar::CALLS),
-    ("sidecar: the host's network", crate::sidecar::network::CALLS),
     ("sidecar: its supervisor", crate::sidecar::SUPERVISOR_CALLS),
 ];
 

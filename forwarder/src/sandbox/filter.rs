@@ -82,14 +82,6 @@ fn conditions(call: &Call) -> Result<Option<Vec<SeccompRule>>, String> {
         Only::Any => Ok(None),
         Only::Without(arg, bits) => rule(arg, SeccompCmpOp::MaskedEq(bits), 0).map(|r| Some(vec![r])),
         Only::With(arg, bits) => rule(arg, SeccompCmpOp::MaskedEq(bits), bits).map(|r| Some(vec![r])),
-        Only::Exactly(arguments) => {
-            let condition = |(arg, value): &(u8, u64)| {
-                SeccompCondition::new(*arg, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *value)
-            };
-            let all: Result<Vec<_>, _> = arguments.iter().map(condition).collect();
-            let rule = all.and_then(SeccompRule::new).map_err(|e| e.to_string())?;
-            Ok(Some(vec![rule]))
-        }
         Only::OneOf(arg, values) => {
             values.iter().map(|v| rule(arg, SeccompCmpOp::Eq, *v)).collect::<Result<_, _>>().map(Some)
         }

@@ -15,11 +15,11 @@
 //! error or silence, as the host saw it. **Nothing is lost on the link**: when the sink is full a flow waits.
 //!
 //! **Window guard**: smoltcp 0.14 accepts data beyond its ring right after the handshake, where it takes the
-//! unscaled window of the SYN|ACK for a scaled one, and panics when the ring overflows. [`Live::admits`] drops what
+//! unscaled window of the SYN|ACK for a scaled one, and panics when the ring overflows. [`Live::admits`](flow::Live::admits) drops what
 //! lies beyond the real window before smoltcp sees it, and a SYN that comes before its own has left, which makes it
-//! panic as well. More of its faults end here: a retransmission timer that gets lost ([`Live::shown`]), a FIN before
-//! the handshake is over ([`Live::host_ended`]), and a SYN that waits for its timer after a guest's challenge
-//! ([`Live::is_remembered`]). docs/adr/0003 has the reasons.
+//! panic as well. More of its faults end here: a retransmission timer that gets lost ([`Live::shown`](flow::Live::shown)), a FIN before
+//! the handshake is over ([`Live::host_ended`](flow::Live::host_ended)), and a SYN that waits for its timer after a guest's challenge
+//! ([`Live::is_remembered`](flow::Live::is_remembered)). docs/adr/0003 has the reasons.
 //!
 //! Limits: [`crate::Limits`] (`flows`, `dialing`, `dialing_loopback`, `resolving` and the times). Sources: RFC 9293,
 //! RFC 5382 (timeouts of a NAT), RFC 5961 (by smoltcp, but for resets inside the window).
@@ -28,7 +28,9 @@ mod clock;
 mod device;
 mod flow;
 mod last_net;
+mod opening;
 mod table;
+mod timers;
 mod window;
 
 use std::collections::VecDeque;
@@ -39,31 +41,26 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
-use self::clock::{engine_span, engine_time, our_time};
+use self::clock::engine_time;
 use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
-use self::flow::{Dialing, Ending, Flow, Life, Live, Resolving, Shown};
+use self::flow::{Ending, Flow, Life, Resolving, Shown};
 use self::last_net::caught;
 use self::table::{FlowTable, SocketPool};
 use self::window::Senders;
 use crate::config::Limits;
 use crate::drop_reason::DropReason;
-use crate::host::{
-    ConnectError, Direction, FlowId, FlowReport, HostCommand, HostError, HostEvent, HostTarget, OpenError,
-};
+use crate::host::{FlowId, FlowReport, HostCommand};
 use crate::rings::RingMemory;
 use crate::sink::FrameSink;
 use crate::stack::Outbox;
-use crate::time::{Duration, Instant};
+use crate::time::Instant;
 use crate::timer::TimerWheel;
 use crate::types::{Mac, PortId};
 use crate::wire::tcp::{self, Segment};
 
 /// Segments one flow may send before the next flow of the port has its turn.
 const TURN: usize = 32;
-
-/// Stale entries of the timer wheel that are not worth a sweep.
-const STALE_TIMERS: usize = 1024;
 
 /// Our Ethernet address, and the guest's.
 #[derive(Debug, Clone, Copy)]
@@ -309,297 +306,6 @@ impl Tcp {
         }
     }
 
-    /// Begins a connection the guest asked for: holds its SYN and has the driver connect.
-    pub(crate) fn dial(
-        &mut self,
-        now: Instant,
-        arrival: Arrival<'_>,
-        target: HostTarget,
-        outbox: &mut Outbox,
-        commands: &mut VecDeque<HostCommand>,
-    ) -> Result<(), DropReason> {
-        let Arrival { key, path, segment, packet } = arrival;
-        if segment.payload != 0 {
-            // Data on a SYN (RFC 7413) has no cookie from us; without an answer the guest sends the SYN alone.
-            return Err(DropReason::BeyondWindow);
-        }
-        let loopback = match target {
-            HostTarget::Address(a) => a.ip().is_loopback(),
-            HostTarget::Service(_) => true,
-        };
-        let (flows, dialing, dialing_loopback) =
-            (self.limits.flows, self.limits.dialing, self.limits.dialing_loopback);
-        let Some(port) = self.port(key.port) else { return Err(DropReason::NotForUs) };
-        if port.flows >= flows {
-            self.reject(now, key.port, path, packet, outbox);
-            return Err(DropReason::FlowLimit);
-        }
-        if if loopback { port.dialing_loopback >= dialing_loopback } else { port.dialing >= dialing } {
-            return Err(DropReason::DialLimit);
-        }
-        port.flows += 1;
-        if loopback {
-            port.dialing_loopback += 1;
-        } else {
-            port.dialing += 1;
-        }
-        let dialing = Dialing { syn: packet.into(), irs: segment.seq, loopback };
-        let id =
-            self.table.insert(Flow::new(now, key, path.guest, Direction::Outbound, Life::Dialing(dialing)));
-        self.table.index(id);
-        self.opened_total += 1;
-        commands.push_back(HostCommand::Connect { flow: id, target });
-        Ok(())
-    }
-
-    // ---- toward the guest ----
-
-    /// Opens a connection toward a guest whose address is resolved.
-    pub(crate) fn open(&mut self, now: Instant, key: FlowKey, guest_mac: Mac) -> Result<FlowId, OpenError> {
-        self.room(key.port)?;
-        let socket = self.pool.take(self.table.len()).ok_or(OpenError::Limit)?;
-        let life = Life::Live(Live::new(socket, None));
-        let id = self.table.insert(Flow::new(now, key, guest_mac, Direction::Published, life));
-        self.table.index(id);
-        self.opened_total += 1;
-        self.port(key.port).ok_or(OpenError::NoGuest)?.flows += 1;
-        if !self.connect(now, id) {
-            self.release(id);
-            return Err(OpenError::NoGuest);
-        }
-        Ok(id)
-    }
-
-    /// Begins a published connection to a guest whose Ethernet address is not known yet.
-    pub(crate) fn open_unresolved(
-        &mut self,
-        now: Instant,
-        guest: SocketAddr,
-        remote: SocketAddr,
-    ) -> Result<FlowId, OpenError> {
-        if self.resolving.len() >= self.limits.resolving {
-            return Err(OpenError::Limit);
-        }
-        let key = FlowKey::new(PortId(u16::MAX), guest, remote);
-        let life = Life::Resolving(Resolving { asked: 1 });
-        let id = self.table.insert(Flow::new(now, key, Mac::BROADCAST, Direction::Published, life));
-        self.opened_total += 1;
-        self.resolving.push_back(id);
-        self.arm(now, id);
-        Ok(id)
-    }
-
-    fn room(&mut self, port: PortId) -> Result<(), OpenError> {
-        let limit = self.limits.flows;
-        let port = self.port(port).ok_or(OpenError::NoGuest)?;
-        if port.flows >= limit { Err(OpenError::Limit) } else { Ok(()) }
-    }
-
-    /// Whether a flow with this key exists.
-    pub(crate) fn knows(&mut self, key: &FlowKey) -> bool {
-        self.table.find(key).is_some()
-    }
-
-    /// A key for a flow from `remote` to `guest` that no flow has: with its own port, or, where that is taken or it has none
-    /// (a client of a unix socket), with one from the end of the ephemeral range.
-    fn free_key(&mut self, port: PortId, guest: SocketAddr, remote: SocketAddr) -> Option<FlowKey> {
-        let ports = std::iter::once(remote.port()).chain((49_152..=u16::MAX).rev().take(1024));
-        let mut keys =
-            ports.filter(|p| *p != 0).map(|p| FlowKey::new(port, guest, SocketAddr::new(remote.ip(), p)));
-        keys.find(|key| !self.knows(key))
-    }
-
-    /// Whether somebody waits for an ARP answer.
-    pub(crate) fn is_resolving(&self) -> bool {
-        !self.resolving.is_empty()
-    }
-
-    /// A guest's address became known: connections that waited for it go on.
-    pub(crate) fn resolved(
-        &mut self,
-        now: Instant,
-        port: PortId,
-        guest: std::net::IpAddr,
-        mac: Mac,
-        commands: &mut VecDeque<HostCommand>,
-    ) {
-        let mut rest = VecDeque::with_capacity(self.resolving.len());
-        for id in std::mem::take(&mut self.resolving) {
-            let Some(flow) = self.table.get_mut(id).filter(|f| matches!(f.life, Life::Resolving(_))) else {
-                continue;
-            };
-            if flow.key.guest().ip() != guest {
-                rest.push_back(id);
-                continue;
-            }
-            let (guest, remote) = (flow.key.guest(), flow.key.remote());
-            let key = self.room(port).ok().and_then(|()| self.free_key(port, guest, remote));
-            let socket = if key.is_some() { self.pool.take(self.table.len()) } else { None };
-            let (Some(key), Some(socket), Some(flow)) = (key, socket, self.table.get_mut(id)) else {
-                commands.push_back(HostCommand::Reset { flow: id });
-                self.table.remove(id);
-                continue;
-            };
-            flow.key = key;
-            flow.guest_mac = mac;
-            flow.life = Life::Live(Live::new(socket, None));
-            self.table.index(id);
-            if let Some(port) = self.port(port) {
-                port.flows += 1;
-            }
-            if !self.connect(now, id) {
-                commands.push_back(HostCommand::Reset { flow: id });
-                self.release(id);
-            }
-        }
-        self.resolving.append(&mut rest);
-    }
-
-    /// The active open of a live flow; its SYN leaves at the next `transmit`.
-    fn connect(&mut self, now: Instant, id: FlowId) -> bool {
-        let Some(flow) = self.table.get_mut(id) else { return false };
-        let Life::Live(live) = &mut flow.life else { return false };
-        let Some(port) = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut) else {
-            return false;
-        };
-        let local = listen_on(&flow.key);
-        // Before the socket begins: later, smoltcp would ask at once.
-        live.socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
-        let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
-        Self::queue(port, flow, id);
-        self.arm(now, id);
-        done
-    }
-
-    // ---- from the host ----
-
-    /// Something happened at the host side of a flow. The packet that ICMP should quote comes back when the guest
-    /// must be told by ICMP.
-    pub(crate) fn handle_host(
-        &mut self,
-        now: Instant,
-        event: HostEvent,
-        outboxes: &mut [Option<Outbox>],
-        commands: &mut VecDeque<HostCommand>,
-    ) -> Option<(FlowKey, Mac, Box<[u8]>, HostError)> {
-        match event {
-            HostEvent::Connected { flow } => {
-                if !self.connected(now, flow, outboxes) {
-                    // No ring memory: the guest is told at once, and the host that nobody will speak.
-                    commands.push_back(HostCommand::Reset { flow });
-                    return self.handle_host(
-                        now,
-                        HostEvent::Failed { flow, error: ConnectError::Exhausted },
-                        outboxes,
-                        commands,
-                    );
-                }
-            }
-            HostEvent::Failed { flow: id, error } => {
-                let flow = self.table.get_mut(id)?;
-                flow.host_gone = true;
-                let (key, path) = (flow.key, Path { gateway: self.gateway_mac, guest: flow.guest_mac });
-                let Life::Dialing(dialing) = &mut flow.life else {
-                    self.abort(id);
-                    return None;
-                };
-                let syn = std::mem::take(&mut dialing.syn);
-                self.release(id);
-                match error {
-                    ConnectError::Refused | ConnectError::Exhausted => {
-                        if let Some(outbox) =
-                            outboxes.get_mut(usize::from(key.port.0)).and_then(Option::as_mut)
-                        {
-                            self.reject(now, key.port, path, &syn, outbox);
-                        }
-                    }
-                    ConnectError::Unreachable(why) => return Some((key, path.guest, syn, why)),
-                    ConnectError::TimedOut => {}
-                }
-            }
-            HostEvent::Eof { flow: id } => {
-                let flow = self.table.get_mut(id)?;
-                if let Life::Live(live) = &mut flow.life {
-                    live.host_ended();
-                    flow.last_active = now;
-                    if let Some(port) =
-                        self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut)
-                    {
-                        Self::queue(port, flow, id);
-                    }
-                }
-            }
-            HostEvent::Reset { flow: id } => {
-                self.table.get_mut(id)?.host_gone = true;
-                self.abort(id);
-            }
-        }
-        None
-    }
-
-    fn connected(&mut self, now: Instant, id: FlowId, outboxes: &mut [Option<Outbox>]) -> bool {
-        if !self.table.get(id).is_some_and(|f| matches!(f.life, Life::Dialing(_))) {
-            return true;
-        }
-        let Some(mut socket) = self.pool.take(self.table.len()) else { return false };
-        let Some(flow) = self.table.get_mut(id) else { return true };
-        let Life::Dialing(dialing) = &mut flow.life else { return true };
-        let (key, path) = (flow.key, Path { gateway: self.gateway_mac, guest: flow.guest_mac });
-        let slot = usize::from(key.port.0);
-        let port = self.ports.get_mut(slot).and_then(Option::as_mut);
-        let (Some(port), Some(outbox)) = (port, outboxes.get_mut(slot).and_then(Option::as_mut)) else {
-            return true;
-        };
-        if dialing.loopback {
-            port.dialing_loopback -= 1;
-        } else {
-            port.dialing -= 1;
-        }
-        let local = listen_on(&key);
-        socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
-        if socket.tcp().listen(local).is_ok() {
-            let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
-            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut socket.set);
-        }
-        let mut live = Live::new(socket, Some(dialing.irs));
-        live.begin_window(&dialing.syn);
-        live.never_listens();
-        flow.life = Life::Live(live);
-        flow.last_active = now;
-        flow.last_heard = now;
-        flow.warm = true;
-        Self::queue(port, flow, id);
-        self.arm(now, id);
-        true
-    }
-
-    /// Has smoltcp send RST; the flow goes when that has left.
-    fn abort(&mut self, id: FlowId) {
-        let Some(flow) = self.table.get_mut(id) else { return };
-        match &mut flow.life {
-            Life::Live(live) => {
-                live.socket.tcp().abort();
-                live.ending = Ending::Aborted;
-                if let Some(port) = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut)
-                {
-                    Self::queue(port, flow, id);
-                }
-            }
-            Life::Dialing(_) | Life::Resolving(_) => self.release(id),
-        }
-    }
-
-    /// Resets every flow, for the end of the process.
-    pub(crate) fn abort_all(&mut self) {
-        let ids: Vec<FlowId> = self.table.ids().collect();
-        for id in ids {
-            if let Some(flow) = self.table.get_mut(id) {
-                flow.host_gone = true;
-            }
-            self.abort(id);
-        }
-    }
-
     /// Lends the next contiguous bytes for the host to `send`, which answers how many it took. `None` when there
     /// are none (or the flow is gone).
     pub(crate) fn to_host(
@@ -771,122 +477,6 @@ impl Tcp {
         }
         self.arm(now, id);
         more
-    }
-
-    // ---- time ----
-
-    /// Puts the earliest time a flow needs us into the wheel, unless an earlier one is there already.
-    fn arm(&mut self, now: Instant, id: FlowId) {
-        let Some(flow) = self.table.get_mut(id) else { return };
-        let mut at = flow.reaped_at(&self.limits);
-        if flow.warm {
-            at = at.min(flow.last_active + self.limits.ring_idle);
-        }
-        match &mut flow.life {
-            Life::Live(live) => {
-                let port = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut);
-                if let Some(t) =
-                    port.and_then(|p| p.iface.poll_at(engine_time(live.clock(now)), &live.socket.set))
-                    && live.time_wait_since.is_none()
-                {
-                    at = at.min(our_time(t));
-                }
-            }
-            Life::Resolving(r) => at = at.min(flow.created + Duration::from_secs(u64::from(r.asked))),
-            Life::Dialing(_) => return,
-        }
-        let at = at.max(now);
-        if flow.deadline.is_none_or(|d| at < d) {
-            flow.deadline = Some(at);
-            self.wheel.insert(at, id);
-            self.sweep();
-        }
-    }
-
-    /// Entries of flows that have gone stay in the wheel until their time, which may be hours: when they are more than those
-    /// in use, they are taken out. Otherwise a guest could fill memory with flows it lets cool and closes.
-    fn sweep(&mut self) {
-        if self.wheel.len() <= 2 * self.table.len() + STALE_TIMERS {
-            return;
-        }
-        let table = &self.table;
-        self.wheel.retain(|at, id| table.get(id).is_some_and(|flow| flow.deadline == Some(at)));
-    }
-
-    /// Entries of the timer wheel, stale ones included.
-    pub(crate) fn timers(&self) -> usize {
-        self.wheel.len()
-    }
-
-    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
-        self.wheel.poll_at()
-    }
-
-    /// Runs every timer that is due. `ask` is called with the address a connection still waits for.
-    pub(crate) fn handle_timeout(
-        &mut self,
-        now: Instant,
-        commands: &mut VecDeque<HostCommand>,
-        mut ask: impl FnMut(std::net::IpAddr),
-    ) {
-        while let Some((at, id)) = self.wheel.pop_expired(now) {
-            let Some(flow) = self.table.get_mut(id) else { continue };
-            if flow.deadline != Some(at) {
-                continue; // an older, later entry of the same flow
-            }
-            flow.deadline = None;
-            if now >= flow.reaped_at(&self.limits) {
-                if !flow.host_gone {
-                    flow.host_gone = true;
-                    commands.push_back(HostCommand::Reset { flow: id });
-                }
-                self.abort(id);
-                continue;
-            }
-            if flow.warm && now >= flow.last_active + self.limits.ring_idle {
-                flow.warm = false;
-                if let Life::Live(live) = &mut flow.life
-                    && live.holds_nothing()
-                {
-                    self.pool.discard(&live.socket);
-                }
-            }
-            match &mut flow.life {
-                Life::Live(_) => {
-                    if let Some(port) =
-                        self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut)
-                    {
-                        // Only smoltcp's own timers have something to send; the rest is re-armed below.
-                        let due = {
-                            let Life::Live(live) = &mut flow.life else { continue };
-                            let due = port
-                                .iface
-                                .poll_at(engine_time(live.clock(now)), &live.socket.set)
-                                .is_some_and(|t| our_time(t) <= now);
-                            if due {
-                                live.waited_in_vain();
-                            }
-                            due
-                        };
-                        if due {
-                            Self::queue(port, flow, id);
-                            continue;
-                        }
-                    }
-                }
-                Life::Resolving(r) => {
-                    if r.asked >= Resolving::TRIES {
-                        commands.push_back(HostCommand::Reset { flow: id });
-                        self.release(id);
-                        continue;
-                    }
-                    r.asked += 1;
-                    ask(flow.key.guest().ip());
-                }
-                Life::Dialing(_) => {}
-            }
-            self.arm(now, id);
-        }
     }
 
     // ---- the end of a flow ----

@@ -26,7 +26,7 @@ mod arrivals;
 mod credit;
 mod packet;
 mod rings;
-mod streams;
+pub(crate) mod streams;
 #[cfg(test)]
 mod tests;
 mod worker;

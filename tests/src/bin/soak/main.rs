@@ -37,7 +37,8 @@ const NUMBERS: [(&str, &str, u64); 9] = [
     ("portway_tcp_flows", "TCP flows", 0),
     ("portway_tcp_dialing", "pending connects", 0),
     ("portway_udp_bindings", "UDP bindings", 0),
-    ("portway_timers", "timers", 64),
+    // Up to 1024 that mean nothing any more are not worth a sweep.
+    ("portway_timers", "timers", 1024),
     ("portway_dns_in_flight", "DNS queries in flight", 0),
     ("portway_captures", "captures", 0),
     ("portway_api_clients", "API clients", 0),
