@@ -56,7 +56,7 @@ struct BootArgs {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// The command line that goes with --kernel [default: console= of the serial port]
-    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
     /// Boot IMAGE-kernel with IMAGE-squashfs.img as its root
     #[arg(long, conflicts_with_all = ["kernel", "iso", "uefi"])]
@@ -299,7 +299,7 @@ fn as_typed<T: FromStr>(text: &str) -> Result<String, T::Err> {
 
 /// Looks at the sidecar's command line as the sidecar will, before anything is started.
 fn check_network(config: &LaunchConfig) -> Result<(), Failure> {
-    let Some(words) = config.sidecar_arguments() else { return Ok(()) };
+    let Some(words) = config.sidecar_arguments().map_err(failure)? else { return Ok(()) };
     let line = std::iter::once(OsString::from("portway")).chain(words);
     let cli = super::Cli::try_parse_from(line).map_err(|error| Failure::usage(super::one_line(&error)))?;
     let super::Command::Serve { settings, .. } = cli.command else { return Ok(()) };
@@ -362,6 +362,9 @@ pub(super) fn registry() -> Result<PathBuf, Failure> {
 fn image(prefix: Option<PathBuf>, boot: &BootArgs, arch: Arch) -> Result<(PathBuf, BootImage), Failure> {
     if boot.initrd.is_some() && boot.kernel.is_none() && !boot.squashfs {
         return Err(Failure::usage("--initrd goes with --kernel or --squashfs"));
+    }
+    if boot.cmdline.is_some() && boot.kernel.is_none() {
+        return Err(Failure::usage("--cmdline goes with --kernel; an image has its own, in IMAGE-cmdline"));
     }
     match (prefix, &boot.kernel) {
         (_, Some(kernel)) => {
