@@ -285,6 +285,21 @@ impl Guest {
         answer
     }
 
+    /// Sends one datagram from `port`, `times` times, and waits for nothing.
+    ///
+    /// # Errors
+    /// When smoltcp or the link refuses.
+    pub fn send_udp(&mut self, port: u16, to: SocketAddr, payload: &[u8], times: usize) -> Result<()> {
+        let handle = self.udp(port)?;
+        for _ in 0..times {
+            let socket = self.sockets.get_mut::<udp::Socket<'_>>(handle);
+            socket.send_slice(payload, IpEndpoint::from(to)).map_err(|e| anyhow::anyhow!("{e:?}"))?;
+            self.step();
+        }
+        self.sockets.remove(handle);
+        Ok(())
+    }
+
     /// A UDP socket on `port`.
     ///
     /// # Errors
