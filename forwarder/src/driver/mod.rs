@@ -28,7 +28,9 @@ use std::sync::mpsc;
 use std::time::Instant as Clock;
 
 use mio::{Events, Poll, Token};
-use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
+use portway_netstack::{
+    FlowId, Forward, Handled, Instant, Mac, Netstack, Offloads, PortConfig, PortId, StackConfig,
+};
 
 use self::alarm::Alarm;
 use self::backlog::Backlog;
@@ -217,12 +219,12 @@ impl Driver {
         for (n, link) in config.links.iter().enumerate() {
             let isolate = link.isolate;
             let port = PortConfig { name: link.name.clone(), mtu: link.mtu, address: link.ip, isolate };
-            let port = stack.add_port(Instant::ZERO, port, false);
+            let port = stack.add_port(Instant::ZERO, port, Offloads::default());
             let tokens = Tokens { first: token(Kind::Link, n * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
             let made = Link::open(link, port, tokens, poll.registry())
                 .map_err(|e| io::Error::new(e.kind(), format!("--link: {e}")))?;
             if made.is_up() {
-                stack.set_offload(Instant::ZERO, port, made.offload());
+                stack.set_offloads(Instant::ZERO, port, made.offloads());
             }
             links.push(made);
         }
@@ -380,7 +382,7 @@ impl Driver {
     /// Link `n` may have got a VMM.
     fn note_link_up(&mut self, n: usize, was_up: bool) {
         let Some(link) = self.links.get(n).filter(|l| !was_up && l.is_up()) else { return };
-        self.stack.set_offload(self.now, link.port, link.offload());
+        self.stack.set_offloads(self.now, link.port, link.offloads());
         self.events.push(Event::LinkUp(link.label()));
     }
 
@@ -455,7 +457,7 @@ impl Driver {
             match handled {
                 Handled::Done | Handled::Whole(_) => {}
                 Handled::Echo(echo) => udp.ping(registry, &echo),
-                Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
+                Handled::Datagram(datagram) => udp.send_all(registry, &datagram, offload, entrances),
                 Handled::Dns { guest, asked, query } => {
                     // At the limit the query is dropped: the guest asks again.
                     if let Some(waiting) = backlog.admit(port) {
@@ -532,7 +534,7 @@ impl Driver {
                 None => {
                     let isolate = config.isolate;
                     let port = PortConfig { name: None, mtu: config.mtu, address: None, isolate };
-                    self.stack.add_port(self.now, port, false)
+                    self.stack.add_port(self.now, port, Offloads::default())
                 }
             };
             let tokens = Tokens { first: token(Kind::Link, index * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
@@ -583,9 +585,9 @@ impl Driver {
 
     /// Another guest is behind link `n` than before, or the same with other features.
     fn restart(&mut self, n: usize) {
-        let (port, offload) = (self.links[n].port, self.links[n].offload());
+        let (port, offloads) = (self.links[n].port, self.links[n].offloads());
         self.stack.port_down(port);
-        self.stack.set_offload(self.now, port, offload);
+        self.stack.set_offloads(self.now, port, offloads);
     }
 
     fn take_down(&mut self, n: usize) {

@@ -282,7 +282,7 @@ impl Driver {
                 ip: self.stack.guest_of(l.port).map(|ip| ip.to_string()),
                 mtu: l.mtu(),
                 isolate: self.link_configs.get(n).is_some_and(|c| c.isolate),
-                offload: l.offload(),
+                offload: l.offloads().tcp,
                 frames_from_guest: c.frames_from_guest,
                 bytes_from_guest: c.bytes_from_guest,
                 frames_to_guest: c.frames_to_guest,
