@@ -31,6 +31,7 @@ pub mod rings;
 pub mod sidecar;
 pub mod ssh;
 mod unix_path;
+mod uplink;
 #[cfg(target_os = "linux")]
 mod vhost_user;
 pub mod vsock;
