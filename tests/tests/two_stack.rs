@@ -467,13 +467,13 @@ fn a_client_goes_on_to_ipv4_at_once_when_ipv6_is_unreachable_or_refused_at_the_h
     let far_ends = [&format!("{far4}/24")[..], &format!("{far6}/64")[..]];
     host.cable("east", [near4, "2001:db8:1::1/64"], &far, far_ends, 1500)?;
     let dir = tempfile::tempdir()?;
+    let link = format!("tap:tap0,netns={},name=box", guest.path().display());
     let mut names = Vec::new();
     // Nowhere: the host has no route to it. Refused: a host that is there, and serves IPv4 alone.
     for (name, v6) in [("nowhere.test", "2001:db8:9::1"), ("refused.test", far6)] {
         names.extend([format!("{name}={v6}"), format!("{name}={far4}")]);
     }
     let hosts = names.iter().flat_map(|name| ["--dns-host", name]);
-    let link = format!("tap:tap0,netns={},name=box", guest.path().display());
     // A network whose addresses are global: from one of a ULA, IPv4 goes first (RFC 6724).
     let fixed = ["--link", &link, "--subnet6", "2001:db8:77::/64", "--ipv6", "on", "--hosts-file", "off"];
     let options: Vec<&str> = fixed.into_iter().chain(hosts).collect();
