@@ -29,7 +29,9 @@ pub mod publish;
 pub mod request;
 pub mod rings;
 pub mod sidecar;
+pub mod ssh;
 mod unix_path;
+mod uplink;
 #[cfg(target_os = "linux")]
 mod vhost_user;
 pub mod vsock;

@@ -6,5 +6,6 @@ pub mod launch;
 pub mod namespace;
 pub mod program;
 pub mod resolver;
+pub mod secure;
 pub mod sidecar;
 pub mod vm;

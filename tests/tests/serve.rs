@@ -338,3 +338,35 @@ fn bad_usage_is_one_clear_line_and_nothing_is_started() -> Result<()> {
     }
     Ok(())
 }
+
+/// The host's ends as the kernel shows them; the guest's are in netstack/tests/rfc9293.rs (section 3.8.4).
+#[test]
+fn the_hosts_end_of_an_idle_connection_is_asked_after_the_time_the_operator_sets_or_never() -> Result<()> {
+    for (seconds, shown) in [("90", true), ("0", false)] {
+        let options = ["--tcp-keepalive", seconds, "--publish", "0:5000"];
+        let (_dir, sidecar, mut guest) = started(&options)?;
+        let echo = echo_server()?;
+        let out = guest.connect(SocketAddr::from((ALIAS, echo)))?.context("refused")?;
+        ensure!(guest.exchange(out, b"x", 1)? == b"x");
+        let port = sidecar.json(&["ports"])?[0]["host_port"].as_u64().context("a port")?;
+        let listener = guest.listen(5000)?;
+        let client = TcpStream::connect(("127.0.0.1", u16::try_from(port)?))?;
+        guest.until("the client", |g| (g.tcp(listener).state() == State::Established).then_some(()))?;
+        // ss(8): `timer:(keepalive,1min29sec,0)`, of the sidecar's own ends.
+        for filter in [format!("dport = :{echo}"), format!("sport = :{port}")] {
+            let timers = || {
+                let out = Command::new("ss").args(["-Htno", "state", "established", &filter]).output();
+                out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default()
+            };
+            let mut seen = String::new();
+            let right = until(Duration::from_secs(5), || {
+                seen = timers();
+                let asked = seen.contains("timer:(keepalive,1min");
+                !seen.trim().is_empty() && asked == shown && (shown || !seen.contains("keepalive"))
+            });
+            right.with_context(|| format!("--tcp-keepalive {seconds}, {filter}: {seen:?}"))?;
+        }
+        drop(client);
+    }
+    Ok(())
+}

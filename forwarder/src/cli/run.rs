@@ -163,9 +163,12 @@ struct NetworkArgs {
     /// The network's control socket, when it is to have one of its own
     #[arg(long, value_name = "unix:PATH")]
     api: Option<UnixPath>,
-    /// Ask this resolver, IP[:PORT], and not those of the host's resolv.conf; repeatable
-    #[arg(long, value_name = "IP[:PORT]", value_parser = as_typed::<Upstream>)]
+    /// Ask this resolver and not those of the host's resolv.conf, as of `serve`; repeatable
+    #[arg(long, value_name = "[DOMAIN=]SERVER", value_parser = as_typed::<Upstream>)]
     dns_upstream: Vec<String>,
+    /// PEM file of the authorities whose certificates resolvers over TLS and HTTPS may have [default: the host's]
+    #[arg(long, value_name = "FILE")]
+    dns_ca: Option<PathBuf>,
     /// A name of our own, NAME=IP; repeatable
     #[arg(long, value_name = "NAME=IP", value_parser = as_typed::<DnsHost>)]
     dns_host: Vec<String>,
@@ -455,6 +458,9 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         config.serve_args = vec!["--network".into(), named.into()];
     }
     config.shared = shared;
+    if let Some(authorities) = network.dns_ca {
+        config.serve_args.extend(["--dns-ca".into(), authorities.into()]);
+    }
     for (option, values) in [("--dns-upstream", network.dns_upstream), ("--dns-host", network.dns_host)] {
         config.serve_args.extend(values.into_iter().flat_map(|value| [option.into(), value.into()]));
     }

@@ -85,7 +85,9 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
             | Request::Join { .. }
             | Request::Leave(_)
             | Request::HandedOver { .. }
+            | Request::Outgoing(_)
             | Request::GatewayForwards(_)
+            | Request::Ipv6Uplink(_)
             | Request::Search { .. }
             | Request::GuestAddress { .. }
             | Request::Note(_)
@@ -139,6 +141,7 @@ impl Server {
                 started_ms: 1_700_000_000_000,
             };
             let dns = Dns::new(crate::dns::DnsConfig {
+                authorities: None,
                 domain: crate::DOMAIN.into(),
                 aliases: Vec::new(),
                 gateway: vec![[192, 168, 127, 1].into()],

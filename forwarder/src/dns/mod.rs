@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! UDP 53 (a datagram the stack hands out) ─┐           ┌─ localhost            the guest itself (RFC 6761)
+//!                                          │           ├─ patterns             zones of gvproxy's file and API
 //!                                          ├─► parse ──┼─ zones                gateway. host. <vm>. and their PTRs
 //! TCP 53 (socketpair, `serve_stream`) ─────┘    │      ├─ --dns-host records, hosts file
 //!                                               │      ├─ cache
-//!                                FORMERR NOTIMP ┘      └─ relay ─► resolvers of resolv.conf, or --dns-upstream
+//!                                FORMERR NOTIMP ┘      └─ relay ─► resolvers of resolv.conf, or --dns-upstream (in clear, TLS, HTTPS)
 //! ```
 //! The order is the one above, the first that knows the name answers. hosts entries may add names under our domain,
 //! as Docker Desktop's `kubernetes.docker.internal`; else a name in our zones that is not there is NXDOMAIN.
@@ -14,8 +15,8 @@
 //! Limits: `IN_FLIGHT_MAX` queries at the resolvers and `STREAMS_MAX` connections, which guests share ([`places`]); beyond
 //! them a datagram is dropped (the client's own repeat is the back-off), a stream's query is REFUSED, a connection closed.
 //! `GUESTS_MAX` names of guests, `RECORDS_MAX` records; further ones in `cache`, `stream`, `hosts`. RFC 1034, 1035, 2181,
-//! 2308, 4343, 4592, 5452, 6303, 6761, 6891, 7766, 9619.
-//! Left out: DoT and DoH, DNSSEC validation (DO, AD and CD are carried), zone transfers and classes other than IN (both
+//! 2308, 4343, 4592, 5452, 6303, 6761, 6891, 7766, 7858, 8484, 9619.
+//! Left out: DNSSEC validation (DO, AD and CD are carried), zone transfers and classes other than IN (both
 //! REFUSED).
 
 mod ask;
@@ -23,12 +24,15 @@ mod cache;
 mod flights;
 mod health;
 mod hosts;
+mod lookup;
+mod patterns;
 mod places;
 mod rebind;
 mod records;
 mod relay;
 mod reply;
 mod resolv;
+mod secure;
 mod server;
 mod stream;
 #[cfg(test)]
@@ -51,14 +55,18 @@ use self::ask::{Question, Transport};
 use self::cache::{Cache, Key};
 use self::flights::Flights;
 use self::hosts::{HostsFile, LoopbackAlias};
+use self::patterns::Patterns;
+pub use self::patterns::{GivenRecord, GivenZone, ZONES_MAX};
 use self::places::{Place, Places};
 use self::records::own_records;
 pub use self::records::{Known, Origin};
 use self::relay::Relay;
 use self::reply::Reply;
 pub use self::resolv::ResolvConf;
+use self::secure::Lines;
+pub use self::secure::TlsError;
 use self::server::Routes;
-pub use self::server::{Server, Upstream};
+pub use self::server::{Channel, Server, Upstream};
 use self::watch_file::Watched;
 use self::wire::{Data, Name, Query, Rcode, Rejected, Source, kind};
 use self::zones::{Book, Zones};
@@ -74,6 +82,12 @@ pub const RECORDS_MAX: usize = 4096;
 /// Where systemd-resolved listens. Its resolv.conf never changes; the servers it asks are told elsewhere.
 const SYSTEMD_RESOLVED: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53)), IpAddr::V4(Ipv4Addr::new(127, 0, 0, 54))];
+
+/// Whether `text` is a domain name.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    Name::from_text(text).is_some()
+}
 
 /// What the DNS service is made of.
 #[derive(Debug, Clone)]
@@ -95,6 +109,8 @@ pub struct DnsConfig {
     pub subnets: Vec<Subnet>,
     /// The resolvers to ask; without one for every name, those of `resolv_conf` are asked.
     pub upstreams: Vec<Upstream>,
+    /// A PEM file of the authorities for resolvers over TLS and HTTPS; `None`: the host's.
+    pub authorities: Option<PathBuf>,
     /// Whether answers of resolvers that lead inside are kept from guests.
     pub rebind_protection: bool,
     /// Domains whose names may stand for addresses of the inside all the same.
@@ -134,6 +150,15 @@ pub enum DnsError {
     /// There are `RECORDS_MAX` records.
     #[error("{0}: there are {RECORDS_MAX} records already")]
     TooManyRecords(String),
+    /// There are `ZONES_MAX` zones of patterns.
+    #[error("{0}: there are {ZONES_MAX} zones already")]
+    TooManyZones(String),
+    /// A pattern that is none, or too large.
+    #[error("error parsing regexp: {0}")]
+    BadPattern(String),
+    /// Resolvers over TLS or HTTPS cannot be checked.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// No record has the name, or not with that address.
     #[error("{0} is no record: `portway dns ls` lists what is")]
     NoRecord(String),
@@ -198,6 +223,7 @@ pub struct Dns {
     book: Mutex<Book>,
     zones: RwLock<Arc<Zones>>,
     records: RwLock<Arc<HostsFile>>,
+    patterns: RwLock<Patterns>,
     loopback: LoopbackAlias,
     source: Source,
     hosts: Option<Watched<HostsFile>>,
@@ -225,7 +251,8 @@ impl Dns {
     /// The service `config` describes. Of the files resolv.conf alone is read here.
     ///
     /// # Errors
-    /// `DnsError::BadName` for a domain, alias or record whose name is none.
+    /// `DnsError::BadName` for a domain, alias or record whose name is none; `DnsError::Tls` when a resolver wants TLS and
+    /// there is nobody whose certificates are trusted.
     pub fn new(config: DnsConfig) -> Result<Arc<Self>, DnsError> {
         let name = |setting, value: &str, example| {
             Name::from_text(value).ok_or_else(|| DnsError::BadName {
@@ -252,6 +279,9 @@ impl Dns {
             value,
             example,
         })?;
+        // Reading certificates takes a while, and is for nothing where nobody is asked that way.
+        let wants_tls = config.upstreams.iter().any(|u| u.server.channel != Channel::Clear);
+        let lines = if wants_tls { Lines::new(config.authorities.as_deref())? } else { Lines::default() };
         let private = config.private_domains.iter().map(|text| name("--dns-private", text, example));
         let private = private.collect::<Result<Vec<Name>, _>>()?;
         let loopback = LoopbackAlias(if config.host_loopback { config.host.clone() } else { Vec::new() });
@@ -270,6 +300,7 @@ impl Dns {
         let dns = Self {
             zones: RwLock::new(Arc::new(Zones::build(&book))),
             records: RwLock::new(Arc::new(own_records(&book))),
+            patterns: RwLock::default(),
             book: Mutex::new(book),
             loopback,
             source,
@@ -279,7 +310,7 @@ impl Dns {
             search: watch::Sender::default(),
             routes,
             inside: config.rebind_protection.then_some(private),
-            relay: Arc::default(),
+            relay: Arc::new(Relay::over(lines)),
             flights: Arc::default(),
             cache: Arc::default(),
             in_flight: Places::new(IN_FLIGHT_MAX),
@@ -431,6 +462,14 @@ impl Dns {
             return Some(answer);
         }
         let zones = Arc::clone(&self.zones.read().unwrap_or_else(PoisonError::into_inner));
+        let given = {
+            let patterns = self.patterns.read().unwrap_or_else(PoisonError::into_inner);
+            patterns.answer(query, |zone| zones.contain(zone), &self.source)
+        };
+        if given.is_some() {
+            count(&self.counters.from_zones);
+            return given;
+        }
         if !zones.names(&query.name) {
             let from_file = || {
                 let (file, _) = self.hosts.as_ref()?.current(Instant::now());
@@ -567,6 +606,12 @@ impl Dns {
 /// A lock whose holder panicked still guards whole data: every critical section here is a single step.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads `text` as a hosts file. For the fuzzer.
+#[cfg(fuzzing)]
+pub fn read_any_hosts(text: &str) {
+    let _ = HostsFile::parse(text);
 }
 
 /// Does with `reply` what is done with a resolver's answer to `query`. For the fuzzer, which knows no private names.

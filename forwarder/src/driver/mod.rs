@@ -20,7 +20,6 @@ mod join;
 mod names;
 mod ping;
 mod requests;
-mod routes;
 mod udp;
 
 use std::collections::VecDeque;
@@ -36,7 +35,6 @@ use portway_netstack::{
 use self::alarm::Alarm;
 use self::backlog::Backlog;
 pub use self::backlog::Waiting;
-use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::capture::Capture;
 use crate::config::{Config, GuestApi, LinkAddress, LinkConfig, LinkKind};
@@ -46,6 +44,7 @@ use crate::link::{Carrier, Link, LinkState, Tokens};
 use crate::publish::{Listener, Published};
 use crate::request::{DnsTicket, Request};
 use crate::rings::MappedRings;
+use crate::uplink;
 
 /// What the data thread leaves to the control thread.
 #[derive(Debug)]
@@ -56,15 +55,15 @@ pub enum Slow {
     DnsStream(PortId, std::os::unix::net::UnixStream),
     /// A guest's connection to the gateway's port 80, and the guest.
     ApiStream(std::os::unix::net::UnixStream, std::net::IpAddr),
-    /// A guest's connection that a program behind a unix socket is to take; the answer comes back as
+    /// A guest's connection that a program or a proxy is to take; the answer comes back as
     /// [`Request::HandedOver`].
     HandOver {
         /// The flow.
         flow: FlowId,
         /// Its destination.
         to: std::net::SocketAddr,
-        /// The program's socket.
-        path: std::path::PathBuf,
+        /// Who is to take it.
+        taker: crate::personality::vpnkit::Taker,
     },
 }
 
@@ -101,10 +100,9 @@ enum Kind {
     Flow,
     Binding,
     Listener,
-    Routes,
 }
 
-const KINDS: [Kind; 6] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener, Kind::Routes];
+const KINDS: [Kind; 5] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener];
 
 /// Bits of a token that say the kind.
 const TOKEN_SHIFT: u32 = 3;
@@ -157,8 +155,6 @@ pub struct Driver {
     handing: Vec<FlowId>,
     /// The address outgoing connections leave from.
     outbound: Option<std::net::Ipv4Addr>,
-    /// News of the host's routes, where guests' depend on them.
-    routes: Option<Routes>,
     published: Vec<Option<Published>>,
     entrances: Vec<Option<Entrance>>,
     /// Entrances that may have somebody waiting.
@@ -213,18 +209,10 @@ impl Driver {
             host_loopback: config.host_loopback,
             metadata: config.metadata,
             guest_api: config.guest_api != GuestApi::Off,
-            ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || routes::has_ipv6())),
+            ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || uplink::has_ipv6())),
             udp: config.udp.clone(),
             limits: config.limits.clone(),
         };
-        let watched = config.ipv6.as_ref().filter(|v6| v6.follows_host);
-        let routes = watched.and_then(|_| match Routes::watch(poll.registry(), token(Kind::Routes, 0)) {
-            Ok(routes) => Some(routes),
-            Err(error) => {
-                tracing::warn!(%error, "changes of the host's routes are not seen: IPv6 stays as it is now");
-                None
-            }
-        });
         let started = Clock::now();
         let mut stack = Netstack::new(stack, Box::new(MappedRings::new()), seed);
         let mut links = Vec::new();
@@ -266,7 +254,6 @@ impl Driver {
             outgoing: config.particulars.outgoing.clone(),
             handing: Vec::new(),
             outbound: config.particulars.outbound,
-            routes,
             published: Vec::new(),
             entrances: Vec::new(),
             ready_entrances: Vec::new(),
@@ -382,12 +369,6 @@ impl Driver {
                 }
             }
             Kind::Binding => self.udp.note(n, event.is_error()),
-            Kind::Routes => {
-                if let Some(routes) = &self.routes {
-                    routes.drain();
-                    self.stack.set_ipv6_uplink(routes::has_ipv6());
-                }
-            }
             Kind::Listener => {
                 if let Some(Some(entrance)) = self.entrances.get_mut(n)
                     && !std::mem::replace(&mut entrance.ready, true)

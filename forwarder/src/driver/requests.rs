@@ -53,6 +53,7 @@ impl Driver {
                 Request::Tunnel { to, stream } => self.tunnel(to, stream),
                 Request::Macs { reply } => drop(reply.send(self.stack.macs().collect())),
                 Request::Stats { reply } => drop(reply.send(self.stats())),
+                Request::Ipv6Uplink(there) => self.stack.set_ipv6_uplink(there),
                 Request::Search { domains } => self.stack.set_search(domains),
                 Request::DnsAnswer { ticket, answer } => {
                     if let Some(sink) = Self::sink(&mut self.links, ticket.port) {
@@ -67,6 +68,7 @@ impl Driver {
                     drop(reply.send(Err(PublishError::NoAgent("waiting".into()))))
                 }
                 Request::HandedOver { flow, stream } => self.handed_over(flow, stream),
+                Request::Outgoing(rules) => self.outgoing = rules,
                 Request::GatewayForwards(forwards) => self.stack.set_gateway_forwards(forwards),
                 Request::Join { link, publish, reply } => {
                     // One who has gone meanwhile does not stay.
