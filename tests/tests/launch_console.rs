@@ -54,7 +54,8 @@ fn keys_are_the_guests_and_the_terminal_is_as_it_was_however_the_console_is_left
     // 128 and SIGINT.
     terminal.shows("status-130")?;
     // Ctrl-D is the shell's end of input in the guest: it leaves that shell, and the next one greets.
-    terminal.types(&["exec sh -c 'cat; echo cat-ended-$((40+2)); sh'", "Enter"])?;
+    terminal.types(&["exec sh -c 'echo cat-begun-$((40+2)); cat; echo cat-ended-$((40+2)); sh'", "Enter"])?;
+    terminal.shows("cat-begun-42")?;
     terminal.types(&["C-d"])?;
     terminal.shows("cat-ended-42")?;
 
