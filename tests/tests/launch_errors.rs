@@ -154,7 +154,7 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
     ];
     all_refused(dir.path(), &machine, &[image])?;
 
-    let network: [Case<'_>; 35] = [
+    let network: [Case<'_>; 36] = [
         (&["-publish", "99999:22"], "99999:22"),
         (&["-p", "80:81:junk:x"], "80:81:junk:x"),
         (&["-publish", "2222:22", "-publish", "2222:23"], "given twice"),
@@ -189,6 +189,7 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
         (&["--api", &long], "bytes"),
         (&["--dns-upstream", "resolver"], "\"resolver\" is not IP[:PORT]"),
         (&["--dns-host", "a.test"], "\"a.test\" is not NAME=IP"),
+        (&["--dns-ca", "/nonexistent/ca.pem"], "--dns-ca /nonexistent/ca.pem"),
         (&["--wait", "--net", "none"], "--wait"),
     ];
     all_refused(dir.path(), &network, &[image])?;

@@ -181,6 +181,7 @@ impl NetworkArgs {
             ("--api", self.api.is_some()),
             ("--dns-upstream", !self.dns_upstream.is_empty()),
             ("--dns-host", !self.dns_host.is_empty()),
+            ("--dns-ca", self.dns_ca.is_some()),
             ("--vsock on", self.vsock == Some(Switch::On)),
         ];
         given.into_iter().find_map(|(option, given)| given.then_some(option))
@@ -393,6 +394,12 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         )));
     }
     let net = network.networking.clone().unwrap_or_else(|| network.net.into());
+    if let Some(path) = network.dns_ca.as_ref().filter(|path| !path.is_file()) {
+        return Err(Failure::usage(format!(
+            "--dns-ca {}: there is no such file: a file of certificates in PEM form is needed",
+            path.display()
+        )));
+    }
     if let Some(option) = network.needs_network().filter(|_| !net.needs_sidecar()) {
         return Err(Failure::usage(format!(
             "{option} goes with a network of Portway's, and the VM has none with this --net or --networking"
