@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -168,12 +169,13 @@ fn dhcpcd_gets_a_lease_by_rapid_commit_and_its_full_name_is_known() -> Result<()
         .command("dhcpcd")
         .args(["-4", "-B", "-d", "-f", text(&config), "-c", "/bin/true", "--noconfigure", "tap0"])
         .stderr(std::fs::File::create(&log)?)
+        .process_group(0)
         .spawn()?;
     let said = || std::fs::read_to_string(&log).unwrap_or_default();
     let leased = until(PATIENCE, || said().contains("tap0: leased 192.168.127.2"));
-    // Asked to end it takes its helpers with it.
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(client.id())?);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+    // It has helpers, in its process group.
+    let group = nix::unistd::Pid::from_raw(i32::try_from(client.id())?);
+    nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL)?;
     client.wait()?;
     leased.with_context(said)?;
     ensure!(!said().contains("requesting lease"), "one exchange was enough: {}", said());

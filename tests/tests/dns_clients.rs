@@ -307,17 +307,23 @@ fn dnsperf_loses_no_query_at_five_thousand_a_second() -> Result<()> {
     // First each name once, so that what follows is answered from the cache.
     lab.run("dnsperf", &["-s", "192.168.127.1", "-d", file, "-n", "1", "-c", "4"])?;
     let asked = lab.resolver.asked();
-    let report =
-        lab.run("dnsperf", &["-s", "192.168.127.1", "-d", file, "-l", "5", "-Q", "5000", "-c", "10"])?;
-    let number = |label: &str| -> Result<f64> {
-        let line = report.lines().find(|l| l.trim().starts_with(label)).context(report.clone())?;
-        line.split_whitespace().find_map(|w| w.parse().ok()).context(report.clone())
-    };
-    eprintln!("{report}");
-    assert_eq!(number("Queries lost:")?, 0.0, "{report}");
-    ensure!(number("Queries completed:")? > 15_000.0, "{report}");
-    assert_eq!(lab.resolver.asked(), asked, "answered from the cache");
-    Ok(())
+    let mut report = String::new();
+    // On a machine busy with other things a run may not get at its 5000 a second; none may ever lose one.
+    for _ in 0..5 {
+        report =
+            lab.run("dnsperf", &["-s", "192.168.127.1", "-d", file, "-l", "5", "-Q", "5000", "-c", "10"])?;
+        let number = |label: &str| -> Result<f64> {
+            let line = report.lines().find(|l| l.trim().starts_with(label)).context(report.clone())?;
+            line.split_whitespace().find_map(|w| w.parse().ok()).context(report.clone())
+        };
+        eprintln!("{report}");
+        assert_eq!(number("Queries lost:")?, 0.0, "{report}");
+        assert_eq!(lab.resolver.asked(), asked, "answered from the cache");
+        if number("Queries completed:")? > 20_000.0 {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("not one run of five was at its rate: {report}")
 }
 
 #[test]
