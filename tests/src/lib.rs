@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod guest;
+pub mod host;
 pub mod launch;
 pub mod namespace;
 pub mod program;

@@ -242,8 +242,8 @@ fn gvproxys_routes_refuse_what_is_none_in_its_words_and_nothing_changes() -> Res
 }
 
 /// Options that take any text: a file that is not there is another matter.
-const FREE: [&str; 8] =
-    ["api", "config", "network", "pid-file", "log-file", "pcap", "state-dir", "vsock-dir"];
+const FREE: [&str; 9] =
+    ["api", "config", "dns-ca", "network", "pid-file", "log-file", "pcap", "state-dir", "vsock-dir"];
 
 #[test]
 fn every_flag_of_serve_refuses_what_is_none_by_name_and_nothing_is_left() -> Result<()> {

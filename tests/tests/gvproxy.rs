@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use portway_tests::guest::Guest;
+use portway_tests::host::free_port;
 use portway_tests::sidecar::until;
 use portway_tests::vm::portway;
 
@@ -52,11 +53,6 @@ fn ask(api: &Path, method: &str, route: &str, body: &str) -> Result<(u16, String
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
     Ok((head.get(9..12).context("no status")?.parse()?, body.to_owned()))
-}
-
-/// A host port that was free a moment ago.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// A request of the guest to the gateway's port 80; the whole answer.

@@ -2,28 +2,19 @@
 //! namespace on the QEMU socket, with the machine's own OpenSSH server in it.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use portway_tests::agent::binary;
+use portway_tests::host::{Ends, free_port};
 use portway_tests::namespace::Namespace;
 use portway_tests::program::{PATIENCE, Program, ask, named};
 use portway_tests::sidecar::until;
-
-/// A child that ends with the test.
-struct Ends(Child);
-
-impl Drop for Ends {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// The VM: a namespace with podman's address, a key that may log in, a socket that echoes.
 struct Vm {
@@ -141,7 +132,7 @@ fn echoed(socket: &Path, bytes: &[u8]) -> Result<()> {
 #[test]
 fn podmans_line_for_qemu_forwards_its_socket_before_and_after_the_guests_sshd_is_there() -> Result<()> {
     let Some(mut vm) = Vm::new()? else { return Ok(()) };
-    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let port = free_port()?;
     let (qemu, ssh_port) = (format!("unix://{}", vm.text("vm")), port.to_string());
     let (api, dest, identity) = (vm.text("api.sock"), vm.text("podman.sock"), vm.text("identity"));
     let (pid, log) = (vm.text("gvproxy.pid"), vm.text("gvproxy.log"));

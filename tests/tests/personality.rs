@@ -10,6 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use portway_tests::guest::Guest;
+use portway_tests::host::free_port;
 use portway_tests::namespace::{Namespace, Unprivileged};
 use portway_tests::program::{PATIENCE, Program, ask, left_out, named, rootlesskit, run};
 
@@ -42,10 +43,6 @@ fn greeting(at: SocketAddr) -> Option<String> {
     stream.shutdown(std::net::Shutdown::Write).ok()?;
     stream.read_to_string(&mut text).ok()?;
     text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned())
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// slirp4netns for `namespace`, ready.

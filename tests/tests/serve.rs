@@ -8,36 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use portway_tests::guest::Guest;
+use portway_tests::host::{echo_server, started};
 use portway_tests::sidecar::{Sidecar, until};
 use portway_tests::vm::portway;
 use smoltcp::socket::tcp::State;
 
 const ALIAS: [u8; 4] = [192, 168, 127, 254];
-
-fn started(options: &[&str]) -> Result<(tempfile::TempDir, Sidecar, Guest)> {
-    let dir = tempfile::tempdir()?;
-    let sidecar = Sidecar::start(dir.path(), options)?;
-    let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
-    guest.dhcp()?;
-    Ok((dir, sidecar, guest))
-}
-
-/// A server of the host that echoes every connection.
-fn echo_server() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            std::thread::spawn(move || {
-                let Ok(mut from) = stream.try_clone() else { return };
-                let mut to = stream;
-                let _ = std::io::copy(&mut from, &mut to);
-                let _ = to.shutdown(Shutdown::Write);
-            });
-        }
-    });
-    Ok(port)
-}
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| u8::try_from(n % 251).unwrap_or(0)).collect()
