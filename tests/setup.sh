@@ -13,6 +13,7 @@ wanted=(
   dnsperf:dnsperf dhclient:isc-dhcp-client dhcpcd:dhcpcd-base perfdhcp:kea-admin
   tmux:tmux mksquashfs:squashfs-tools xorriso:xorriso grub-mkrescue:grub-common mformat:mtools qemu-img:qemu-utils sfdisk:fdisk
   qemu-system-aarch64:qemu-system-arm tshark:tshark
+  nft:nftables iptables:iptables
   traceroute:traceroute rdisc6:ndisc6 dhclient:isc-dhcp-client iperf3:iperf3
 )
 packages=()
