@@ -88,9 +88,13 @@ pub struct Settings {
     /// On which host addresses a guest may ask to be published [default: loopback]
     #[arg(long, value_name = "loopback|any")]
     pub guest_binds: Option<GuestBinds>,
-    /// Ask this resolver and not those of the host's resolv.conf: for every name, or for those of one DOMAIN; repeatable
-    #[arg(long, value_name = "[DOMAIN=]IP[:PORT]")]
+    /// Ask this resolver and not those of the host's resolv.conf: for every name, or for those of one DOMAIN; IP[:PORT],
+    /// tls://IP[:PORT][#NAME] or https://IP[:PORT][/PATH][#NAME], with the NAME in its certificate; repeatable
+    #[arg(long, value_name = "[DOMAIN=]SERVER")]
     pub dns_upstream: Vec<Upstream>,
+    /// PEM file of the authorities whose certificates resolvers over TLS and HTTPS may have [default: the host's]
+    #[arg(long, value_name = "FILE")]
+    pub dns_ca: Option<PathBuf>,
     /// Keep answers of resolvers from guests that lead to private or local addresses [default: off]
     #[arg(long, value_name = "on|off")]
     pub dns_rebind_protection: Option<Switch>,
@@ -228,6 +232,8 @@ pub struct Config {
     pub agent: AgentConfig,
     /// Resolvers; where none is for every name, those of `resolv_conf` are.
     pub dns_upstream: Vec<Upstream>,
+    /// See [`Settings`].
+    pub dns_ca: Option<PathBuf>,
     /// See [`Settings`].
     pub dns_rebind_protection: bool,
     /// See [`Settings`].
@@ -972,6 +978,7 @@ impl Settings {
             guest_socket: join(file.guest_socket, self.guest_socket),
             guest_binds: self.guest_binds.or(file.guest_binds),
             dns_upstream: join(file.dns_upstream, self.dns_upstream),
+            dns_ca: self.dns_ca.or(file.dns_ca),
             dns_rebind_protection: self.dns_rebind_protection.or(file.dns_rebind_protection),
             dns_private: join(file.dns_private, self.dns_private),
             dns_host: join(file.dns_host, self.dns_host),
@@ -1135,6 +1142,7 @@ impl TryFrom<Settings> for Config {
             publish,
             agent,
             dns_upstream: s.dns_upstream,
+            dns_ca: s.dns_ca,
             dns_rebind_protection: s.dns_rebind_protection == Some(Switch::On),
             dns_private: s.dns_private,
             dns_host: s.dns_host.into_iter().map(|h| (h.0, h.1)).collect(),

@@ -11,6 +11,18 @@ use nix::errno::Errno;
 use portway_netstack::{ConnectError, FlowId, HostError};
 use socket2::{SockRef, TcpKeepalive};
 
+/// A socket that does not block.
+pub(crate) fn nonblocking(domain: socket2::Domain, kind: socket2::Type) -> io::Result<socket2::Socket> {
+    #[cfg(target_os = "linux")]
+    return socket2::Socket::new(domain, kind.nonblocking(), None);
+    #[cfg(not(target_os = "linux"))]
+    {
+        let socket = socket2::Socket::new(domain, kind, None)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    }
+}
+
 /// What every TCP socket of the host has, those that a listener will accept with it.
 ///
 /// Urgent bytes stay where they are in the stream (RFC 6093 §4): without this the kernel takes them out, and the guest would
@@ -55,7 +67,7 @@ impl HostStream {
     }
 
     fn connect_from(to: SocketAddr, from: Ipv4Addr) -> io::Result<TcpStream> {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM.nonblocking(), None)?;
+        let socket = nonblocking(socket2::Domain::IPV4, socket2::Type::STREAM)?;
         // The port is chosen at connect, so that the same one can serve several destinations (ip(7)).
         #[cfg(target_os = "linux")]
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;

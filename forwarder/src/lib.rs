@@ -30,6 +30,7 @@ pub mod request;
 pub mod rings;
 pub mod sidecar;
 mod unix_path;
+mod uplink;
 #[cfg(target_os = "linux")]
 mod vhost_user;
 pub mod vsock;

@@ -137,6 +137,8 @@ pub enum Request {
     },
     /// Replace the ports of the gateway that lead elsewhere.
     GatewayForwards(Vec<portway_netstack::GatewayForward>),
+    /// Whether the host has a way to the Internet over IPv6, now; for networks that follow it.
+    Ipv6Uplink(bool),
     /// Other domains for guests to search, from their next DHCP answer on.
     Search {
         /// The domains.

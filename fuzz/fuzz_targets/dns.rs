@@ -16,6 +16,7 @@ static DNS: LazyLock<std::sync::Arc<Dns>> = LazyLock::new(|| {
         records: vec![("a.test".into(), [192, 0, 2, 1].into())],
         subnets: vec!["192.168.127.0/24".parse().expect("a subnet")],
         upstreams: vec!["127.0.0.1:1".parse().expect("a server where nobody is")],
+        authorities: None,
         rebind_protection: true,
         private_domains: vec![],
         resolv_conf: "/nonexistent".into(),

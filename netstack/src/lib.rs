@@ -4,7 +4,7 @@
 //!             handle_frame ──► switch ─┬─► ARP NDP DHCP ICMP ─────► outbox ─┐
 //!  link ─────►                         ├─► UDP: NAT bindings ─► Handled    ├─► poll_transmit ─► link
 //!                                      └─► TCP: flow table ─► rings ───────┘
-//!  host ─────► handle_host · to_host · from_host · datagram_from_host · poll_host
+//!  host ─────► handle_host · to_host · from_host · datagrams_from_host · poll_host
 //! ```
 //! [`Netstack`] owns everything a guest can see. Frames and host events go in with the time they happened at;
 //! frames and [`HostCommand`]s come out. There is no socket, no clock, no thread and no `unsafe` here; the same
@@ -48,7 +48,7 @@ pub use host::{
     HostError, HostEvent, HostTarget, OpenError, Reach, Service, UdpPath,
 };
 pub use rings::{RingClass, RingMemory, Rings};
-pub use sink::{FrameSink, Offload, PartialChecksum, SegmentKind, Segments};
+pub use sink::{FrameSink, Offload, Offloads, PartialChecksum, SegmentKind, Segments};
 pub use stack::{Netstack, StackCounters};
 pub use time::{Duration, Instant};
 pub use types::{BadMac, BadSubnet, Mac, PortId, Subnet};

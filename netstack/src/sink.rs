@@ -55,6 +55,15 @@ impl Offload {
     }
 }
 
+/// What the guest behind a link finishes itself, so that we need not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads {
+    /// It takes partial checksums, and segments of TCP over both IPs.
+    pub tcp: bool,
+    /// It takes datagrams of UDP that came together as one frame; never without `tcp`.
+    pub udp: bool,
+}
+
 /// A link's transmit buffer, lent to the stack for one turn.
 pub trait FrameSink {
     /// Whether one more frame of the link's largest size fits.

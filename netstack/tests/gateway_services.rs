@@ -101,7 +101,7 @@ fn forwarded_ports_of_the_gateway_lead_on_and_answers_come_from_the_port_that_wa
     };
     assert_eq!(remote, addr("192.0.2.9:1123"));
     lab.guest_sees();
-    lab.stack.datagram_from_host(binding, remote, b"late", &mut lab.wires[0]);
+    lab.stack.datagrams_from_host(binding, remote, b"late", b"late".len(), &mut lab.wires[0]);
     assert!(matches!(&lab.guest_sees()[..], [Seen::Udp { src, .. }] if src == "192.168.127.1:123"));
 
     lab.stack.set_gateway_forwards(vec![forward(Transport::Tcp, 81, "127.0.0.1:8081")]);

@@ -326,7 +326,7 @@ fn a_published_datagram_reaches_a_v6_guest_and_its_answer_the_client() {
     let mut lab = Lab::new();
     lab.guest_announces_v6();
     let (guest, client) = (addr("[fd00:77::2]:53"), addr("127.0.0.1:6000"));
-    lab.stack.datagram_from_client(lab.now, guest, client, 3, b"q", &mut lab.wires[0]);
+    lab.stack.datagrams_from_client(lab.now, guest, (client, 3), b"q", 1, &mut lab.wires[0]);
     assert!(matches!(&lab.guest_sees()[..], [Seen::Udp { src, .. }] if src == "[fd00:77::254]:6000"));
     let mut frame = Vec::new();
     let handled = lab.udp("[fd00:77::2]:53", "[fd00:77::254]:6000", b"a", &mut frame);

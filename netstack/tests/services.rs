@@ -123,8 +123,14 @@ fn a_datagram_goes_out_through_its_binding_and_the_answer_comes_back() {
         panic!("{handled:?}");
     };
     assert_eq!(remote, addr("192.0.2.7:7"));
-    lab.stack.datagram_from_host(binding, remote, b"ho", &mut lab.wires[0]);
-    lab.stack.datagram_from_host(binding, addr("198.51.100.1:7"), b"stranger", &mut lab.wires[0]);
+    lab.stack.datagrams_from_host(binding, remote, b"ho", b"ho".len(), &mut lab.wires[0]);
+    lab.stack.datagrams_from_host(
+        binding,
+        addr("198.51.100.1:7"),
+        b"stranger",
+        b"stranger".len(),
+        &mut lab.wires[0],
+    );
     let src = "192.0.2.7:7".to_owned();
     assert_eq!(
         lab.guest_sees(),
@@ -141,7 +147,7 @@ fn a_published_datagram_shows_the_host_alias_and_its_answer_finds_the_client() {
     lab.guest_sends(&segment("A", "192.168.127.2:9", "192.0.2.7:9", 1, 1));
     lab.guest_sees();
     let (guest, client) = (addr("192.168.127.2:53"), addr("[::1]:6000"));
-    lab.stack.datagram_from_client(lab.now, guest, client, 3, b"q", &mut lab.wires[0]);
+    lab.stack.datagrams_from_client(lab.now, guest, (client, 3), b"q", 1, &mut lab.wires[0]);
     assert!(matches!(&lab.guest_sees()[..], [Seen::Udp { src, .. }] if src == "192.168.127.254:6000"));
     let mut frame = Vec::new();
     let handled = lab.udp("192.168.127.2:53", "192.168.127.254:6000", b"a", &mut frame);

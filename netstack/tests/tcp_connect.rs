@@ -284,6 +284,21 @@ fn a_published_connection_waits_for_the_guests_arp_answer() {
 }
 
 #[test]
+fn at_the_cap_of_clients_that_wait_for_an_arp_answer_the_next_is_told_and_room_comes_back() {
+    let mut lab = Lab::with(Limits { resolving: 2, ..Limits::default() }, 1, 1500);
+    let to = |lab: &mut Lab, n: u16| {
+        let client = std::net::SocketAddr::from(([127, 0, 0, 1], 51_000 + n));
+        lab.stack.open_to_guest(lab.now, addr("192.168.127.9:22"), client)
+    };
+    assert!(to(&mut lab, 0).is_ok() && to(&mut lab, 1).is_ok());
+    assert_eq!(to(&mut lab, 2), Err(portway_netstack::OpenError::Limit));
+    // Nobody is there: both are reset, and make room.
+    lab.after(secs(10));
+    assert_eq!(lab.host_sees().len(), 2);
+    assert!(to(&mut lab, 3).is_ok());
+}
+
+#[test]
 fn a_client_that_goes_away_while_the_guest_is_asked_for_leaves_nothing() {
     let mut lab = Lab::new();
     let (guest, client) = (addr("192.168.127.2:22"), addr("127.0.0.1:51000"));

@@ -9,7 +9,10 @@ use std::net::SocketAddr;
 use lab::{Lab, Seen, addr, ms};
 use portway_netstack::icmp::{Fault, Unreachable};
 use portway_netstack::udp::BindingId;
-use portway_netstack::{Datagram, DropReason, Handled, HostCommand, Limits, UdpPath};
+use portway_netstack::{
+    Datagram, DropReason, FrameSink, Handled, HostCommand, Limits, Offload, Offloads, SegmentKind, UdpPath,
+    segments,
+};
 
 const GUEST: &str = "192.168.127.2:5000";
 const FAR: &str = "192.0.2.7:9000";
@@ -27,7 +30,7 @@ fn binding(lab: &mut Lab, from: &str, to: &str) -> (BindingId, SocketAddr) {
 
 /// What the guest sees of a datagram from `remote` to a binding's socket.
 fn answered(lab: &mut Lab, binding: BindingId, remote: &str, payload: &[u8]) -> Vec<Seen> {
-    lab.stack.datagram_from_host(binding, addr(remote), payload, &mut lab.wires[0]);
+    lab.stack.datagrams_from_host(binding, addr(remote), payload, payload.len(), &mut lab.wires[0]);
     lab.guest_sees()
 }
 
@@ -193,4 +196,92 @@ fn rfc_791_dont_fragment_is_handed_on() {
         let Handled::Datagram(d) = lab.frame(0, &frame) else { panic!() };
         assert_eq!(d.dont_fragment, expected);
     }
+}
+
+/// A link that keeps what came with each frame.
+#[derive(Default)]
+struct Unfinished(Vec<(Vec<u8>, Offload)>);
+
+impl FrameSink for Unfinished {
+    fn has_room(&self) -> bool {
+        true
+    }
+    fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
+        let mut frame = vec![0xa5; len];
+        let result = fill(&mut frame);
+        self.0.push((frame, offload));
+        Some(result)
+    }
+}
+
+/// What the network sends a guest that agreed to `offloads`, of datagrams of `size` bytes that came together; and the same
+/// as a wire would carry it.
+fn together(offloads: Offloads, (guest, far): (&str, &str), size: usize) -> (Unfinished, Vec<Seen>) {
+    let mut lab = Lab::new();
+    lab.stack.set_offloads(lab.now, lab.ports[0], offloads);
+    let (binding, remote) = binding(&mut lab, guest, far);
+    let bytes: Vec<u8> = (0..3000_u32).map(|n| n.to_le_bytes()[0]).collect();
+    let mut link = Unfinished::default();
+    lab.stack.datagrams_from_host(binding, remote, &bytes, size, &mut link);
+    for (frame, offload) in &link.0 {
+        let offload = segments::checked(frame, *offload).unwrap();
+        segments::whole(frame, offload, &mut lab.wires[0]).unwrap();
+    }
+    (link, lab.guest_sees())
+}
+
+fn payloads(seen: &[Seen]) -> Vec<usize> {
+    let payload = |s: &Seen| if let Seen::Udp { payload, .. } = s { payload.len() } else { usize::MAX };
+    seen.iter().map(payload).collect()
+}
+
+#[test]
+fn datagrams_that_came_together_are_one_frame_for_a_guest_that_takes_them_so() {
+    for ends in [(GUEST, FAR), ("[fd00:77::2]:5000", "[2001:db8::7]:9000")] {
+        let (link, seen) = together(Offloads { tcp: true, udp: true }, ends, 1200);
+        let [(_, Offload { checksum: Some(_), segments: Some(s) })] = &link.0[..] else {
+            panic!("{:?}", link.0);
+        };
+        assert_eq!((s.kind, s.size), (SegmentKind::Udp, 1200));
+        assert_eq!(payloads(&seen), [1200, 1200, 600], "cut, each with its own sum");
+    }
+}
+
+#[test]
+fn a_guest_that_takes_only_checksums_gets_them_one_by_one_and_sums_itself() {
+    let (link, seen) = together(Offloads { tcp: true, udp: false }, (GUEST, FAR), 1200);
+    assert!(link.0.iter().all(|(_, o)| o.checksum.is_some() && o.segments.is_none()));
+    assert_eq!(payloads(&seen), [1200, 1200, 600]);
+}
+
+#[test]
+fn a_guest_that_takes_nothing_gets_them_whole_and_what_is_larger_than_its_mtu_in_fragments() {
+    let (link, seen) = together(Offloads::default(), (GUEST, FAR), 1200);
+    assert!(link.0.iter().all(|(_, o)| o.is_whole()));
+    assert_eq!(payloads(&seen), [1200, 1200, 600]);
+    for offloads in [Offloads::default(), Offloads { tcp: true, udp: true }] {
+        let (link, seen) = together(offloads, (GUEST, FAR), 2000);
+        assert!(link.0.iter().all(|(_, o)| o.segments.is_none()));
+        let fragments = seen.iter().filter(|s| matches!(s, Seen::Fragment { .. })).count();
+        assert_eq!((fragments, seen.len()), (2, 3), "{seen:?}");
+    }
+}
+
+#[test]
+fn datagrams_of_one_guest_in_one_frame_reach_a_guest_that_takes_none_such_each_by_itself() {
+    let mut lab = Lab::with(Limits::default(), 2, 1500);
+    lab.stack.set_offloads(lab.now, lab.ports[1], Offloads { tcp: true, udp: false });
+    let mut frame = Vec::new();
+    lab.udp(GUEST, "192.168.127.3:9", &[7; 2500], &mut frame);
+    let claim = segments::implied(&frame, 1500);
+    let cut = portway_netstack::Segments { kind: SegmentKind::Udp, size: 1000, headers: 42 };
+    let offload = Offload { segments: Some(cut), ..claim };
+    let ports = (lab.ports[0], lab.ports[1]);
+    lab.stack.forward(lab.now, ports, &frame, offload, &mut lab.wires[1]);
+    assert_eq!(payloads(&lab.guest_n_sees(1)), [1000, 1000, 500]);
+    // One that takes them has them as they came.
+    lab.stack.set_offloads(lab.now, lab.ports[1], Offloads { tcp: true, udp: true });
+    let mut link = Unfinished::default();
+    lab.stack.forward(lab.now, ports, &frame, offload, &mut link);
+    assert_eq!(link.0[0].1, offload);
 }

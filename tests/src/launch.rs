@@ -10,6 +10,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::unistd::Pid;
 
 use crate::sidecar::until;
 use crate::vm::{guest_image, portway};
@@ -211,6 +212,21 @@ pub fn sockets(dir: &Path) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// When /proc cannot be read.
 pub fn processes(dir: &Path) -> Result<Vec<String>> {
+    Ok(every_process(dir)?.into_iter().map(|(_, line)| line).collect())
+}
+
+/// The process among these that has a word in its command line.
+///
+/// # Errors
+/// When there is none, or /proc cannot be read.
+pub fn process(dir: &Path, word: &str) -> Result<Pid> {
+    let mut all = every_process(dir)?.into_iter();
+    let found =
+        all.find(|(_, line)| line.split(' ').any(|part| part == word || part.ends_with(&format!("/{word}"))));
+    found.map(|(pid, _)| pid).with_context(|| format!("no process has {word:?}"))
+}
+
+fn every_process(dir: &Path) -> Result<Vec<(Pid, String)>> {
     let mark = format!("XDG_RUNTIME_DIR={}\0", dir.display());
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
@@ -219,7 +235,8 @@ pub fn processes(dir: &Path) -> Result<Vec<String>> {
         let environment = fs::read(path.join("environ")).unwrap_or_default();
         if environment.windows(mark.len()).any(|bytes| bytes == mark.as_bytes()) {
             let line = fs::read(path.join("cmdline")).unwrap_or_default();
-            found.push(String::from_utf8_lossy(&line).replace('\0', " "));
+            let number = path.file_name().unwrap_or_default().to_string_lossy().parse()?;
+            found.push((Pid::from_raw(number), String::from_utf8_lossy(&line).replace('\0', " ")));
         }
     }
     Ok(found)

@@ -8,5 +8,6 @@ pub mod machine;
 pub mod namespace;
 pub mod program;
 pub mod resolver;
+pub mod secure;
 pub mod sidecar;
 pub mod vm;

@@ -67,7 +67,7 @@ impl Resolver {
     }
 }
 
-fn reply_to(query: &[u8], answer: [u8; 4], tcp: bool) -> Option<Vec<u8>> {
+pub(crate) fn reply_to(query: &[u8], answer: [u8; 4], tcp: bool) -> Option<Vec<u8>> {
     const SOA: u16 = 6;
     const A: u16 = 1;
     let question = query.get(12..)?;

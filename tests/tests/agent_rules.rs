@@ -183,7 +183,7 @@ fn limas_table_of_cases_row_by_row() -> Result<()> {
         let works = match (*place, server) {
             ("socket", Server::Tcp(server)) => by_socket(&socket, server)?,
             ("-", _) => {
-                let port = listener.rsplit(':').next().context("a port")?.parse()?;
+                let port: u16 = listener.rsplit(':').next().context("a port")?.parse()?;
                 // Its own number on the host, and what the wildcard rule would have made of it.
                 let numbers = [port, port.saturating_sub(1000)];
                 host.inside(|| Ok(numbers.iter().all(|p| is_free(proto, *p))))?

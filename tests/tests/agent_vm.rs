@@ -182,7 +182,7 @@ fn what_listens_in_a_real_guest_is_on_localhost_within_a_second_and_gone_within_
     let (median, last) = (times[times.len() / 2], times[times.len() - 1]);
     eprintln!("opens and closes: {median:.2?} in the middle, {last:.2?} at most");
     ensure!(median < SECOND, "{times:?}");
-    ensure!(vm.published()?.is_empty(), "{}", vm.context());
+    took("nothing left", &vm, || vm.published().is_ok_and(|p| p.is_empty()))?;
 
     // Unix sockets both ways, and vsudd's -inport.
     for place in [dir.path().join("echo.sock"), vm.sockets.join(format!("guest.{INPORT:08x}"))] {
@@ -227,7 +227,8 @@ fn a_thousand_connections_to_a_guests_loopback_are_carried_at_once_and_a_rogue_b
     let vm = Guest::start(dir.path(), "many", &["--publish", "auto,next-free"])?;
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let wanted = taken.local_addr()?.port();
-    vm.spawn(&format!("guest-probe listen tcp 127.0.0.1:{wanted}"))?;
+    // Two descriptors for each of a thousand clients; the agent sees to its own.
+    vm.spawn(&format!("ulimit -n 4096; guest-probe listen tcp 127.0.0.1:{wanted}"))?;
     let mut elsewhere = None;
     took("the next free port", &vm, || {
         let ports = vm.json(&["ports"]).unwrap_or_default();
@@ -240,11 +241,19 @@ fn a_thousand_connections_to_a_guests_loopback_are_carried_at_once_and_a_rogue_b
 
     let start = Instant::now();
     let mut clients = Vec::new();
-    for n in 0..1000_u32 {
-        let mut client = TcpStream::connect(at(Ipv4Addr::LOCALHOST, port))?;
-        client.set_read_timeout(Some(PATIENCE))?;
-        client.write_all(&n.to_le_bytes())?;
-        clients.push(client);
+    // Fifty at a time, for the server's backlog is 128; all of them stay.
+    for fifty in 0..20_u32 {
+        for n in fifty * 50..fifty * 50 + 50 {
+            let mut client = TcpStream::connect(at(Ipv4Addr::LOCALHOST, port))?;
+            client.set_read_timeout(Some(PATIENCE))?;
+            client.write_all(&n.to_le_bytes())?;
+            clients.push(client);
+        }
+        let served = || vm.json(&["agents"]).is_ok_and(|a| a[0]["streams"] == (fifty + 1) * 50);
+        until(LATE, served).with_context(|| vm.context())?;
+        for client in clients.iter_mut().skip(usize::try_from(fifty * 50)?) {
+            client.peek(&mut [0]).with_context(|| vm.context())?;
+        }
     }
     let mut hear = |round: u32| -> Result<()> {
         for (n, client) in (0..).zip(&mut clients) {
@@ -331,8 +340,8 @@ fn the_state_is_right_when_the_agent_dies_the_guest_reboots_or_the_sidecar_is_ki
     // The guest reboots: nothing of before is there, and what is new is.
     let asked = machine::port(&vm.sockets, machine::SHELL)?;
     (&asked).write_all(b"reboot -f\n")?;
-    until(PATIENCE, || sessions(3)).with_context(|| vm.context())?;
-    ensure!(vm.published()?.is_empty() && is_gone(true, stays), "{}", vm.context());
+    until(2 * PATIENCE, || sessions(3)).with_context(|| vm.context())?;
+    took("nothing left", &vm, || vm.published().is_ok_and(|p| p.is_empty()) && is_gone(true, stays))?;
     vm.spawn(&format!("guest-probe listen tcp 127.0.0.1:{new}"))?;
     took("a listener of the new guest", &vm, || echoes_tcp(here(new)))?;
 

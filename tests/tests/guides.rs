@@ -1,9 +1,13 @@
 //! The command lines of `docs/guide/hypervisors.md` that say `tested`, run as they stand there, each with a real guest.
 //!
 //! What is changed: host ports are free ones; TCG takes KVM's place, which not every machine of tests has; and the kernel is
-//! told not to mind a late timer, as on a busy machine under TCG.
+//! told not to mind a late timer, as on a busy machine under TCG. Programs that need KVM or macOS have stand-ins with the same
+//! command line and the same wire (`tests/guest/stand-in`, `tests/guest/vfkit`).
 
 use std::fs;
+use std::io::Read;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,7 +17,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use portway_tests::sidecar::until;
-use portway_tests::vm::{guest_image, portway};
+use portway_tests::vm::{guest_image, media, portway};
 
 /// A guest under TCG takes some seconds to its lease; on a busy machine some more.
 const BOOT: Duration = Duration::from_secs(120);
@@ -45,23 +49,43 @@ impl Drop for Shell {
     }
 }
 
-/// Runs a script beside the guest's files, with `portway` in its path, and waits for the guest's lease.
-fn runs(dir: &Path, script: &str) -> Result<()> {
+/// Programs that have a stand-in.
+const STAND_INS: [&str; 7] =
+    ["firecracker", "cloud-hypervisor", "krunkit", "limactl", "minikube", "socket_vmnet_client", "podman"];
+
+/// A directory for `PATH` with the stand-ins under the names of what they stand for.
+fn stand_ins(dir: &Path) -> Result<String> {
+    let (bin, ours) = (dir.join("stand-ins"), Path::new(env!("CARGO_MANIFEST_DIR")).join("guest"));
+    fs::create_dir(&bin)?;
+    for name in STAND_INS {
+        symlink(ours.join("stand-in"), bin.join(name))?;
+    }
+    symlink(ours.join("vfkit"), bin.join("vfkit"))?;
+    Ok(bin.display().to_string())
+}
+
+/// Whether the guest's ssh server greets on a port of the host's.
+fn greets(port: u16) -> bool {
+    let greeting = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).and_then(|mut stream| {
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut greeting = [0; 4];
+        stream.read_exact(&mut greeting).map(|()| greeting)
+    });
+    greeting.is_ok_and(|greeting| greeting == *b"SSH-")
+}
+
+/// Runs a script beside the guest's files, with `portway` and the stand-ins in its path, and waits until the guest has its lease
+/// and its ssh server greets on the published port; on `ssh`, where that is known before.
+fn runs(dir: &Path, script: &str, ssh: Option<u16>) -> Result<()> {
     let image = guest_image()?;
-    for (name, suffix) in [("vmlinuz", "kernel"), ("initrd.img", "initrd.img")] {
-        std::os::unix::fs::symlink(
-            format!(
-                "{}-{suffix}",
-                fs::canonicalize(image.parent().context("a directory")?)?
-                    .join(image.file_name().context("a name")?)
-                    .display()
-            ),
-            dir.join(name),
-        )?;
+    let image =
+        fs::canonicalize(image.parent().context("a directory")?)?.join(image.file_name().context("a name")?);
+    for (name, suffix) in [("vmlinuz", "kernel"), ("vmlinux", "kernel"), ("initrd.img", "initrd.img")] {
+        symlink(format!("{}-{suffix}", image.display()), dir.join(name))?;
     }
     let program = fs::canonicalize(portway()?)?;
     let bin = program.parent().context("a directory")?.display().to_string();
-    let path = format!("{bin}:{}", std::env::var("PATH").unwrap_or_default());
+    let path = format!("{}:{bin}:{}", stand_ins(dir)?, std::env::var("PATH").unwrap_or_default());
     let log = fs::File::create(dir.join("log"))?;
     let _shell = Shell(
         Command::new("bash")
@@ -69,19 +93,28 @@ fn runs(dir: &Path, script: &str) -> Result<()> {
             .current_dir(dir)
             .env("PATH", path)
             .env("XDG_RUNTIME_DIR", dir)
+            .env("SSH_PORT", ssh.unwrap_or_default().to_string())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .process_group(0)
             .spawn()?,
     );
-    let leased = || {
+    let listing = |what: &str| {
         let out =
-            Command::new(&program).args(["leases", "--format", "json"]).env("XDG_RUNTIME_DIR", dir).output();
-        let leases = out.ok().and_then(|o| serde_json::from_slice::<serde_json::Value>(&o.stdout).ok());
-        leases.is_some_and(|leases| leases[0]["mac"] == MAC && leases[0]["expires_in_s"].is_number())
+            Command::new(&program).args([what, "--format", "json"]).env("XDG_RUNTIME_DIR", dir).output();
+        out.ok().and_then(|o| serde_json::from_slice::<serde_json::Value>(&o.stdout).ok()).unwrap_or_default()
     };
-    until(BOOT, leased).with_context(|| fs::read_to_string(dir.join("log")).unwrap_or_default())
+    let leased = || {
+        let leases = listing("leases");
+        leases[0]["mac"] == MAC && leases[0]["expires_in_s"].is_number()
+    };
+    let published = || u16::try_from(listing("ports")[0]["host_port"].as_u64()?).ok();
+    let reached = || match ssh {
+        Some(port) => greets(port),
+        None => leased() && published().is_some_and(greets),
+    };
+    until(BOOT, reached).with_context(|| fs::read_to_string(dir.join("log")).unwrap_or_default())
 }
 
 /// QEMU's major version, where there is one.
@@ -94,7 +127,7 @@ fn qemu() -> Option<u32> {
 fn tested(mark: &str, needs: u32) -> Result<()> {
     let dir = tempfile::tempdir()?;
     match qemu() {
-        Some(major) if major >= needs => runs(dir.path(), &block(mark)?),
+        Some(major) if major >= needs => runs(dir.path(), &block(mark)?, None),
         found => {
             eprintln!("SKIPPED: QEMU {needs} or newer is needed for {mark}, here is {found:?}");
             block(mark).map(drop)
@@ -119,6 +152,63 @@ fn qemu_by_vhost_user() -> Result<()> {
 }
 
 #[test]
+fn cloud_hypervisor_by_vhost_user() -> Result<()> {
+    tested("cloud-hypervisor", 8)
+}
+
+#[test]
+fn firecracker_on_a_tap_in_a_namespace() -> Result<()> {
+    tested("firecracker", 7)
+}
+
+#[test]
+fn vfkit_by_datagrams() -> Result<()> {
+    tested("vfkit", 7)
+}
+
+#[test]
+fn lima_by_a_socket() -> Result<()> {
+    tested("lima", 7)
+}
+
+#[test]
+fn minikube_through_socket_vmnets_client() -> Result<()> {
+    tested("minikube", 7)
+}
+
+/// A guest that boots its disk by UEFI, which is what krunkit has.
+fn krunkit(mark: &str) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    if qemu().is_none() || !Path::new("/usr/share/OVMF").exists() {
+        eprintln!("SKIPPED: QEMU and OVMF are needed for {mark} (tests/setup.sh says what to install)");
+        return block(mark).map(drop);
+    }
+    symlink(fs::canonicalize(media()?)?.join("efi.img"), dir.path().join("disk.raw"))?;
+    runs(dir.path(), &block(mark)?, None)
+}
+
+#[test]
+fn krunkit_by_datagrams() -> Result<()> {
+    krunkit("krunkit-unixgram")
+}
+
+#[test]
+fn krunkit_by_a_stream() -> Result<()> {
+    krunkit("krunkit-unixstream")
+}
+
+#[test]
+fn podman_machine_by_gvproxys_name() -> Result<()> {
+    if qemu().is_none() {
+        eprintln!("SKIPPED: no qemu-system-x86_64 in PATH (tests/setup.sh says what to install)");
+        return block("podman").map(drop);
+    }
+    let dir = tempfile::tempdir()?;
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    runs(dir.path(), &block("podman")?, Some(port))
+}
+
+#[test]
 fn libvirt_by_vhost_user() -> Result<()> {
     let domain = block("libvirt")?;
     let virsh = Command::new("virsh").arg("--version").stdout(Stdio::null()).status().is_ok();
@@ -128,11 +218,11 @@ fn libvirt_by_vhost_user() -> Result<()> {
     }
     let dir = tempfile::tempdir()?;
     fs::write(dir.path().join("domain.xml"), domain)?;
-    let script = "portway serve --link vhost-user:unix:$PWD/vm.sock,name=vm &\n\
+    let script = "portway serve --link vhost-user:unix:$PWD/vm.sock,name=vm --publish 0:22 &\n\
         until [ -S vm.sock ]; do sleep 0.1; done\n\
         trap 'virsh -c qemu:///session destroy portway-guide' EXIT\n\
         sed \"s|PWD|$PWD|\" domain.xml > here.xml && virsh -c qemu:///session create here.xml\nwait";
-    let ran = runs(dir.path(), script);
+    let ran = runs(dir.path(), script, None);
     // The shell is gone by SIGKILL, and its trap with it.
     let _ = Command::new("virsh").args(["-c", "qemu:///session", "destroy", "portway-guide"]).output();
     ran

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use portway_tests::launch::{Detached, Terminal, cli, has_qemu, path, processes, said, sockets};
+use portway_tests::launch::{Detached, Terminal, cli, has_qemu, path, process, processes, said, sockets};
 use portway_tests::sidecar::until;
 use portway_tests::vm::{guest_image, portway};
 
@@ -180,6 +180,88 @@ fn two_vms_share_a_network_find_each_other_by_name_and_it_ends_with_the_last() -
     ensure!(two.portway(&["stop", "two"])?.status.success());
     until(Duration::from_secs(10), || sockets(dir.path()).is_ok_and(|left| left.is_empty()))
         .with_context(|| format!("left behind: {:?}", sockets(dir.path())))
+}
+
+/// What dies under a VM: the word that finds the process, and what is told of its end, with its last lines or where they are.
+const DEATHS: [(&str, &str); 3] = [
+    ("qemu-system-x86_64", "QEMU ended (signal: 9 (SIGKILL)), so the network was ended too"),
+    ("serve", "the network ended (signal: 9 (SIGKILL)), so the VM was ended too"),
+    ("virtiofsd", "virtiofsd of code ended (signal: 9 (SIGKILL)), so the VM was ended too"),
+];
+
+#[test]
+fn a_process_that_dies_is_told_with_its_log_and_takes_the_others_with_it() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    for (word, told) in DEATHS {
+        let dir = tempfile::tempdir()?;
+        fs::create_dir(dir.path().join("share"))?;
+        let share = format!("{},tag=code", path(dir.path(), "share"));
+        let vm = Detached::start(dir.path(), "web", &["--virtiofs", &share, "--stop-timeout", "1"])?;
+        let waiting = Command::new(portway()?)
+            .args(["wait", "web"])
+            .env("XDG_RUNTIME_DIR", dir.path())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        nix::sys::signal::kill(process(dir.path(), word)?, nix::sys::signal::Signal::SIGKILL)?;
+        let waited = waiting.wait_with_output()?;
+        ensure!(waited.status.code() == Some(1) && said(&waited).contains(told), "{word}: {}", said(&waited));
+        // The log's last lines, or that it has none.
+        let words = said(&waited);
+        let log = words.lines().nth(1).unwrap_or_default();
+        ensure!(!log.is_empty(), "{word}: without its log: {words}");
+        until(Duration::from_secs(10), || {
+            processes(dir.path()).is_ok_and(|p| p.is_empty())
+                && sockets(dir.path()).is_ok_and(|s| s.is_empty())
+        })
+        .with_context(|| format!("{word}: {:?} {:?}", processes(dir.path()), sockets(dir.path())))?;
+        drop(vm);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_prepared_is_shown_on_the_terminal_and_half_a_disk_is_never_left() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let at = |name: &str| path(dir.path(), name);
+    // A slow disk: the real qemu-img, once it is let.
+    let real = Command::new("bash").args(["-c", "command -v qemu-img"]).output()?;
+    let script = format!(
+        "#!/bin/bash\ntouch \"${{@: -2:1}}\"; touch {}; while [ ! -e {} ]; do sleep 0.05; done; exec {} \"$@\"\n",
+        at("begun"),
+        at("let"),
+        said(&real).trim()
+    );
+    fs::create_dir(at("bin"))?;
+    fs::write(at("bin/qemu-img"), script)?;
+    fs::set_permissions(at("bin/qemu-img"), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let command = format!(
+        "clear; PATH={}:$PATH XDG_RUNTIME_DIR={} {} run --net none --mem 256 --state-dir {} --disk {},size=64M {}",
+        at("bin"),
+        dir.path().display(),
+        portway()?.display(),
+        at("state"),
+        at("data.qcow2"),
+        guest_image()?.display()
+    );
+    let terminal = Terminal::start(dir.path(), &command)?;
+    terminal.shows("[1/1] making")?;
+    ensure!(!Path::new(&at("data.qcow2")).exists(), "half a disk has the name of a whole one");
+    nix::sys::signal::kill(process(dir.path(), "run")?, nix::sys::signal::Signal::SIGKILL)?;
+    until(Duration::from_secs(10), || !Path::new(&at("data.qcow2.new")).exists())
+        .context("half a disk is left")?;
+    fs::write(at("let"), "")?;
+
+    terminal.types(&[&command, "Enter"])?;
+    terminal.shows("data.qcow2 (qcow2, 64 MiB)")?;
+    ensure!(Path::new(&at("data.qcow2")).exists(), "no disk");
+    nix::sys::signal::kill(process(dir.path(), "run")?, nix::sys::signal::Signal::SIGQUIT)?;
+    until(Duration::from_secs(10), || processes(dir.path()).is_ok_and(|left| left.is_empty()))
+        .with_context(|| format!("{:?}", processes(dir.path())))
 }
 
 #[test]

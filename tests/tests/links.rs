@@ -6,9 +6,11 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use portway_tests::guest::Guest;
 use portway_tests::namespace::Namespace;
 use portway_tests::sidecar::Sidecar;
@@ -116,6 +118,74 @@ fn a_namespaces_port_is_published_and_its_datagrams_find_their_way() -> Result<(
         host.send_to(&buffer[..n], from)?;
         let (n, from) = guest.recv_from(&mut buffer)?;
         assert_eq!((&buffer[..n], from), (&pattern(size)[..], to));
+    }
+    Ok(())
+}
+
+/// Sends 32 datagrams of 1000 bytes by one system call.
+fn send_together(socket: &UdpSocket, to: SocketAddr) -> Result<()> {
+    let size = 1000;
+    let segments = [ControlMessage::UdpGsoSegments(&size)];
+    let bytes = pattern(32_000);
+    let to = SockaddrStorage::from(to);
+    let sent = sendmsg(
+        socket.as_raw_fd(),
+        &[std::io::IoSlice::new(&bytes)],
+        &segments,
+        MsgFlags::empty(),
+        Some(&to),
+    )?;
+    ensure!(sent == bytes.len());
+    Ok(())
+}
+
+/// Takes what [`send_together`] sent, datagram by datagram; where it came from.
+fn receive_each(socket: &UdpSocket) -> Result<SocketAddr> {
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let (mut buffer, mut sender) = (vec![0; 2000], None);
+    for (n, datagram) in pattern(32_000).chunks(1000).enumerate() {
+        let (len, from) = socket.recv_from(&mut buffer).with_context(|| format!("datagram {n}"))?;
+        ensure!(buffer[..len] == *datagram, "datagram {n}: {len} bytes");
+        sender = Some(from);
+    }
+    sender.context("no datagram")
+}
+
+/// Whether taps carry datagrams in one piece: since Linux 6.2.
+fn has_datagram_segments() -> Result<bool> {
+    let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+    let mut numbers = release.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
+    Ok((numbers.next(), numbers.next()) >= (Some(6), Some(2)))
+}
+
+#[test]
+fn datagrams_that_leave_together_cross_the_link_in_one_frame_and_arrive_each_by_itself() -> Result<()> {
+    let Some(namespace) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar = with_tap(dir.path(), &namespace, "")?;
+    let published = sidecar.cli(&["publish", "0:192.168.127.77:5001/udp"])?;
+    ensure!(published.status.success());
+    let ports = sidecar.json(&["ports"])?;
+    let port = ports.as_array().into_iter().flatten().find(|p| p["guest_port"] == 5001);
+    let port = u16::try_from(port.and_then(|p| p["host_port"].as_u64()).context("no port")?)?;
+
+    let (host, guest) =
+        (UdpSocket::bind("127.0.0.1:0")?, namespace.inside(|| Ok(UdpSocket::bind((BOX, 5001))?))?);
+    let before = counted(&sidecar, "box")?;
+    // Out and back through a binding, in and back through a published port.
+    send_together(&guest, SocketAddr::new(HOST, host.local_addr()?.port()))?;
+    let seen = receive_each(&host)?;
+    send_together(&host, seen)?;
+    receive_each(&guest)?;
+    send_together(&host, SocketAddr::from(([127, 0, 0, 1], port)))?;
+    let client = receive_each(&guest)?;
+    send_together(&guest, client)?;
+    receive_each(&host)?;
+    let after = counted(&sidecar, "box")?;
+    let [frames_out, bytes_out, frames_in, bytes_in] = std::array::from_fn(|n| after[n] - before[n]);
+    ensure!(bytes_out >= 64_000 && bytes_in >= 64_000);
+    if has_datagram_segments()? {
+        ensure!(frames_out < 20 && frames_in < 20, "{frames_out} frames came, {frames_in} went");
     }
     Ok(())
 }

@@ -110,6 +110,9 @@ impl LaunchConfig {
     /// The default of `stop_timeout`.
     pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
+    /// The largest `stop_timeout`: a day.
+    pub const LONGEST_STOP_TIMEOUT: Duration = Duration::from_secs(86_400);
+
     /// A VM with the defaults: one CPU, 1024 MiB (LinuxKit's), nothing published.
     #[must_use]
     pub fn new(image: BootImage, name: String, state_dir: PathBuf, api: PathBuf, sidecar: PathBuf) -> Self {

@@ -10,7 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::pipe2;
+
+use crate::sys;
 
 /// Bytes of one file.
 pub(crate) const LIMIT: u64 = 8 << 20;
@@ -34,7 +35,7 @@ impl ConsoleLog {
     }
 
     fn with_limit(path: &Path, limit: u64) -> io::Result<(Self, OwnedFd)> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+        let (read, write) = sys::pipe()?;
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let file = Some(begin(path)?);
         Ok((Self { pipe: Some(read.into()), path: path.to_owned(), file, written: 0, limit }, write))

@@ -1,9 +1,8 @@
-//! What is done to a VM that runs already: find it by name, stop it, kill it, wait for it, look at its console.
+//! What is done to a VM that runs already: find it by name, stop it, kill it, wait for it.
 
 use std::fs;
-use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,22 +10,18 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
-use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::Pid;
 
 use crate::process::timeout;
 use crate::registry::{self, VmInfo};
-use crate::signals::Signals;
-use crate::terminal::Terminal;
-use crate::{LaunchError, sockets, state, sys};
+use crate::sys::Watched;
+use crate::{LaunchError, state};
 
 /// How much longer than its own deadline a launcher may take to end: sidecar, files, guard.
 const SLACK: Duration = Duration::from_secs(15);
 /// How long the guard of a launcher that was killed may take to note the end.
 const NOTE_PATIENCE: Duration = Duration::from_secs(10);
 const NOTE_POLL: Duration = Duration::from_millis(20);
-/// Ctrl-], which leaves the console, as in telnet and virsh.
-const LEAVE: u8 = 0x1d;
 
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,25 +63,25 @@ pub fn find(registry: &Path, name: Option<&str>) -> Result<VmInfo, LaunchError> 
 
 /// A launcher that surely is this VM's.
 struct Launcher {
-    fd: OwnedFd,
+    process: Watched,
 }
 
 impl Launcher {
     fn of(registry: &Path, vm: &VmInfo) -> Result<Option<Self>, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot watch the VM's launcher", error);
         let pid = i32::try_from(vm.pid).map_err(|error| failed(io::Error::other(error)))?;
-        let fd = match sys::pidfd_open(Pid::from_raw(pid)) {
-            Ok(fd) => fd,
+        let process = match Watched::open(Pid::from_raw(pid)) {
+            Ok(process) => process,
             Err(error) if error.raw_os_error() == Some(Errno::ESRCH as i32) => return Ok(None),
             Err(error) => return Err(failed(error)),
         };
-        // The number is still this launcher's if its file is still locked: it was when the descriptor was made.
+        // The number is still this launcher's if its file is still locked: it was when the process was opened.
         let lives = registry::list(registry).map_err(failed)?.contains(vm);
-        Ok(lives.then_some(Self { fd }))
+        Ok(lives.then_some(Self { process }))
     }
 
     fn signal(&self, signal: Signal) -> Result<(), LaunchError> {
-        match sys::pidfd_signal(&self.fd, signal) {
+        match self.process.signal(signal) {
             Err(error) if error.raw_os_error() != Some(Errno::ESRCH as i32) => {
                 Err(LaunchError::system("cannot signal the VM's launcher", error))
             }
@@ -98,7 +93,7 @@ impl Launcher {
     fn ends(&self, deadline: Option<Instant>) -> Result<bool, LaunchError> {
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let mut waited = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+            let mut waited = [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)];
             match poll(&mut waited, left.map_or(PollTimeout::NONE, timeout)) {
                 Ok(0) => return Ok(false),
                 Ok(_) => return Ok(true),
@@ -170,87 +165,6 @@ fn ended(vm: &VmInfo) -> Ended {
             return Ended { code: 1, words: "it left no note of its end".into() };
         }
         thread::sleep(NOTE_POLL);
-    }
-}
-
-/// Connects the terminal with the console of a VM that runs in the background, until Ctrl-] or the VM's end.
-///
-/// # Errors
-/// When its console is elsewhere or cannot be reached.
-pub fn console(vm: &VmInfo) -> Result<(), LaunchError> {
-    if !vm.detached {
-        return Err(LaunchError::Setting(format!(
-            "the console of {} is not on a socket, as it is with QEMU and run --detach: it is the terminal that started \
-             process {}, and what was written on it is in {}",
-            vm.name,
-            vm.pid,
-            vm.state_dir.join(state::CONSOLE_LOG).display()
-        )));
-    }
-    let failed = |error: io::Error| LaunchError::system("the console", error);
-    let path = vm.state_dir.join(state::CONSOLE);
-    let socket = sockets::connect(&path)
-        .map_err(|error| LaunchError::State { path: path.clone(), reason: error.to_string() })?;
-    let signals = Signals::block().map_err(failed)?;
-    let _restored = Terminal::remember().map_err(failed)?;
-    let stdin = io::stdin();
-    if stdin.is_terminal() {
-        let mut settings = tcgetattr(&stdin).map_err(|errno| failed(errno.into()))?;
-        cfmakeraw(&mut settings);
-        tcsetattr(&stdin, SetArg::TCSADRAIN, &settings).map_err(|errno| failed(errno.into()))?;
-    }
-    relay(socket, &signals).map_err(failed)
-}
-
-/// Bytes between the terminal and the console.
-fn relay(mut socket: UnixStream, signals: &Signals) -> io::Result<()> {
-    let mut input = io::stdin().lock();
-    let mut output = io::stdout().lock();
-    let mut typing = true;
-    let mut buffer = [0; 4096];
-    loop {
-        let (from_guest, from_user, signalled) = {
-            let stdin = io::stdin();
-            let mut waited = vec![
-                PollFd::new(socket.as_fd(), PollFlags::POLLIN),
-                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-            ];
-            if typing {
-                waited.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
-            }
-            match poll(&mut waited, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            let ready = |n: usize| waited.get(n).and_then(PollFd::any).unwrap_or(false);
-            (ready(0), ready(2), ready(1))
-        };
-        if signalled {
-            return Ok(());
-        }
-        if from_guest {
-            match socket.read(&mut buffer) {
-                // The VM ended.
-                Ok(0) => return Ok(()),
-                Ok(read) => {
-                    output.write_all(buffer.get(..read).unwrap_or_default())?;
-                    output.flush()?;
-                }
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        if from_user {
-            let read = input.read(&mut buffer)?;
-            let typed = buffer.get(..read).unwrap_or_default();
-            let before = typed.iter().position(|byte| *byte == LEAVE);
-            socket.write_all(typed.get(..before.unwrap_or(read)).unwrap_or_default())?;
-            if before.is_some() {
-                return Ok(());
-            }
-            typing = read > 0;
-        }
     }
 }
 

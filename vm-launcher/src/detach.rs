@@ -8,9 +8,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::OFlag;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, pipe2, setsid};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use crate::{LaunchError, sys};
 
@@ -38,7 +37,7 @@ pub struct Leave {
 /// When the system refuses a pipe or a process.
 pub fn detach(state_dir: &Path) -> Result<Side, LaunchError> {
     let failed = |error: io::Error| LaunchError::system("cannot go into the background", error);
-    let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed(errno.into()))?;
+    let (read, write) = sys::pipe().map_err(failed)?;
     match sys::fork().map_err(failed)? {
         Some(child) => {
             drop(write);

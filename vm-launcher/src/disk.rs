@@ -7,10 +7,12 @@ use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::str::FromStr;
 
-use crate::LaunchError;
+use nix::sys::signal::Signal;
+
+use crate::{LaunchError, sys};
 
 const EXAMPLE: &str = "an example: --disk data.qcow2,size=4G";
 
@@ -111,7 +113,9 @@ impl DiskSpec {
     }
 
     /// What can be known to be wrong before anything is made.
-    pub(crate) fn check(&self, n: usize, state_dir: &Path) -> Result<(), LaunchError> {
+    ///
+    /// The guest writes to it, unless the VM is `disposable`.
+    pub(crate) fn check(&self, n: usize, state_dir: &Path, disposable: bool) -> Result<(), LaunchError> {
         let path = self.place(n, state_dir);
         let fail = |reason: String| LaunchError::Setting(format!("--disk {}: {reason}", path.display()));
         match fs::metadata(&path) {
@@ -122,7 +126,11 @@ impl DiskSpec {
                     "it is a qcow2 disk, and as raw its content would be destroyed: format=qcow2".into(),
                 )),
                 (Some(Format::Qcow2), Format::Raw) => Err(fail("it is not a qcow2 disk: format=raw".into())),
-                _ => Ok(()),
+                _ if disposable => Ok(()),
+                // Nothing is written: this is only to know whether it may be.
+                _ => OpenOptions::new().write(true).open(&path).map(drop).map_err(|error| {
+                    fail(format!("it cannot be written: {error}; --disposable only reads it"))
+                }),
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let directory = path.parent().filter(|p| !p.as_os_str().is_empty());
@@ -146,8 +154,23 @@ impl DiskSpec {
         self.format.unwrap_or(by_name)
     }
 
-    /// The disk, made if it is not there. The answer's text is a line for the user.
-    pub(crate) fn prepare(&self, n: usize, state_dir: &Path) -> Result<(Disk, Option<String>), LaunchError> {
+    /// What [`Self::prepare`] is about to do.
+    pub(crate) fn what(&self, n: usize, state_dir: &Path) -> String {
+        let path = self.place(n, state_dir);
+        match self.size.filter(|_| !path.exists()) {
+            Some(size) => format!("making {} ({} MiB)", path.display(), size >> 20),
+            None => format!("looking at {}", path.display()),
+        }
+    }
+
+    /// The disk, made if it is not there. The answer's text is a line for the user. It is made under another name, which `half`
+    /// is told first, so that a disk that is there is whole.
+    pub(crate) fn prepare(
+        &self,
+        n: usize,
+        state_dir: &Path,
+        half: impl FnOnce(&Path),
+    ) -> Result<(Disk, Option<String>), LaunchError> {
         let path = self.place(n, state_dir);
         let fail = |reason: String| LaunchError::Disk { path: path.clone(), reason };
         if path.exists() {
@@ -165,9 +188,19 @@ impl DiskSpec {
         }
         let size = self.size.ok_or_else(|| fail("it is gone".into()))?;
         let format = self.wanted_format(&path);
-        match format {
-            Format::Raw => make_raw(&path, size).map_err(|error| fail(error.to_string()))?,
-            Format::Qcow2 => make_qcow2(&path, size).map_err(&fail)?,
+        let mut new = path.clone().into_os_string();
+        new.push(".new");
+        let new = PathBuf::from(new);
+        half(&new);
+        let made = match format {
+            Format::Raw => make_raw(&new, size).map_err(|error| error.to_string()),
+            Format::Qcow2 => make_qcow2(&new, size),
+        };
+        let made = made.and_then(|()| fs::rename(&new, &path).map_err(|error| error.to_string()));
+        if let Err(why) = made {
+            // A file system that has no room for it must not keep a stump; the error told is the first.
+            let _ = fs::remove_file(&new);
+            return Err(fail(why));
         }
         let note = Some(format!("made {} ({format}, {} MiB)", path.display(), size >> 20));
         Ok((Disk { path, format, read_only: false }, note))
@@ -196,13 +229,8 @@ fn capacity(path: &Path, format: Format) -> Option<u64> {
 
 /// A sparse file.
 fn make_raw(path: &Path, size: u64) -> io::Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
-    let sized = file.set_len(size);
-    if sized.is_err() {
-        // A file system that has no room for it must not keep a stump; the error told is the first.
-        let _ = fs::remove_file(path);
-    }
-    sized
+    // One that is there is what a run that was killed, guard and all, has left.
+    OpenOptions::new().write(true).create(true).truncate(true).open(path)?.set_len(size)
 }
 
 fn has_qemu_img() -> bool {
@@ -210,12 +238,11 @@ fn has_qemu_img() -> bool {
 }
 
 fn make_qcow2(path: &Path, size: u64) -> Result<(), String> {
-    let made = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2"])
-        .arg(path)
-        .arg(size.to_string())
-        .output();
-    match made {
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2"]).arg(path).arg(size.to_string()).stdin(Stdio::null());
+    // It must not go on writing when the launcher is killed.
+    sys::prepare(&mut command, Vec::new(), Signal::SIGKILL);
+    match command.output() {
         Ok(out) if out.status.success() => Ok(()),
         Ok(out) => Err(String::from_utf8_lossy(&out.stderr).trim().to_owned()),
         Err(error) => Err(format!("qemu-img: {error}")),
@@ -267,17 +294,37 @@ mod tests {
     fn a_sized_disk_is_made_sparse_and_kept() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let disk = spec("size=1G");
-        disk.check(0, dir.path()).expect("it can be made");
-        let (made, note) = disk.prepare(0, dir.path()).expect("it is made");
+        disk.check(0, dir.path(), false).expect("it can be made");
+        let (made, note) = disk.prepare(0, dir.path(), |_| ()).expect("it is made");
         assert!(note.expect("a note").contains("1024 MiB"));
         assert_eq!((made.path.clone(), made.format), (dir.path().join("disk0.raw"), Format::Raw));
         let meta = fs::metadata(&made.path).expect("it is there");
         assert_eq!(meta.len(), 1 << 30);
         assert!(std::os::unix::fs::MetadataExt::blocks(&meta) < 1000, "it is not sparse");
         fs::write(&made.path, "kept").expect("writing");
-        let (_, note) = disk.prepare(0, dir.path()).expect("it is there");
+        let (_, note) = disk.prepare(0, dir.path(), |_| ()).expect("it is there");
         assert!(note.expect("a note").contains("used as it is"));
         assert_eq!(fs::read(&made.path).expect("reading"), b"kept");
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_made_leaves_nothing() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let disk = spec(&format!("{},size=1M", dir.path().join("deep/d").display()));
+        let mut told = None;
+        disk.prepare(0, dir.path(), |half| told = Some(half.to_owned())).expect_err("no directory");
+        assert_eq!(told, Some(dir.path().join("deep/d.new")));
+        let disk = spec(&format!("{},size=1M", dir.path().join("d").display()));
+        fs::write(dir.path().join("d.new"), "left by a run that was killed").expect("writing");
+        disk.prepare(0, dir.path(), |_| ()).expect("it is made");
+        let names: Vec<_> =
+            fs::read_dir(dir.path()).expect("reading").map(|e| e.expect("an entry").file_name()).collect();
+        assert_eq!(names, ["d"]);
+        assert_eq!(disk.what(0, dir.path()), format!("looking at {}", dir.path().join("d").display()));
+        assert!(
+            spec("size=2G").what(0, dir.path()).contains("making")
+                && spec("size=2G").what(1, dir.path()).contains("2048 MiB")
+        );
     }
 
     #[test]
@@ -285,7 +332,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("d");
         fs::write(&path, b"QFI\xfb").expect("writing");
-        let check = |text: &str| spec(text).check(0, dir.path()).expect_err(text).to_string();
+        let check = |text: &str| spec(text).check(0, dir.path(), false).expect_err(text).to_string();
         let file = path.display();
         assert!(check(&format!("{file},format=raw")).contains("would be destroyed"));
         assert!(check(&dir.path().display().to_string()).contains("a directory"));

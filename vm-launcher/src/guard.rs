@@ -20,14 +20,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::termios::{SetArg, tcgetattr, tcsetattr};
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::Pid;
 
 use crate::process::{Process, timeout};
-use crate::state::StateDir;
+use crate::sys::Watched;
 use crate::terminal::Terminal;
 use crate::{LaunchError, sockets, sys};
 
@@ -47,11 +46,14 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// Starts `program` as the guard.
-    pub(crate) fn start(program: &Path, state: &StateDir, terminal: &Terminal) -> Result<Self, LaunchError> {
+    /// Starts `program` as the guard. It holds `lock`, that of the state directory, as long as it has something to do.
+    pub(crate) fn start(
+        program: &Path,
+        lock: Option<OwnedFd>,
+        terminal: &Terminal,
+    ) -> Result<Self, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot start the guard", error);
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed(errno.into()))?;
-        let lock = state.lock().map_err(failed)?;
+        let (read, write) = sys::pipe().map_err(failed)?;
         let mut command = Command::new(program);
         command.arg(GUARD).stdin(Stdio::from(read)).stderr(Stdio::null());
         // Its stdout is the terminal to put back; it writes nothing there.
@@ -59,7 +61,7 @@ impl Guard {
             Some(terminal) => command.stdout(terminal),
             None => command.stdout(Stdio::null()),
         };
-        sys::prepare_session(&mut command, vec![lock]);
+        sys::prepare_session(&mut command, lock.into_iter().collect());
         let process = Process::start(command)?;
         Ok(Self { pipe: Some(write.into()), process: Some(process) })
     }
@@ -152,7 +154,7 @@ pub fn guard() -> ExitCode {
     let stdout = io::stdout();
     let terminal = if stdout.is_terminal() { tcgetattr(&stdout).ok() } else { None };
     let mut told = Told::default();
-    let mut watched: Vec<(OwnedFd, bool)> = Vec::new();
+    let mut watched: Vec<(Watched, bool)> = Vec::new();
     let mut partial = Vec::new();
     let mut buffer = [0; 4096];
     let mut stdin = io::stdin().lock();
@@ -168,12 +170,13 @@ pub fn guard() -> ExitCode {
                     told.hear(&partial);
                     partial.clear();
                     // Now, while the launcher has not yet waited for it, the number is surely this process.
-                    let fds = |pids: &mut Vec<i32>, in_order: bool| -> Vec<(OwnedFd, bool)> {
-                        let open = |pid| sys::pidfd_open(Pid::from_raw(pid)).ok().map(|fd| (fd, in_order));
+                    let opened = |pids: &mut Vec<i32>, in_order: bool| -> Vec<(Watched, bool)> {
+                        let open =
+                            |pid| Watched::open(Pid::from_raw(pid)).ok().map(|process| (process, in_order));
                         pids.drain(..).filter_map(open).collect()
                     };
-                    watched.extend(fds(&mut told.kill, false));
-                    watched.extend(fds(&mut told.terminate, true));
+                    watched.extend(opened(&mut told.kill, false));
+                    watched.extend(opened(&mut told.terminate, true));
                 }
             }
         }
@@ -188,25 +191,25 @@ pub fn guard() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn end_all(watched: &[(OwnedFd, bool)]) {
-    for (fd, in_order) in watched {
+fn end_all(watched: &[(Watched, bool)]) {
+    for (process, in_order) in watched {
         // A process that has ended already needs no signal.
-        let _ = sys::pidfd_signal(fd, if *in_order { Signal::SIGTERM } else { Signal::SIGKILL });
+        let _ = process.signal(if *in_order { Signal::SIGTERM } else { Signal::SIGKILL });
     }
     let deadline = Instant::now() + PATIENCE;
-    for (fd, _) in watched {
-        if !ended_by(fd, deadline) {
-            let _ = sys::pidfd_signal(fd, Signal::SIGKILL);
-            ended_by(fd, Instant::now() + PATIENCE);
+    for (process, _) in watched {
+        if !ended_by(process, deadline) {
+            let _ = process.signal(Signal::SIGKILL);
+            ended_by(process, Instant::now() + PATIENCE);
         }
     }
 }
 
 /// Whether a process ends before `deadline`.
-fn ended_by(fd: &OwnedFd, deadline: Instant) -> bool {
+fn ended_by(process: &Watched, deadline: Instant) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let mut waited = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        let mut waited = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         match poll(&mut waited, timeout(left)) {
             Ok(0) => return false,
             Ok(_) => return true,

@@ -15,8 +15,8 @@
 //! | disks, CDs of metadata, shared directories | `disk`, `metadata` and `iso`, `share` |
 //! | the hypervisor's command line and control | `hypervisor`, `qemu` and `qmp`, `vfkit` and `http` |
 //! | the network card and what is behind it | `net`, `network`, `sidecar`, `shared` |
-//! | start, signals, end | `machine`, `supervise`, `process`, `state`, `guard` |
-//! | VMs that run already | `registry`, `control`, `detach`, `console_log` |
+//! | start, signals, end | `machine`, `vm`, `supervise`, `process`, `state`, `guard`, `sys` |
+//! | VMs that run already | `registry`, `control`, `console`, `detach`, `console_log` |
 //!
 //! Not here: the options of the command line (`forwarder`).
 
@@ -24,6 +24,7 @@ mod accel;
 mod arch;
 mod boot;
 mod config;
+pub mod console;
 mod console_log;
 pub mod control;
 mod detach;
@@ -40,6 +41,7 @@ mod net;
 mod network;
 mod process;
 mod programs;
+mod progress;
 mod qemu;
 mod qmp;
 mod registry;
@@ -53,6 +55,7 @@ mod supervise;
 mod sys;
 mod terminal;
 mod vfkit;
+mod vm;
 mod vsock;
 
 pub use accel::Accel;

@@ -34,6 +34,9 @@ impl FromStr for Mac {
         let bytes: [u8; 6] = bytes
             .and_then(|bytes| bytes.try_into().ok())
             .ok_or("not an Ethernet address such as 52:54:00:12:34:56")?;
+        if bytes == [0; 6] {
+            return Err("no address at all: a guest would take another");
+        }
         if bytes[0] & 1 == 1 {
             return Err("a group address cannot be a VM's own");
         }
@@ -55,7 +58,14 @@ mod tests {
         for good in ["52:54:00:12:34:56", "02:00:00:00:00:00"] {
             assert_eq!(good.parse::<Mac>().expect(good).to_string(), good);
         }
-        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:5", "01:00:5e:00:00:01", "+1:54:00:12:34:56"] {
+        for bad in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:5",
+            "01:00:5e:00:00:01",
+            "+1:54:00:12:34:56",
+            "00:00:00:00:00:00",
+        ] {
             assert!(bad.parse::<Mac>().is_err(), "{bad:?}");
         }
     }

@@ -10,8 +10,10 @@ use crate::accel;
 use crate::boot::{Asked, Boot, Firmware, Found};
 use crate::config::HypervisorKind;
 use crate::disk::Disk;
+use crate::guard::Guard;
 use crate::hypervisor::Hypervisor;
 use crate::metadata::{self, Cd};
+use crate::progress::Progress;
 use crate::qemu::Qemu;
 use crate::share::{self, Daemon};
 use crate::state::{self, StateDir};
@@ -55,8 +57,9 @@ impl Plan {
             ));
         }
         for (n, disk) in config.disks.iter().enumerate() {
-            disk.check(n, &config.state_dir)?;
+            disk.check(n, &config.state_dir, config.disposable)?;
         }
+        check_twice(config, &found.boot)?;
         let mut cds = Vec::new();
         if let Some(data) = &config.data {
             cds.push(Cd::config(data)?);
@@ -67,6 +70,7 @@ impl Plan {
         if let Some(path) = &config.ignition {
             metadata::check_ignition(path)?;
         }
+        check_hypervisor(config)?;
         let hypervisor: Box<dyn Hypervisor> = match config.hypervisor {
             HypervisorKind::Qemu => Box::new(Qemu::find(config)?),
             HypervisorKind::Vfkit => Box::new(Vfkit::find(config)?),
@@ -82,12 +86,15 @@ impl Plan {
         Ok(Self { found, hypervisor, accel, net, virtiofsd, cds })
     }
 
-    /// Makes what the machine needs; the answer's texts are lines for the user.
+    /// Makes what the machine needs; the answer's texts are lines for the user. What is half made when the launcher is killed is
+    /// for the guard to remove.
     pub(crate) fn prepare(
         &self,
         config: &LaunchConfig,
         state: &StateDir,
+        guard: &mut Guard,
     ) -> Result<(Machine, Vec<String>), LaunchError> {
+        let mut progress = Progress::new(self.cds.len() + config.disks.len());
         let mut notes: Vec<String> = self.found.note.iter().cloned().collect();
         let mac = match config.mac {
             Some(mac) => mac,
@@ -95,6 +102,7 @@ impl Plan {
         };
         let mut cds = Vec::new();
         for cd in &self.cds {
+            progress.step(format_args!("writing {}", cd.name()));
             cds.push(cd.write(&config.state_dir)?);
         }
         let vars = match &self.found.boot {
@@ -107,7 +115,8 @@ impl Plan {
         // Disks last: they are the user's, and stay when something before fails.
         let mut disks = Vec::new();
         for (n, disk) in config.disks.iter().enumerate() {
-            let (disk, note) = disk.prepare(n, &config.state_dir)?;
+            progress.step(disk.what(n, &config.state_dir));
+            let (disk, note) = disk.prepare(n, &config.state_dir, |half| guard.file(half))?;
             disks.push(disk);
             notes.extend(note);
         }
@@ -158,6 +167,72 @@ fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
     if config.mem_mib < 32 {
         return setting(format!("--mem {}: so few MiB boot no Linux: --mem 256 or more", config.mem_mib));
     }
+    if config.state_dir.exists() && !config.state_dir.is_dir() {
+        return setting(format!(
+            "--state-dir {}: it is not a directory: name another, which is made if it is not there",
+            config.state_dir.display()
+        ));
+    }
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    if let Some(has) = memory(&meminfo).filter(|has| u64::from(config.mem_mib) > *has) {
+        return setting(format!("--mem {}: this host has {has} MiB, swap included", config.mem_mib));
+    }
+    let patience = LaunchConfig::LONGEST_STOP_TIMEOUT;
+    if config.stop_timeout > patience {
+        return setting(format!(
+            "--stop-timeout {}: at most {} seconds",
+            config.stop_timeout.as_secs(),
+            patience.as_secs()
+        ));
+    }
+    Ok(())
+}
+
+/// What is said of one hypervisor says nothing to the other.
+fn check_hypervisor(config: &LaunchConfig) -> Result<(), LaunchError> {
+    let (other, path, flag) = match config.hypervisor {
+        HypervisorKind::Qemu => ("QEMU", &config.vfkit, "--vfkit"),
+        HypervisorKind::Vfkit => ("vfkit", &config.qemu, "--qemu"),
+    };
+    match path {
+        Some(path) => setting(format!("{flag} {}: {other} runs this VM: leave {flag} out", path.display())),
+        None if config.virtiofsd.is_some() && config.shares.is_empty() => {
+            setting("--virtiofsd: it serves --virtiofs DIR, and there is none".into())
+        }
+        None => Ok(()),
+    }
+}
+
+/// MiB of memory and swap in `/proc/meminfo`; where there is none, nothing is known.
+fn memory(meminfo: &str) -> Option<u64> {
+    let kib = |key: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    Some((kib("MemTotal:")? + kib("SwapTotal:").unwrap_or(0)) / 1024)
+}
+
+/// One file cannot be two disks: QEMU would refuse the second after everything else has started.
+fn check_twice(config: &LaunchConfig, boot: &Boot) -> Result<(), LaunchError> {
+    let mut seen: Vec<(PathBuf, String)> = Vec::new();
+    let boots = match boot {
+        Boot::Disk { disk, .. } => Some(("the disk that boots".to_owned(), disk.clone())),
+        _ => None,
+    };
+    let disks = config.disks.iter().filter_map(|disk| {
+        let path = disk.path.clone()?;
+        Some((format!("--disk {}", path.display()), path))
+    });
+    for (what, path) in boots.into_iter().chain(disks) {
+        // A disk that is to be made has no other name yet.
+        let path = path.canonicalize().or_else(|_| std::path::absolute(&path)).unwrap_or(path);
+        if let Some((_, first)) = seen.iter().find(|(other, _)| *other == path) {
+            return setting(format!(
+                "{what}: this file is {first} already, and one file cannot be two disks"
+            ));
+        }
+        seen.push((path, what));
+    }
     Ok(())
 }
 
@@ -176,6 +251,33 @@ fn variables(template: &Path, state_dir: &Path) -> Result<PathBuf, LaunchError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::Format;
+
+    #[test]
+    fn the_hosts_memory_is_read() {
+        assert_eq!(memory("MemTotal:  24117248 kB\nSwapTotal:   1048576 kB\n"), Some(24576));
+        assert_eq!(memory("MemTotal:  2048 kB\n"), Some(2));
+        assert_eq!(memory(""), None);
+    }
+
+    #[test]
+    fn one_file_is_not_two_disks() {
+        let image = crate::BootImage::Prefix("/i".into());
+        let mut config = LaunchConfig::new(image, "a".into(), "/s".into(), "/a".into(), "/p".into());
+        let boot =
+            Boot::Disk { disk: "/etc/passwd".into(), format: Format::Raw, firmware: Firmware::Default };
+        let disk = |text: &str| text.parse().expect("a disk");
+        config.disks = vec![disk("/etc/hosts"), disk("size=1M"), disk("size=1M"), disk("/new,size=1M")];
+        check_twice(&config, &boot).expect("each is another");
+        config.disks.push(disk("/etc/../etc/hosts"));
+        let error = check_twice(&config, &boot).expect_err("twice").to_string();
+        assert!(error.contains("--disk /etc/../etc/hosts: this file is --disk /etc/hosts"), "{error}");
+        config.disks = vec![disk("/etc/passwd")];
+        let error = check_twice(&config, &boot).expect_err("it boots").to_string();
+        assert!(error.contains("the disk that boots"), "{error}");
+        config.disks = vec![disk("/new,size=1M"), disk("/./new,size=1M")];
+        check_twice(&config, &boot).expect_err("twice the same that is to be made");
+    }
 
     #[test]
     fn the_firmwares_variables_are_kept_and_anew_for_another_firmware() {

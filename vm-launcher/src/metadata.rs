@@ -75,6 +75,11 @@ impl Cd {
         Ok(Self { file: "cidata.iso", bytes })
     }
 
+    /// Its file's name.
+    pub(crate) const fn name(&self) -> &'static str {
+        self.file
+    }
+
     /// Writes the CD into the state directory.
     pub(crate) fn write(&self, state_dir: &Path) -> Result<PathBuf, LaunchError> {
         let path = state_dir.join(self.file);

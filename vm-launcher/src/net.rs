@@ -8,8 +8,7 @@
 //!
 //! LinuxKit's `--networking` has a word for each of its back ends; [`Net::networking`] says what they are here.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use crate::{LaunchConfig, LaunchError};
 
@@ -87,6 +86,8 @@ pub(crate) fn mtu(config: &LaunchConfig, card: &Card) -> u16 {
 const GOOD_TCG: u32 = 8;
 /// Bytes of a device's name in the kernel (IFNAMSIZ without the end).
 const DEVICE: usize = 15;
+/// Bytes of a unix socket's path (sun_path of unix(7), without the NUL).
+const SOCKET_PATH: usize = if cfg!(target_os = "macos") { 103 } else { 107 };
 
 impl Net {
     /// A value of LinuxKit's `--networking`.
@@ -117,7 +118,7 @@ impl Net {
     }
 
     /// Decides by the accelerator and QEMU's version.
-    pub(crate) fn choose(&self, kvm: bool, qemu: &Path) -> Choice {
+    pub(crate) fn choose(&self, kvm: bool, version: u32) -> Choice {
         let asked = |card| Choice { card, reason: "as asked".into() };
         let found = |card, reason: String| Choice { card, reason };
         match self {
@@ -127,14 +128,10 @@ impl Net {
             Self::Tap(name) => asked(Card::Tap(name.clone())),
             Self::Bridge(name) => asked(Card::Bridge(name.clone())),
             Self::Auto if kvm => found(Card::VhostUser, "with KVM".into()),
-            Self::Auto => {
-                let major = Command::new(qemu).arg("--version").output().ok().and_then(|o| major(&o.stdout));
-                match major {
-                    Some(n) if n >= GOOD_TCG => found(Card::VhostUser, format!("under TCG of QEMU {n}")),
-                    Some(n) => found(Card::Socket, format!("QEMU {n} under TCG does not bear vhost-user")),
-                    None => found(Card::Socket, "QEMU does not tell its version".into()),
-                }
+            Self::Auto if version >= GOOD_TCG => {
+                found(Card::VhostUser, format!("under TCG of QEMU {version}"))
             }
+            Self::Auto => found(Card::Socket, format!("QEMU {version} under TCG does not bear vhost-user")),
         }
     }
 
@@ -150,25 +147,45 @@ fn is_device(name: &str) -> bool {
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-/// What is published needs a network that publishes.
+/// What is asked of the network needs a network of ours; and the sockets of ours need room.
 pub(crate) fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
     if config.net.needs_sidecar() {
-        return Ok(());
+        return check_sockets(config);
     }
-    let needless =
-        [("--publish", config.publish.first().cloned()), ("--ip", config.ip.map(|ip| ip.to_string()))];
+    let card = !matches!(config.net, Net::None);
+    let needless = [
+        ("--publish", config.publish.first().cloned()),
+        ("--ip", config.ip.map(|ip| ip.to_string())),
+        ("--mtu", config.mtu.map(|mtu| mtu.to_string())),
+        ("--network", config.shared.as_ref().map(|shared| shared.name.clone())),
+        ("--mac", config.mac.filter(|_| !card).map(|mac| mac.to_string())),
+    ];
     match needless.into_iter().find_map(|(option, value)| value.map(|value| (option, value))) {
         Some((option, value)) => Err(LaunchError::Setting(format!(
-            "{option} {value}: goes with a network of Portway's, and the VM has none with this --net or --networking"
+            "{option} {value}: goes with a network of Portway's, and the VM has none with this --net or --networking: \
+             leave one of them out"
         ))),
         None => Ok(()),
     }
 }
 
-/// The major version in `QEMU emulator version 7.2.22 (Debian …)`.
-fn major(text: &[u8]) -> Option<u32> {
-    let text = std::str::from_utf8(text).ok()?;
-    text.split_once("version ")?.1.split('.').next()?.parse().ok()
+/// The control socket and those beside it ([`socket`], vsock's, that of the VMs that join) fit into a socket's address, and
+/// their directory is there.
+fn check_sockets(config: &LaunchConfig) -> Result<(), LaunchError> {
+    let api = &config.api;
+    let fail = |why: String| Err(LaunchError::Setting(format!("--api unix:{}: {why}", api.display())));
+    if let Some(directory) = api.parent().filter(|path| !path.as_os_str().is_empty() && !path.is_dir()) {
+        return fail(format!("{} is not a directory: make it first", directory.display()));
+    }
+    let longest = socket(config).as_os_str().len() + crate::vsock::ENDING.len();
+    match longest > SOCKET_PATH {
+        true => fail(format!(
+            "with --name {} its sockets' paths would have {longest} bytes, and the system takes {SOCKET_PATH}: give \
+             another, such as --api unix:/tmp/vm.sock",
+            config.name
+        )),
+        false => Ok(()),
+    }
 }
 
 /// The socket on which the sidecar waits for the hypervisor: beside the control API's, which is short enough for a socket's
@@ -185,19 +202,21 @@ mod tests {
 
     #[test]
     fn what_was_asked_for_is_taken() {
-        let nowhere = Path::new("/nonexistent");
-        assert_eq!(Net::VhostUser.choose(false, nowhere).card, Card::VhostUser);
-        assert_eq!(Net::Socket.choose(true, nowhere).card, Card::Socket);
-        assert_eq!(Net::None.choose(true, nowhere).card, Card::None);
-        assert_eq!(Net::Auto.choose(true, nowhere).card, Card::VhostUser);
-        assert_eq!(Net::Auto.choose(false, nowhere).card, Card::Socket);
+        assert_eq!(Net::VhostUser.choose(false, 7).card, Card::VhostUser);
+        assert_eq!(Net::Socket.choose(true, 10).card, Card::Socket);
+        assert_eq!(Net::None.choose(true, 10).card, Card::None);
     }
 
     #[test]
-    fn qemus_version_is_read() {
-        assert_eq!(major(b"QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\n"), Some(7));
-        assert_eq!(major(b"QEMU emulator version 10.0.13\n"), Some(10));
-        assert_eq!(major(b"nonsense"), None);
+    fn auto_takes_vhost_user_where_qemu_bears_it_and_says_why() {
+        for (kvm, version, card, why) in [
+            (true, 7, Card::VhostUser, "with KVM"),
+            (false, 8, Card::VhostUser, "TCG of QEMU 8"),
+            (false, 7, Card::Socket, "QEMU 7 under TCG does not bear vhost-user"),
+        ] {
+            let choice = Net::Auto.choose(kvm, version);
+            assert!(choice.card == card && choice.reason.contains(why), "{choice:?}");
+        }
     }
 
     #[test]
@@ -230,10 +249,39 @@ mod tests {
         let mut config = LaunchConfig::new(image, "a".into(), "/s".into(), "/a".into(), "/p".into());
         config.net = Net::None;
         check(&config).expect("nothing needs it");
-        config.publish = vec!["2222:22".into()];
-        let error = check(&config).expect_err("nobody publishes").to_string();
-        assert!(error.contains("--publish 2222:22"), "{error}");
-        config.net = Net::Auto;
-        check(&config).expect("the sidecar publishes");
+        type Change = fn(&mut LaunchConfig);
+        let changes: [(&str, Change); 5] = [
+            ("--publish 2222:22", |c| c.publish = vec!["2222:22".into()]),
+            ("--ip 192.168.127.9", |c| c.ip = Some(std::net::Ipv4Addr::new(192, 168, 127, 9))),
+            ("--mtu 1500", |c| c.mtu = Some(1500)),
+            ("--mac 52:54:00:00:00:01", |c| c.mac = "52:54:00:00:00:01".parse().ok()),
+            ("--network dev", |c| {
+                c.shared = Some(crate::SharedNetwork { name: "dev".into(), state_dir: "/n".into() });
+            }),
+        ];
+        for (option, change) in changes {
+            let mut config = config.clone();
+            change(&mut config);
+            let error = check(&config).expect_err(option).to_string();
+            assert!(error.starts_with(&format!("{option}: ")), "{error}");
+            config.net = Net::Auto;
+            check(&config).expect("the sidecar has it");
+        }
+        config.net = Net::Tap("tap0".into());
+        config.mac = "52:54:00:00:00:01".parse().ok();
+        check(&config).expect("a card on a tap has an address");
+    }
+
+    #[test]
+    fn sockets_that_cannot_be_made_are_told_with_the_option() {
+        let image = crate::BootImage::Prefix("/i".into());
+        let mut config = LaunchConfig::new(image, "a".into(), "/s".into(), "/tmp/a".into(), "/p".into());
+        check(&config).expect("a directory that is there, a short path");
+        config.api = "/nonexistent/a".into();
+        let error = check(&config).expect_err("no directory").to_string();
+        assert!(error.contains("--api unix:/nonexistent/a") && error.contains("make it first"), "{error}");
+        config.api = std::path::Path::new("/tmp").join("a".repeat(97));
+        let error = check(&config).expect_err("too long").to_string();
+        assert!(error.contains("110 bytes"), "{error}");
     }
 }

@@ -2,15 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
-use nix::unistd::pipe2;
 
 use crate::guard::Guard;
 use crate::machine::Machine;
@@ -20,7 +19,8 @@ use crate::shared::Joined;
 use crate::sidecar::{self, Link};
 use crate::signals::Signals;
 use crate::state::{Log, StateDir};
-use crate::supervise::{END_PATIENCE, VmEnd, pair};
+use crate::supervise::END_PATIENCE;
+use crate::vm::VmEnd;
 use crate::{LaunchConfig, LaunchError, sockets, sys};
 
 /// How long the sidecar has to be ready; it takes milliseconds.
@@ -106,8 +106,7 @@ impl Sidecar {
         for path in &paths {
             guard.socket(path);
         }
-        let (ready, told) =
-            pipe2(OFlag::O_CLOEXEC).map_err(|errno| LaunchError::system("cannot make a pipe", errno))?;
+        let (ready, told) = sys::pipe().map_err(failed("cannot make a pipe"))?;
         let log = state.log("sidecar.log")?;
         let mut command = Command::new(&config.sidecar);
         let writer = || log.writer().map_err(failed("cannot share a log"));
@@ -181,4 +180,14 @@ impl Drop for Sidecar {
             sockets::remove_dead(path);
         }
     }
+}
+
+/// A pair of sockets for the two ends of a link.
+fn pair(card: &Card) -> io::Result<(OwnedFd, OwnedFd)> {
+    if *card == Card::Datagrams {
+        let (ours, theirs) = UnixDatagram::pair()?;
+        return Ok((ours.into(), theirs.into()));
+    }
+    let (ours, theirs) = UnixStream::pair()?;
+    Ok((ours.into(), theirs.into()))
 }

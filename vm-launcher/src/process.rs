@@ -1,7 +1,7 @@
 //! A child whose end can be waited for in poll(2), and which does not outlive us.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::LaunchError;
-use crate::sys;
+use crate::sys::Watched;
 
 /// A running child; dropped before its end was seen, it is killed.
 #[derive(Debug)]
 pub(crate) struct Process {
     child: Child,
     pid: Pid,
-    pidfd: OwnedFd,
+    watched: Watched,
     ended: bool,
 }
 
@@ -31,9 +31,9 @@ impl Process {
         let opened = i32::try_from(child.id())
             .map_err(io::Error::other)
             .map(Pid::from_raw)
-            .and_then(|pid| Ok((pid, sys::pidfd_open(pid)?)));
+            .and_then(|pid| Ok((pid, Watched::child(pid)?)));
         match opened {
-            Ok((pid, pidfd)) => Ok(Self { child, pid, pidfd, ended: false }),
+            Ok((pid, watched)) => Ok(Self { child, pid, watched, ended: false }),
             Err(error) => {
                 // Unwatchable, so it must not live on; there is nothing to do about a kill that fails.
                 let _ = child.kill().and_then(|()| child.wait().map(drop));
@@ -73,7 +73,7 @@ impl Process {
             if left.is_zero() {
                 return Ok(None);
             }
-            let mut waited = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            let mut waited = [PollFd::new(self.watched.as_fd(), PollFlags::POLLIN)];
             match poll(&mut waited, timeout(left)) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
@@ -101,7 +101,7 @@ impl Process {
 
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        self.watched.as_fd()
     }
 }
 

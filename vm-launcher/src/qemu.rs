@@ -8,6 +8,8 @@
 //! (virtio-blk, `/dev/vda` …); a CD it boots (AHCI on a PC, which every kernel knows); CDs of metadata (virtio-scsi,
 //! `/dev/sr0` …); virtio-net, vsock, virtio-rng, a balloon, virtiofs.
 
+mod probe;
+
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
@@ -24,6 +26,9 @@ use crate::qmp::Qmp;
 use crate::sidecar::Link;
 use crate::state::StateDir;
 use crate::{Arch, LaunchConfig, LaunchError, programs, vsock};
+
+/// CPUs that the interrupt controller of QEMU's Arm machine has by default (GICv2); newer ones have 512.
+const GIC2_CPUS: u16 = 8;
 
 /// What connects QEMU with the sidecar, with us, and with those who serve it. Descriptors are inherited.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +51,8 @@ pub(crate) struct Wires {
 #[derive(Debug)]
 pub(crate) struct Qemu {
     program: PathBuf,
+    /// Its major version.
+    version: u32,
 }
 
 impl Qemu {
@@ -53,12 +60,17 @@ impl Qemu {
     pub(crate) fn find(config: &LaunchConfig) -> Result<Self, LaunchError> {
         let fail = |why: String| LaunchError::NoQemu { why, package: config.arch.package() };
         let program = config.arch.qemu();
-        let program = match &config.qemu {
-            Some(path) if path.is_file() => path.clone(),
-            Some(path) => return Err(fail(format!("{} is not a file", path.display()))),
-            None => programs::in_path(program).ok_or_else(|| fail(format!("no {program} in PATH")))?,
-        };
-        Ok(Self { program })
+        let with_version =
+            |program: PathBuf| probe::version(&program).map(|version| Self { program, version });
+        match &config.qemu {
+            Some(path) => programs::named(path)
+                .and_then(with_version)
+                .map_err(|why| LaunchError::Setting(format!("--qemu: {why}"))),
+            None => programs::in_path(program)
+                .ok_or_else(|| format!("no {program} in PATH"))
+                .and_then(with_version)
+                .map_err(fail),
+        }
     }
 }
 
@@ -71,8 +83,9 @@ impl Hypervisor for Qemu {
         &self.program
     }
 
-    fn check(&self, _: &LaunchConfig, _: &Boot) -> Result<(), LaunchError> {
-        Ok(())
+    fn check(&self, config: &LaunchConfig, _: &Boot) -> Result<(), LaunchError> {
+        let mut devices = config.devices.iter();
+        devices.try_for_each(|device| probe::device(&self.program, device)).map_err(LaunchError::Setting)
     }
 
     fn accel(&self, config: &LaunchConfig) -> Result<accel::Choice, LaunchError> {
@@ -80,7 +93,7 @@ impl Hypervisor for Qemu {
     }
 
     fn net(&self, config: &LaunchConfig, accel: Kind) -> net::Choice {
-        config.net.choose(accel == Kind::Kvm, &self.program)
+        config.net.choose(accel == Kind::Kvm, self.version)
     }
 
     fn arguments(&self, config: &LaunchConfig, machine: &Machine, wires: &Wires) -> Vec<OsString> {
@@ -125,6 +138,9 @@ pub(crate) fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires)
     let mut kind = config.arch.machine().to_owned();
     if shared {
         kind += ",memory-backend=ram";
+    }
+    if config.arch == Arch::Aarch64 && config.cpus > GIC2_CPUS {
+        kind += ",gic-version=max";
     }
     if !matches!(machine.boot, Boot::Kernel { .. }) && config.arch == Arch::X86_64 {
         // The firmware and the boot loader are on the serial console too.

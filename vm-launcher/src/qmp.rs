@@ -4,10 +4,11 @@
 //! it ended. Its answer to the first command is the sign that the machine is made and runs. Everything else is read and dropped,
 //! so that QEMU never waits for us.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -15,6 +16,8 @@ use crate::hypervisor::Control;
 
 /// Bytes of one message at most; QEMU's are a few hundred.
 const MESSAGE_MAX: usize = 64 * 1024;
+/// How long QEMU may take to answer somebody who asks in passing.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Our end of the channel.
 #[derive(Debug)]
@@ -94,6 +97,33 @@ impl Control for Qmp {
     }
 }
 
+/// Asks QEMU, at a socket where it takes QMP from anyone, whether somebody is connected to this character device. When it does
+/// not say (somebody else speaks with it, or there is no such socket), nothing is known to be in the way.
+pub(crate) fn is_taken(socket: &Path, device: &str) -> bool {
+    let ask = || -> io::Result<Value> {
+        let mut stream = crate::sockets::connect(socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"query-chardev\"}\n")?;
+        let mut lines = BufReader::new(stream.take(MESSAGE_MAX as u64)).lines();
+        loop {
+            let line = lines.next().ok_or(io::ErrorKind::UnexpectedEof)??;
+            let message: Value = serde_json::from_str(&line)?;
+            if message.get("return").is_some_and(Value::is_array) {
+                return Ok(message);
+            }
+        }
+    };
+    ask().is_ok_and(|answer| is_connected(&answer, device))
+}
+
+/// QEMU writes `disconnected:` before the name of a socket that waits for somebody.
+fn is_connected(answer: &Value, device: &str) -> bool {
+    let devices = answer.get("return").and_then(Value::as_array);
+    let found = devices.into_iter().flatten().find(|one| one.get("label").is_some_and(|l| l == device));
+    let name = found.and_then(|one| one.get("filename")).and_then(Value::as_str);
+    name.is_some_and(|name| !name.starts_with("disconnected:"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,6 +144,18 @@ mod tests {
         qemus.write_all(b": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\r\n").expect("writing");
         qmp.look();
         assert_eq!(qmp.shutdown_reason(), Some("guest-shutdown"));
+    }
+
+    #[test]
+    fn a_device_that_somebody_is_connected_to_is_known() {
+        let answer: Value = serde_json::from_str(
+            r#"{"return": [{"frontend-open": true, "filename": "disconnected:unix:/s", "label": "console"},
+                {"frontend-open": true, "filename": "unix:/m,server=on <-> unix:", "label": "monitor"}]}"#,
+        )
+        .expect("JSON");
+        assert!(!is_connected(&answer, "console") && is_connected(&answer, "monitor"));
+        assert!(!is_connected(&answer, "nothing") && !is_connected(&Value::Null, "console"));
+        assert!(!is_taken(Path::new("/nonexistent"), "console"));
     }
 
     #[test]

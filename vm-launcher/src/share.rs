@@ -4,11 +4,19 @@
 //! therefore a memfd that is shared, as with a vhost-user network card.
 
 use std::ffi::OsString;
-use std::os::fd::RawFd;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::str::FromStr;
 
-use crate::{LaunchError, programs};
+use nix::sys::signal::Signal;
+
+use crate::guard::Guard;
+use crate::process::Process;
+use crate::state::{Log, StateDir};
+use crate::{LaunchError, programs, sockets, sys};
 
 /// Bytes of a tag (virtio 1.2 §5.11.4).
 const TAG: usize = 36;
@@ -100,9 +108,11 @@ impl Daemon {
     pub(crate) fn find(named: Option<&Path>) -> Result<Self, LaunchError> {
         let setting = |text: String| Err(LaunchError::Setting(text));
         let program = match named {
-            Some(path) if path.is_file() => Some(path.to_owned()),
-            Some(path) => return setting(format!("--virtiofsd {}: there is no such file", path.display())),
-            None => programs::in_path("virtiofsd").or_else(|| programs::first_file(&PLACES)),
+            Some(path) => {
+                let found = programs::named(path);
+                Some(found.map_err(|why| LaunchError::Setting(format!("--virtiofsd: {why}")))?)
+            }
+            None => programs::in_path("virtiofsd").or_else(|| programs::first(&PLACES)),
         };
         let Some(program) = program else {
             return setting(
@@ -112,9 +122,16 @@ impl Daemon {
             );
         };
         // QEMU's own tells its options as `-o`; the other is written with clap.
-        let help = std::process::Command::new(&program).arg("--help").output();
-        let help = help.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
-        Ok(if help.contains("-o source=") { Self::C(program) } else { Self::Rust(program) })
+        let help = programs::says(&program, &["--help".as_ref()]);
+        let (help, _) = help.map_err(|why| LaunchError::Setting(format!("--virtiofsd: {why}")))?;
+        match () {
+            () if help.contains("-o source=") => Ok(Self::C(program)),
+            () if help.contains("--shared-dir") => Ok(Self::Rust(program)),
+            () => setting(format!(
+                "--virtiofsd {}: it is no virtiofsd: its --help has neither --shared-dir nor -o source=",
+                program.display()
+            )),
+        }
     }
 }
 
@@ -145,6 +162,57 @@ impl Daemon {
     }
 }
 
+/// A process that serves a share.
+pub(crate) struct Serving {
+    pub(crate) process: Process,
+    pub(crate) log: Log,
+    pub(crate) tag: String,
+}
+
+/// The shares: who serves them, and QEMU's ends.
+pub(crate) struct Shares {
+    pub(crate) served: Vec<Serving>,
+    pub(crate) sockets: Vec<(String, OwnedFd)>,
+}
+
+/// Starts a daemon for each share; without one the hypervisor serves them itself.
+pub(crate) fn serve(
+    shares: &[Share],
+    daemon: Option<&Daemon>,
+    state: &StateDir,
+    guard: &mut Guard,
+) -> Result<Shares, LaunchError> {
+    let mut made = Shares { served: Vec::new(), sockets: Vec::new() };
+    let Some(daemon) = daemon else { return Ok(made) };
+    let failed = |error: io::Error| LaunchError::system("cannot make a socket for virtiofsd", error);
+    for (n, share) in shares.iter().enumerate() {
+        let path = state.path().join(format!("virtiofs{n}.sock"));
+        guard.file(&path);
+        let (listener, socket) = sockets::nameless(&path).map_err(failed)?;
+        let listener = OwnedFd::from(listener);
+        let log = state.log(&format!("virtiofs{n}.log"))?;
+        let process = start_daemon(daemon, share, listener, &log)?;
+        guard.watch(&process, false);
+        made.served.push(Serving { process, log, tag: share.tag(n) });
+        made.sockets.push((share.tag(n), socket.into()));
+    }
+    Ok(made)
+}
+
+fn start_daemon(
+    daemon: &Daemon,
+    share: &Share,
+    listener: OwnedFd,
+    log: &Log,
+) -> Result<Process, LaunchError> {
+    let writer = || log.writer().map_err(|error| LaunchError::system("cannot share a log", error));
+    let mut command = Command::new(daemon.program());
+    command.args(daemon.arguments(share, sys::number(&listener))).stdin(Stdio::null());
+    command.stdout(writer()?).stderr(writer()?).process_group(0);
+    sys::prepare(&mut command, vec![listener], Signal::SIGKILL);
+    Process::start(command)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,7 +236,9 @@ mod tests {
         assert!(refused(&vec![share("/"); SHARES + 1]).contains("at most 16"));
         check(&[share("/")]).expect("a directory");
         let error = Daemon::find(Some(Path::new("/nonexistent"))).expect_err("absent").to_string();
-        assert!(error.contains("--virtiofsd"), "{error}");
+        assert!(error.contains("--virtiofsd: /nonexistent"), "{error}");
+        let error = Daemon::find(Some(Path::new("/bin/true"))).expect_err("another program").to_string();
+        assert!(error.contains("no virtiofsd"), "{error}");
     }
 
     #[test]

@@ -18,8 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg, OFlag};
-use nix::unistd::pipe2;
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
 use crate::guard::Guard;
@@ -181,7 +180,7 @@ fn start(config: &LaunchConfig, shared: &SharedNetwork, guard: &mut Guard) -> Re
     let join = join_socket(config);
     guard.socket(&join);
     guard.socket(&config.api);
-    let (ready, told) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed(errno.into()))?;
+    let (ready, told) = sys::pipe().map_err(failed)?;
     let mut command = Command::new(&config.sidecar);
     command.args(sidecar::shared_arguments(config, shared, &join, sys::number(&told)));
     command.stdin(Stdio::null()).stdout(file.try_clone().map_err(failed)?).stderr(file);

@@ -38,8 +38,33 @@ pub(crate) fn link_spec(config: &LaunchConfig, card: &Card, link: &Link) -> OsSt
     spec
 }
 
+impl LaunchConfig {
+    /// The sidecar's command line, as far as it is known before anything is made: for whoever can say what is wrong with it.
+    /// `None` when the VM needs no sidecar.
+    ///
+    /// On a network that is shared the address and the ports are for that network to judge.
+    #[must_use]
+    pub fn sidecar_arguments(&self) -> Option<Vec<OsString>> {
+        if !self.net.needs_sidecar() {
+            return None;
+        }
+        let mut config = self.clone();
+        if config.shared.take().is_some() {
+            config.ip = None;
+        }
+        let link = Link::Path(net::socket(&config));
+        Some(settings(&config, &Card::Socket, &link))
+    }
+}
+
 /// The arguments of the sidecar: `serve` and what it needs to be this VM's network.
 pub(crate) fn arguments(config: &LaunchConfig, card: &Card, link: &Link, ready: RawFd) -> Vec<OsString> {
+    let mut args = settings(config, card, link);
+    args.extend(["--ready-fd".into(), ready.to_string().into()]);
+    args
+}
+
+fn settings(config: &LaunchConfig, card: &Card, link: &Link) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec!["serve".into()];
     let mut option = |name: &str, value: OsString| args.extend([name.into(), value]);
     option("--link", link_spec(config, card, link));
@@ -47,7 +72,6 @@ pub(crate) fn arguments(config: &LaunchConfig, card: &Card, link: &Link, ready: 
     api.push(&config.api);
     option("--api", api);
     option("--state-dir", config.state_dir.clone().into());
-    option("--ready-fd", ready.to_string().into());
     for spec in &config.publish {
         option("--publish", spec.into());
     }
@@ -90,7 +114,7 @@ mod tests {
         config.serve_args = vec!["--dns-upstream".into(), "127.0.0.1:5353".into()];
         config.vsock = false;
         let expected = "serve --link qemu:fd:5,name=demo,mtu=65520 --api unix:/run/a.sock --state-dir /state \
-            --ready-fd 6 --publish 2222:22/tcp --publish 8080:80 --dns-upstream 127.0.0.1:5353";
+            --publish 2222:22/tcp --publish 8080:80 --dns-upstream 127.0.0.1:5353 --ready-fd 6";
         let words = arguments(&config, &Card::Socket, &Link::Inherited(5), 6);
         assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
         let words = arguments(&config, &Card::VhostUser, &Link::Path("/run/vm".into()), 6);
@@ -101,6 +125,14 @@ mod tests {
         let expected = "serve --network dev --join unix:/run/j --api unix:/run/a.sock --state-dir /n --ready-fd 6 \
             --dns-upstream 127.0.0.1:5353";
         assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
+        config.shared = Some(shared);
+        let known = config.sidecar_arguments().expect("it needs one");
+        assert_eq!(
+            known[2], "qemu:unix:/run/a.sock-demo,name=demo,mtu=65520",
+            "the address is the network's to judge"
+        );
+        config.net = crate::Net::None;
+        assert_eq!(config.sidecar_arguments(), None);
         let spec = link_spec(&config, &Card::Datagrams, &Link::Inherited(5));
         assert_eq!(spec, "dgram:fd:5,name=demo,mtu=1500,ip=192.168.127.9");
     }

@@ -1,16 +1,17 @@
-//! The signals that end a VM, as a file descriptor.
+//! The signals that end a VM, as a descriptor.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::sys::Pending;
 
 /// SIGTERM, SIGINT and SIGHUP press the power button; SIGQUIT kills at once, as `portway kill` wants it. The mask is put
 /// back when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Signals {
-    fd: SignalFd,
+    pending: Pending,
     before: SigSet,
 }
 
@@ -20,19 +21,17 @@ impl Signals {
             [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
         let before = SigSet::thread_get_mask()?;
         set.thread_block()?;
-        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        Ok(Self { fd, before })
+        Ok(Self { pending: Pending::of(&set)?, before })
     }
 
     pub(crate) fn next(&self) -> io::Result<Option<Signal>> {
-        let Some(info) = self.fd.read_signal()? else { return Ok(None) };
-        Ok(i32::try_from(info.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok()))
+        self.pending.next()
     }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.pending.as_fd()
     }
 }
 

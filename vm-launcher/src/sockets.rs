@@ -1,29 +1,15 @@
-//! Unix sockets in the state directory, however long its path is.
-//!
-//! A socket's address has 107 bytes for a path (unix(7)), and a state directory beside an image easily has more. Linux
-//! follows `/proc/self/fd/N`, so directory and name are given as that: short, and the same file.
+//! Unix sockets in the state directory, however long its path is ([`sys::short`]).
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
-
-/// The path of a socket's file, short; it lives as long as the descriptor.
-fn short(path: &Path) -> io::Result<(OwnedFd, PathBuf)> {
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let fd = open(directory, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    let short = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd())).join(name);
-    Ok((fd, short))
-}
+use crate::sys;
 
 /// Connects to the socket at `path`.
 pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
-    let (_fd, short) = short(path)?;
+    let (_fd, short) = sys::short(path)?;
     UnixStream::connect(short)
 }
 
@@ -41,7 +27,7 @@ impl Listening {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let (_fd, short) = short(path)?;
+        let (_fd, short) = sys::short(path)?;
         let listener = UnixListener::bind(short)?;
         Ok(Self { listener, _file: Owned(path.to_owned()) })
     }

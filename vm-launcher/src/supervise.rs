@@ -10,33 +10,25 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitStatus, Stdio};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
-use crate::config::Console;
-use crate::console_log::ConsoleLog;
 use crate::guard::Guard;
-use crate::hypervisor::{Control, Hypervisor};
-use crate::machine::{Machine, Plan};
-use crate::net::Card;
+use crate::machine::Plan;
 use crate::network::Network;
-use crate::process::{Process, timeout};
-use crate::qemu::Wires;
+use crate::process::timeout;
 use crate::registry::Registration;
-use crate::share::Daemon;
-use crate::sidecar::Link;
+use crate::share::{self, Serving};
 use crate::signals::Signals;
-use crate::sockets::{Listening, OwnedDir};
-use crate::state::{self, Log, StateDir};
+use crate::state::{self, StateDir};
 use crate::terminal::Terminal;
-use crate::{LaunchConfig, LaunchError, sockets, sys};
+use crate::vm::Vm;
+use crate::{LaunchConfig, LaunchError};
 
 /// How long a process has between SIGTERM and SIGKILL.
 pub(crate) const END_PATIENCE: Duration = Duration::from_secs(3);
@@ -88,9 +80,10 @@ fn run_in(
 ) -> Result<u8, LaunchError> {
     let terminal = Terminal::remember()
         .map_err(|error| LaunchError::system("cannot read the terminal's settings", error))?;
-    let mut guard = Guard::start(&config.sidecar, state, &terminal)?;
+    let lock = state.lock().map_err(|error| LaunchError::system("cannot share the lock", error))?;
+    let mut guard = Guard::start(&config.sidecar, Some(lock), &terminal)?;
     guard.end_note(&state.path().join(state::END));
-    let (machine, notes) = plan.prepare(config, state)?;
+    let (machine, notes) = plan.prepare(config, state, &mut guard)?;
     let _registered = Registration::make(config, &plan.accel, &mut guard)?;
     for note in notes {
         say(note);
@@ -105,7 +98,7 @@ fn run_in(
     }
     say(format_args!("accelerator: {} ({})", plan.accel.kind.name(), plan.accel.reason));
     say(format_args!("network card: {} ({})", machine.card.name(), plan.net.reason));
-    let shares = shares(config, plan, state, &mut guard)?;
+    let shares = share::serve(&config.shares, plan.virtiofsd.as_ref(), state, &mut guard)?;
     let vm = Vm::start(config, &*plan.hypervisor, &machine, state, vm_end, &shares, &terminal, &mut guard)?;
     drop(shares.sockets);
     let told_running = false;
@@ -116,163 +109,6 @@ fn run_in(
 /// nobody to tell.
 pub(crate) fn say(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "portway: {line}");
-}
-
-/// The VM's end of its link.
-pub(crate) enum VmEnd {
-    /// To be inherited.
-    Socket(OwnedFd),
-    /// To be connected to.
-    Path(std::path::PathBuf),
-}
-
-/// A process that serves a share.
-struct Serving {
-    process: Process,
-    log: Log,
-    tag: String,
-}
-
-/// The shares: who serves them, and QEMU's ends.
-struct Shares {
-    served: Vec<Serving>,
-    sockets: Vec<(String, OwnedFd)>,
-}
-
-fn shares(
-    config: &LaunchConfig,
-    plan: &Plan,
-    state: &StateDir,
-    guard: &mut Guard,
-) -> Result<Shares, LaunchError> {
-    let mut made = Shares { served: Vec::new(), sockets: Vec::new() };
-    let Some(daemon) = &plan.virtiofsd else { return Ok(made) };
-    let failed = |error: io::Error| LaunchError::system("cannot make a socket for virtiofsd", error);
-    for (n, share) in config.shares.iter().enumerate() {
-        let path = state.path().join(format!("virtiofs{n}.sock"));
-        guard.file(&path);
-        let (listener, socket) = sockets::nameless(&path).map_err(failed)?;
-        let listener = OwnedFd::from(listener);
-        let log = state.log(&format!("virtiofs{n}.log"))?;
-        let process = start_daemon(daemon, share, listener, &log)?;
-        guard.watch(&process, false);
-        made.served.push(Serving { process, log, tag: share.tag(n) });
-        made.sockets.push((share.tag(n), socket.into()));
-    }
-    Ok(made)
-}
-
-fn start_daemon(
-    daemon: &Daemon,
-    share: &crate::Share,
-    listener: OwnedFd,
-    log: &Log,
-) -> Result<Process, LaunchError> {
-    let writer = || log.writer().map_err(|error| LaunchError::system("cannot share a log", error));
-    let mut command = Command::new(daemon.program());
-    command.args(daemon.arguments(share, sys::number(&listener))).stdin(Stdio::null());
-    command.stdout(writer()?).stderr(writer()?).process_group(0);
-    sys::prepare(&mut command, vec![listener], Signal::SIGKILL);
-    Process::start(command)
-}
-
-/// The hypervisor.
-struct Vm {
-    process: Process,
-    control: Box<dyn Control>,
-    log: Log,
-    console_log: ConsoleLog,
-    name: &'static str,
-    _sockets: Vec<Listening>,
-    _forgotten: Option<OwnedDir>,
-}
-
-impl Vm {
-    #[expect(clippy::too_many_arguments, reason = "each is one checked part of the machine, used once, here")]
-    fn start(
-        config: &LaunchConfig,
-        hypervisor: &dyn Hypervisor,
-        machine: &Machine,
-        state: &StateDir,
-        link: Option<VmEnd>,
-        shares: &Shares,
-        terminal: &Terminal,
-        guard: &mut Guard,
-    ) -> Result<Self, LaunchError> {
-        let failed = |error: io::Error| LaunchError::system("cannot make a channel for the VM", error);
-        for path in hypervisor.leaves(state) {
-            guard.file(&path);
-        }
-        let (control, theirs) = hypervisor.control(state).map_err(failed)?;
-        let mut inherited = Vec::new();
-        let mut inherit = |fd: OwnedFd| {
-            let number = sys::number(&fd);
-            inherited.push(fd);
-            number
-        };
-        let mut wires = Wires {
-            link: link.map(|end| match end {
-                VmEnd::Socket(fd) => Link::Inherited(inherit(fd)),
-                VmEnd::Path(path) => Link::Path(path),
-            }),
-            ..Wires::default()
-        };
-        wires.qmp = theirs.map(&mut inherit);
-        let mut listening = Vec::new();
-        let mut listen = |name: &str, guard: &mut Guard| {
-            let path = state.path().join(name);
-            guard.file(&path);
-            let socket = Listening::at(&path)?;
-            let fd = socket.listener.as_fd().try_clone_to_owned()?;
-            listening.push(socket);
-            io::Result::Ok(fd)
-        };
-        if hypervisor.takes_sockets() {
-            wires.monitor = Some(inherit(listen(state::QMP, guard).map_err(failed)?));
-            if config.console == Console::Socket {
-                wires.console = Some(inherit(listen(state::CONSOLE, guard).map_err(failed)?));
-            }
-        }
-        let (console_log, pipe) =
-            ConsoleLog::start(&state.path().join(state::CONSOLE_LOG)).map_err(failed)?;
-        wires.console_log = Some(inherit(pipe));
-        for (tag, socket) in &shares.sockets {
-            let socket = socket.try_clone().map_err(failed)?;
-            wires.shares.push((tag.clone(), inherit(socket)));
-        }
-        let log = state.log("vm.log")?;
-        let mut command = Command::new(hypervisor.program());
-        command.args(hypervisor.arguments(config, machine, &wires)).stderr(log.writer().map_err(failed)?);
-        let mut forgotten = None;
-        if config.disposable {
-            let tmp = state.path().join(state::TMP);
-            guard.directory(&tmp);
-            std::fs::create_dir_all(&tmp).map_err(failed)?;
-            command.env("TMPDIR", &tmp);
-            forgotten = Some(OwnedDir(tmp));
-        }
-        if config.console == Console::Socket || !terminal.is_there() {
-            // No console to type on; and with it no reason to be in the terminal's foreground, where Ctrl-C would
-            // end QEMU before the guest is down.
-            command.stdin(Stdio::null()).process_group(0);
-        }
-        if config.console == Console::Socket {
-            // Whoever reads what we say until the machine runs must not have to wait for the hypervisor's end.
-            command.stdout(log.writer().map_err(failed)?);
-        }
-        sys::prepare(&mut command, inherited, Signal::SIGKILL);
-        let process = Process::start(command)?;
-        guard.watch(&process, false);
-        Ok(Self {
-            process,
-            control,
-            log,
-            console_log,
-            name: hypervisor.name(),
-            _sockets: listening,
-            _forgotten: forgotten,
-        })
-    }
 }
 
 /// Why the VM is being ended.
@@ -425,14 +261,4 @@ impl Supervisor<'_> {
             Err(errno) => Err(errno.into()),
         }
     }
-}
-
-/// A pair of sockets for the two ends of a link.
-pub(crate) fn pair(card: &Card) -> io::Result<(OwnedFd, OwnedFd)> {
-    if *card == Card::Datagrams {
-        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair()?;
-        return Ok((ours.into(), theirs.into()));
-    }
-    let (ours, theirs) = UnixStream::pair()?;
-    Ok((ours.into(), theirs.into()))
 }

@@ -7,7 +7,7 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
 /// The terminal on stdin, if it is one; put back when this is dropped.
 #[derive(Debug)]
@@ -18,6 +18,14 @@ impl Terminal {
     pub(crate) fn remember() -> io::Result<Self> {
         let stdin = io::stdin();
         Ok(Self(if stdin.is_terminal() { Some(tcgetattr(&stdin)?) } else { None }))
+    }
+
+    /// Hands every key on as it is, Ctrl-C too.
+    pub(crate) fn make_raw(&self) -> io::Result<()> {
+        let Some(settings) = &self.0 else { return Ok(()) };
+        let mut raw = settings.clone();
+        cfmakeraw(&mut raw);
+        Ok(tcsetattr(io::stdin(), SetArg::TCSADRAIN, &raw)?)
     }
 
     /// Another descriptor of it.

@@ -24,7 +24,7 @@ use crate::net::{self, Card};
 use crate::qemu::Wires;
 use crate::sidecar::Link;
 use crate::state::StateDir;
-use crate::{Accel, Arch, LaunchConfig, LaunchError, Net, http, programs, state};
+use crate::{Accel, Arch, LaunchConfig, LaunchError, Net, http, programs, state, vsock};
 
 /// The socket of its REST interface in the state directory.
 const REST: &str = "vfkit.sock";
@@ -38,21 +38,24 @@ const LOOK: Duration = Duration::from_millis(100);
 pub(crate) struct Vfkit {
     program: PathBuf,
     rest: PathBuf,
+    /// Ports of the guest's vsock, and the sockets on which vfkit listens for them.
+    ports: Vec<(u32, PathBuf)>,
 }
 
 impl Vfkit {
     /// Finds vfkit: where it was said to be, else in `PATH`.
     pub(crate) fn find(config: &LaunchConfig) -> Result<Self, LaunchError> {
         let program = match &config.vfkit {
-            Some(path) if path.is_file() => path.clone(),
-            Some(path) => return Err(LaunchError::NoVfkit(format!("{} is not a file", path.display()))),
+            Some(path) => {
+                programs::named(path).map_err(|why| LaunchError::Setting(format!("--vfkit: {why}")))?
+            }
             None => programs::in_path("vfkit")
                 .ok_or_else(|| LaunchError::NoVfkit("no vfkit in PATH".to_owned()))?,
         };
-        let rest = std::path::absolute(&config.state_dir)
-            .map_err(|error| LaunchError::system("the state directory has no absolute path", error))?
-            .join(REST);
-        Ok(Self { program, rest })
+        let state = std::path::absolute(&config.state_dir)
+            .map_err(|error| LaunchError::system("the state directory has no absolute path", error))?;
+        let ports = config.vsock_ports.iter().map(|port| (*port, state.join(vsock::name(*port)))).collect();
+        Ok(Self { program, rest: state.join(REST), ports })
     }
 }
 
@@ -107,13 +110,19 @@ impl Hypervisor for Vfkit {
         if let Some((option, _, why)) = refused.iter().find(|(_, asked, _)| *asked) {
             return refuse(format!("{option} cannot be had with vfkit: {why}"));
         }
-        if self.rest.as_os_str().len() > SOCKET_PATH {
+        let sockets = std::iter::once(&self.rest).chain(self.ports.iter().map(|(_, path)| path));
+        if let Some(long) = sockets.into_iter().find(|path| path.as_os_str().len() > SOCKET_PATH) {
             return refuse(format!(
-                "--state-dir {}: too long for vfkit's socket in it: at most {SOCKET_PATH} bytes",
-                self.rest.display()
+                "--state-dir {}: too long for vfkit's sockets in it: {} has more than {SOCKET_PATH} bytes",
+                config.state_dir.display(),
+                long.display()
             ));
         }
-        Ok(())
+        let twice = |n: usize, port: u32| self.ports.iter().take(n).any(|(other, _)| *other == port);
+        match self.ports.iter().enumerate().find(|(n, (port, _))| twice(*n, *port)) {
+            Some((_, (port, _))) => refuse(format!("--vsock-ports: port {port} is given twice")),
+            None => Ok(()),
+        }
     }
 
     fn accel(&self, _: &LaunchConfig) -> Result<accel::Choice, LaunchError> {
@@ -133,7 +142,7 @@ impl Hypervisor for Vfkit {
     }
 
     fn arguments(&self, config: &LaunchConfig, machine: &Machine, wires: &Wires) -> Vec<OsString> {
-        arguments(config, machine, wires, &self.rest)
+        arguments(config, machine, wires, self)
     }
 
     fn control(&self, _: &StateDir) -> io::Result<(Box<dyn Control>, Option<OwnedFd>)> {
@@ -142,11 +151,11 @@ impl Hypervisor for Vfkit {
     }
 
     fn leaves(&self, _: &StateDir) -> Vec<PathBuf> {
-        vec![self.rest.clone()]
+        std::iter::once(&self.rest).chain(self.ports.iter().map(|(_, path)| path)).cloned().collect()
     }
 }
 
-fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires, rest: &Path) -> Vec<OsString> {
+fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires, vfkit: &Vfkit) -> Vec<OsString> {
     let mut words: Vec<OsString> = Vec::new();
     let mut add = |name: &str, value: OsString| words.extend([name.into(), value]);
     add("--cpus", config.cpus.to_string().into());
@@ -193,6 +202,10 @@ fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires, rest: &Pat
     } else if let Some(Link::Path(path)) = &wires.link {
         add("--device", with_path("virtio-net,unixSocketPath=", path, &format!(",mac={}", machine.mac)));
     }
+    for (port, path) in &vfkit.ports {
+        // `connect`: whoever connects to the socket is connected with the guest's port.
+        add("--device", with_path(&format!("virtio-vsock,port={port},socketURL="), path, ",connect"));
+    }
     for (n, share) in config.shares.iter().enumerate() {
         add(
             "--device",
@@ -214,7 +227,7 @@ fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires, rest: &Pat
     for device in &config.devices {
         add("--device", device.clone());
     }
-    add("--restful-uri", with_path("unix://", rest, ""));
+    add("--restful-uri", with_path("unix://", &vfkit.rest, ""));
     words
 }
 
@@ -294,19 +307,24 @@ mod tests {
 
     fn line(config: &LaunchConfig, machine: &Machine) -> String {
         let wires = Wires { link: Some(Link::Inherited(5)), ..Wires::default() };
-        let words = arguments(config, machine, &wires, Path::new("/s/vfkit.sock"));
+        let words = arguments(config, machine, &wires, &vfkit());
         words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\n")
     }
 
     fn vfkit() -> Vfkit {
-        Vfkit { program: "/v".into(), rest: "/s/vfkit.sock".into() }
+        Vfkit {
+            program: "/v".into(),
+            rest: "/s/vfkit.sock".into(),
+            ports: vec![(2374, "/s/guest.00000946".into())],
+        }
     }
 
     #[test]
     fn the_whole_command_line_of_a_kernel() {
         let expected = "--cpus\n1\n--memory\n512\n\
             --bootloader\nlinux,kernel=/i/demo-kernel,initrd=/i/demo-initrd.img,cmdline=\"quiet console=hvc0\"\n\
-            --device\nvirtio-net,fd=5,mac=52:00:00:00:00:07\n--device\nvirtio-rng\n--device\nvirtio-balloon\n\
+            --device\nvirtio-net,fd=5,mac=52:00:00:00:00:07\n\
+            --device\nvirtio-vsock,port=2374,socketURL=/s/guest.00000946,connect\n--device\nvirtio-rng\n--device\nvirtio-balloon\n\
             --device\nvirtio-serial,stdio\n--restful-uri\nunix:///s/vfkit.sock";
         assert_eq!(line(&config(), &machine(kernel())), expected);
     }
@@ -325,7 +343,8 @@ mod tests {
         let expected = "--cpus\n1\n--memory\n512\n--bootloader\nefi,variable-store=/s/efi-variable-store,create\n\
             --device\nvirtio-blk,path=/i/os.raw\n--device\nvirtio-blk,path=/d\n\
             --device\nusb-mass-storage,path=/s/data.iso,readonly\n\
-            --device\nvirtio-net,fd=5,mac=52:00:00:00:00:07\n--device\nvirtio-fs,sharedDir=/srv,mountTag=code\n\
+            --device\nvirtio-net,fd=5,mac=52:00:00:00:00:07\n\
+            --device\nvirtio-vsock,port=2374,socketURL=/s/guest.00000946,connect\n--device\nvirtio-fs,sharedDir=/srv,mountTag=code\n\
             --device\nvirtio-rng\n--device\nvirtio-balloon\n\
             --device\nvirtio-serial,logFilePath=/s/console.log\n--ignition\n/c.ign\n--device\nvirtio-gpu\n\
             --restful-uri\nunix:///s/vfkit.sock";

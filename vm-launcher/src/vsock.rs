@@ -6,6 +6,9 @@ use std::path::PathBuf;
 
 use crate::{HypervisorKind, LaunchConfig, LaunchError};
 
+/// What its path has more than the link's.
+pub(crate) const ENDING: &str = "-vsock";
+
 /// The socket on which the sidecar waits for the hypervisor's vsock device, beside the link's; `None` when the VM has no
 /// vsock: nobody wants one, or no sidecar is this VM's own.
 pub(crate) fn socket(config: &LaunchConfig) -> Option<PathBuf> {
@@ -13,7 +16,7 @@ pub(crate) fn socket(config: &LaunchConfig) -> Option<PathBuf> {
         return None;
     }
     let mut path = crate::net::socket(config).into_os_string();
-    path.push("-vsock");
+    path.push(ENDING);
     Some(path.into())
 }
 
@@ -23,15 +26,24 @@ fn is_possible(config: &LaunchConfig) -> bool {
     takes_device && config.shared.is_none() && config.net.needs_sidecar()
 }
 
-/// Ports need a vsock.
+/// The name of a guest's port in the state directory, as LinuxKit has it.
+pub(crate) fn name(port: u32) -> String {
+    format!("guest.{port:08x}")
+}
+
+/// Ports need a vsock. vfkit has its own, whatever the network is.
 pub(crate) fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
-    let Some(port) = config.vsock_ports.first().filter(|_| socket(config).is_none()) else { return Ok(()) };
+    let Some(port) = config.vsock_ports.first() else { return Ok(()) };
+    let by_vfkit = config.vsock && config.hypervisor == HypervisorKind::Vfkit;
+    if by_vfkit || socket(config).is_some() {
+        return Ok(());
+    }
     let why = if !config.vsock {
         "the VM has no vsock with --vsock off"
     } else if config.shared.is_some() {
         "a VM on a network that is shared has no vsock yet: leave --network out"
     } else {
-        "the VM has a vsock only with a network of Portway's, in QEMU on Linux"
+        "in QEMU the VM has a vsock only with a network of Portway's, and on Linux"
     };
     Err(LaunchError::Setting(format!("--vsock-ports {port}: {why}")))
 }
@@ -71,6 +83,16 @@ mod tests {
             words,
             ["--vsock", "vhost-user:unix:/run/a-demo-vsock,name=demo", "--vsock-ports", "2374,62373"]
         );
+    }
+
+    #[test]
+    fn vfkits_vsock_is_its_own_and_needs_no_network() {
+        let mut config = config();
+        config.hypervisor = HypervisorKind::Vfkit;
+        config.net = Net::None;
+        check(&config).expect("vfkit has one");
+        assert!(serve_arguments(&config).is_empty());
+        assert_eq!(name(2374), "guest.00000946");
     }
 
     #[test]

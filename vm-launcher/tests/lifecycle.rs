@@ -16,6 +16,7 @@ use portway_launcher::{Accel, BootImage, LaunchConfig, LaunchError, Net, run};
 const PRELUDE: &str = r#"#!/bin/bash
 # The guard, which is the sidecar's program: the real one is tested with the real program (tests/tests/launch.rs).
 [ "$1" = __guard ] && exec cat > /dev/null
+[ "$1" = --version ] && { echo "QEMU emulator version 7.2.0"; exit; }
 after() { local want=$1 last; shift; for word; do [ "$last" = "$want" ] && { echo "$word"; return; }; last=$word; done; }
 note() { echo "$2" > "$DIR/$1.new" && mv "$DIR/$1.new" "$DIR/$1"; }
 "#;
@@ -60,7 +61,6 @@ impl Lab {
         let sidecar = script(path, "sidecar.sh", sidecar);
         let mut config =
             LaunchConfig::new(image, "demo".into(), path.join("state"), path.join("api.sock"), sidecar);
-        // The fake QEMUs have no version.
         config.net = Net::Socket;
         config.qemu = Some(script(path, "qemu.sh", qemu));
         config.accel = Accel::Tcg;
@@ -196,8 +196,7 @@ fn sigquit_kills_at_once() {
 #[test]
 fn a_share_whose_server_dies_takes_the_vm_with_it_and_says_why() {
     let mut lab = Lab::new(GOOD_SIDECAR, GOOD_QEMU);
-    let server =
-        "[ \"$1\" = --help ] && exit; echo 'no such directory' >&2; note virtiofsd $$; exec sleep 1000";
+    let server = "[ \"$1\" = --help ] && { echo --shared-dir; exit; }; echo 'no such directory' >&2; note virtiofsd $$; exec sleep 1000";
     lab.config.virtiofsd = Some(script(lab.dir.path(), "virtiofsd.sh", server));
     lab.config.shares = vec![format!("{},tag=code", lab.dir.path().display()).parse().expect("a share")];
     let error = lab
@@ -237,7 +236,7 @@ fn what_is_wrong_is_told_before_anything_starts() {
     type Change = fn(&mut LaunchConfig);
     let wrong: [(&str, Change); 5] = [
         ("kernel", |config| config.image = BootImage::Prefix("/nonexistent/os".into())),
-        ("QEMU is missing", |config| config.qemu = Some("/nonexistent/qemu".into())),
+        ("--qemu: /nonexistent/qemu", |config| config.qemu = Some("/nonexistent/qemu".into())),
         ("letters, digits", |config| config.name = "a,mtu=1".into()),
         ("--cpus 1", |config| config.cpus = 0),
         ("--mem 256", |config| config.mem_mib = 0),

@@ -260,6 +260,12 @@ fn usage(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::SUCCESS;
     }
+    listing::complain(&one_line(error));
+    ExitCode::from(2)
+}
+
+/// clap's error as one line.
+fn one_line(error: &clap::Error) -> String {
     let text = error.to_string();
     let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
     let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
@@ -267,8 +273,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     let more: Vec<&str> =
         lines.take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more")).collect();
     let more = if more.is_empty() { String::new() } else { format!(" {}", more.join(" ")) };
-    listing::complain(&format!("{first}{more} (see portway --help)"));
-    ExitCode::from(2)
+    format!("{first}{more} (see portway --help)")
 }
 
 /// Rewrites `-option` to `--option` for every long option there is; values and what stands behind `--` stay.

@@ -5,12 +5,15 @@
 )]
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::net::Ipv4Addr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::Duration;
 
-use clap::ValueEnum;
+use clap::{Parser, ValueEnum};
 use portway_api::control::PortInfo;
 use portway_launcher::{
     Accel, Arch, BootImage, Console, Data, DiskSpec, Event, HypervisorKind, LaunchConfig, LaunchError, Leave,
@@ -19,9 +22,13 @@ use portway_launcher::{
 
 use super::{Failure, listing};
 use crate::agent::{GuestBinds, SocketPair};
-use crate::config::{Switch, UnixPath, runtime_socket};
+use crate::config::{Config, DnsHost, Settings, Switch, UnixPath, runtime_socket};
 use crate::control::client::Client;
+use crate::dns::Upstream;
 use crate::publish::spec::PublishArg;
+
+/// Bytes of a network's name: its control socket has a path of some 100.
+const NETWORK_NAME: usize = 40;
 
 /// The options of `run`.
 #[derive(Debug, clap::Args)]
@@ -74,10 +81,10 @@ struct MachineArgs {
     #[arg(long, value_enum)]
     arch: Option<ArchArg>,
     /// Virtual CPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = |text: &str| number::<u16>(text, 1..=255, "2"))]
     cpus: u16,
     /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = |text: &str| number::<u32>(text, 32..=u32::MAX, "1024"))]
     mem: u32,
     /// What runs the guest's instructions
     #[arg(long, value_enum, default_value_t = AccelArg::Auto)]
@@ -143,13 +150,13 @@ struct NetworkArgs {
     #[arg(long, value_name = "IP")]
     ip: Option<Ipv4Addr>,
     /// The largest IP packet on the link [default: 65520; 1500 with vfkit]
-    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(576..))]
+    #[arg(long, value_name = "BYTES", value_parser = |text: &str| number::<u16>(text, 576..=u16::MAX, "1500"))]
     mtu: Option<u16>,
     /// Whether the VM has a vsock, by the network's own device: streams between host and guest without a network [default: on]
     #[arg(long, value_name = "on|off")]
     vsock: Option<Switch>,
     /// Ports of the guest's vsock, each a unix socket guest.%08x in the state directory, such as 2374,62373
-    #[arg(long, value_name = "PORT,…", value_delimiter = ',')]
+    #[arg(long, value_name = "PORT,…", value_delimiter = ',', value_parser = |text: &str| number::<u32>(text, 1..=u32::MAX - 1, "2374"))]
     vsock_ports: Vec<u32>,
     /// A unix socket in the guest that leads to one of this host, GUEST_PATH:HOST_PATH; needs the guest agent; repeatable
     #[arg(long, value_name = "PATH:PATH")]
@@ -166,12 +173,28 @@ struct NetworkArgs {
     /// The network's control socket, when it is to have one of its own
     #[arg(long, value_name = "unix:PATH")]
     api: Option<UnixPath>,
-    /// Ask this resolver, IP[:PORT], and not those of the host's resolv.conf; repeatable
-    #[arg(long, value_name = "IP[:PORT]")]
+    /// Ask this resolver and not those of the host's resolv.conf, as of `serve`; repeatable
+    #[arg(long, value_name = "[DOMAIN=]SERVER", value_parser = as_typed::<Upstream>)]
     dns_upstream: Vec<String>,
+    /// PEM file of the authorities whose certificates resolvers over TLS and HTTPS may have [default: the host's]
+    #[arg(long, value_name = "FILE")]
+    dns_ca: Option<PathBuf>,
     /// A name of our own, NAME=IP; repeatable
-    #[arg(long, value_name = "NAME=IP")]
+    #[arg(long, value_name = "NAME=IP", value_parser = as_typed::<DnsHost>)]
     dns_host: Vec<String>,
+}
+
+impl NetworkArgs {
+    /// An option that was given and says nothing without a network of ours; what the launcher knows of, it checks itself.
+    fn needs_network(&self) -> Option<&'static str> {
+        let given = [
+            ("--api", self.api.is_some()),
+            ("--dns-upstream", !self.dns_upstream.is_empty()),
+            ("--dns-host", !self.dns_host.is_empty()),
+            ("--vsock on", self.vsock == Some(Switch::On)),
+        ];
+        given.into_iter().find_map(|(option, given)| given.then_some(option))
+    }
 }
 
 /// Start and end.
@@ -191,7 +214,12 @@ struct LifeArgs {
     #[arg(long)]
     wait: bool,
     /// Seconds the guest has to power off after SIGTERM or SIGINT
-    #[arg(long, value_name = "SECONDS", default_value_t = LaunchConfig::DEFAULT_STOP_TIMEOUT.as_secs())]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = LaunchConfig::DEFAULT_STOP_TIMEOUT.as_secs(),
+        value_parser = |text: &str| number::<u64>(text, 0..=LaunchConfig::LONGEST_STOP_TIMEOUT.as_secs(), "30")
+    )]
     stop_timeout: u64,
 }
 
@@ -268,10 +296,47 @@ impl From<ArchArg> for Arch {
     }
 }
 
+/// A number in a range; the error says which, and gives an example.
+fn number<T>(text: &str, range: RangeInclusive<T>, example: &str) -> Result<T, String>
+where
+    T: FromStr + PartialOrd + Display,
+{
+    let fault = || format!("a number from {} to {} is needed, such as {example}", range.start(), range.end());
+    text.parse().ok().filter(|number| range.contains(number)).ok_or_else(fault)
+}
+
+/// A value of `serve`, checked and handed on as it was typed.
+fn as_typed<T: FromStr>(text: &str) -> Result<String, T::Err> {
+    text.parse::<T>().map(|_| text.to_owned())
+}
+
+/// Looks at the sidecar's command line as the sidecar will, before anything is started.
+fn check_network(config: &LaunchConfig) -> Result<(), Failure> {
+    let Some(words) = config.sidecar_arguments() else { return Ok(()) };
+    let line = std::iter::once(OsString::from("portway")).chain(words);
+    let cli = super::Cli::try_parse_from(line).map_err(|error| Failure::usage(super::one_line(&error)))?;
+    let super::Command::Serve { settings, .. } = cli.command else { return Ok(()) };
+    let settings = settings.over(Settings::from_env(std::env::vars_os()).map_err(Failure::usage)?);
+    Config::try_from(settings).map(drop).map_err(|error| {
+        let text = error.to_string();
+        // The user knows the link's address by another name.
+        match (config.ip, text.strip_prefix("--link: ")) {
+            (Some(_), Some(fault)) => Failure::usage(format!("--ip: {fault}")),
+            _ => Failure::usage(text),
+        }
+    })
+}
+
 pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let wait = args.life.wait;
     let detach = args.life.detach || wait;
     let config = config(args)?;
+    check_network(&config)?;
+    if wait && !config.net.needs_sidecar() {
+        return Err(Failure::usage(
+            "--wait asks a network of Portway's, and the VM has none with this --net or --networking",
+        ));
+    }
     let mut leave = None;
     if detach {
         match portway_launcher::detach(&config.state_dir).map_err(failure)? {
@@ -329,17 +394,22 @@ fn image(prefix: Option<PathBuf>, boot: &BootArgs, arch: Arch) -> Result<(PathBu
 
 fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     let RunArgs { image: prefix, boot, machine, network, life } = args;
-    if let Some(name) = &network.network
-        && (name.is_empty() || name.contains(['/', '\0']) || name.starts_with('.'))
-    {
-        return Err(Failure::usage(format!("--network {name:?} is not a name, such as --network dev")));
+    if let Some(name) = network.network.as_deref().filter(|name| !is_network_name(name)) {
+        return Err(Failure::usage(format!(
+            "--network {name:?}: letters, digits and inner - _ . only, at most {NETWORK_NAME}, such as --network dev"
+        )));
+    }
+    let net = network.networking.clone().unwrap_or_else(|| network.net.into());
+    if let Some(option) = network.needs_network().filter(|_| !net.needs_sidecar()) {
+        return Err(Failure::usage(format!(
+            "{option} goes with a network of Portway's, and the VM has none with this --net or --networking"
+        )));
     }
     let named = network.network.clone().unwrap_or_else(|| "default".into());
     let api = match network.api {
         Some(UnixPath(path)) => path,
         None => runtime_socket(&named).map_err(Failure::usage)?,
     };
-    let net = network.networking.unwrap_or_else(|| network.net.into());
     if network.network.is_none()
         && net.needs_sidecar()
         && std::os::unix::net::UnixStream::connect(&api).is_ok()
@@ -396,6 +466,9 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     }
     config.shared = shared;
     config.serve_args.extend(network_args(network.config, &network.guest_socket, network.guest_binds)?);
+    if let Some(authorities) = network.dns_ca {
+        config.serve_args.extend(["--dns-ca".into(), authorities.into()]);
+    }
     for (option, values) in [("--dns-upstream", network.dns_upstream), ("--dns-host", network.dns_host)] {
         config.serve_args.extend(values.into_iter().flat_map(|value| [option.into(), value.into()]));
     }
@@ -421,6 +494,14 @@ fn network_args(
         args.extend(["--guest-binds".into(), value.get_name().into()]);
     }
     Ok(args)
+}
+
+/// A part of a file's name, and a word of a command line.
+fn is_network_name(name: &str) -> bool {
+    let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    name.len() <= NETWORK_NAME
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(inner)
 }
 
 /// Where a network that VMs share keeps its leases and its log: $XDG_STATE_HOME, else ~/.local/state.

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use portway_launcher::console::{self, Left};
 use portway_launcher::{VmInfo, control};
 
 use super::run::{failure, registry};
@@ -61,8 +62,13 @@ pub(super) fn console(which: &Which) -> Result<ExitCode, Failure> {
     if vm.detached {
         listing::complain(&format!("the console of {}; Ctrl-] leaves it", vm.name));
     }
-    control::console(&vm).map_err(failure)?;
-    Ok(ExitCode::SUCCESS)
+    let program = std::env::current_exe()
+        .map_err(|error| Failure::failed(format!("cannot find this program: {error}")))?;
+    let left = console::console(&vm, &program).map_err(failure)?;
+    if left == Left::Ended {
+        listing::complain(&format!("{} has ended", vm.name));
+    }
+    Ok(ExitCode::from(console::exit_code(left)))
 }
 
 fn tell(vm: &VmInfo, ended: &control::Ended) {

@@ -118,12 +118,13 @@ fn process(out: &mut Families) {
         out.gauge("process_open_fds", "Number of open file descriptors.", open.count() as u64);
     }
     use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
+    use nix::sys::time::TimeValLike;
     if let Ok((soft, _)) = getrlimit(Resource::RLIMIT_NOFILE) {
         out.gauge("process_max_fds", "Maximum number of open file descriptors.", soft);
     }
     if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
         let (user, system) = (usage.user_time(), usage.system_time());
-        let micros = (user.tv_sec() + system.tv_sec()) * 1_000_000 + user.tv_usec() + system.tv_usec();
+        let micros = user.num_microseconds() + system.num_microseconds();
         let name = "process_cpu_seconds_total";
         let _ = writeln!(
             out.0,

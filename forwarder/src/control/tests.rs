@@ -86,6 +86,7 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
             | Request::Leave(_)
             | Request::HandedOver { .. }
             | Request::GatewayForwards(_)
+            | Request::Ipv6Uplink(_)
             | Request::Search { .. }
             | Request::GuestAddress { .. }
             | Request::Note(_)
@@ -139,6 +140,7 @@ impl Server {
                 started_ms: 1_700_000_000_000,
             };
             let dns = Dns::new(crate::dns::DnsConfig {
+                authorities: None,
                 domain: crate::DOMAIN.into(),
                 aliases: Vec::new(),
                 gateway: vec![[192, 168, 127, 1].into()],

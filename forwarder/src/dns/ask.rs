@@ -4,6 +4,8 @@
 //! socket is one attempt's own and connected, so that only the server's address is heard at all), and the letters of the
 //! name, each large or small by chance, which servers give back as they came (RFC 5452 §9; draft-vixie-dnsext-dns0x20).
 //! Other letters are no answer: the server is asked by TCP, and only if that changes them too is it taken for one that does.
+//!
+//! A server over TLS or HTTPS is asked by its line ([`super::secure`]) and by nothing else.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -14,7 +16,8 @@ use tokio::time::Instant;
 
 use super::cache::Key;
 use super::health::Health;
-use super::server::Server;
+use super::secure::{BLOCK, Lines};
+use super::server::{Channel, Server};
 use super::wire::{self, Match, Query, Rcode};
 
 /// Largest datagram there is.
@@ -68,7 +71,16 @@ impl Question {
 }
 
 /// Asks `server`; the answer still bears our id.
-pub(super) async fn ask(server: Server, question: &Question, health: &Health) -> io::Result<Vec<u8>> {
+pub(super) async fn ask(
+    server: Server,
+    question: &Question,
+    health: &Health,
+    lines: &Lines,
+) -> io::Result<Vec<u8>> {
+    if server.channel != Channel::Clear {
+        return by_line(&server, question, lines).await;
+    }
+    let server = &server;
     if let Question::Theirs(_, transport) = question {
         let sent = question.message(false, false)?;
         return match transport {
@@ -118,7 +130,25 @@ pub(super) async fn ask(server: Server, question: &Question, health: &Health) ->
     }
 }
 
-async fn by_datagram(server: Server, sent: &Sent) -> io::Result<(Vec<u8>, Match)> {
+/// Over TLS or HTTPS, where nobody can guess anything, and where nothing is cut.
+async fn by_line(server: &Server, question: &Question, lines: &Lines) -> io::Result<Vec<u8>> {
+    let mut sent = question.message(false, true)?;
+    if matches!(server.channel, Channel::Https { .. }) {
+        // RFC 8484 §4.1: what is asked the same is to look the same, for caches.
+        sent.id = [0, 0];
+        wire::set_id(&mut sent.bytes, sent.id);
+    }
+    if matches!(question, Question::Ours(_)) {
+        wire::pad(&mut sent.bytes, BLOCK);
+    }
+    let reply = lines.ask(server, &sent.bytes).await?;
+    match wire::answers(&sent.bytes, sent.id, &reply) {
+        Some(_) => Ok(reply),
+        None => Err(io::Error::new(io::ErrorKind::InvalidData, "the answer is to another question")),
+    }
+}
+
+async fn by_datagram(server: &Server, sent: &Sent) -> io::Result<(Vec<u8>, Match)> {
     let any: IpAddr =
         if server.address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).await?;
@@ -155,7 +185,7 @@ fn pending_error(socket: &UdpSocket) -> io::Result<()> {
     Err(socket.take_error()?.unwrap_or_else(|| io::ErrorKind::WouldBlock.into()))
 }
 
-async fn by_stream(server: Server, sent: &Sent) -> io::Result<(Vec<u8>, Match)> {
+async fn by_stream(server: &Server, sent: &Sent) -> io::Result<(Vec<u8>, Match)> {
     let mut stream = TcpStream::connect(server.address).await?;
     let length = u16::try_from(sent.bytes.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut framed = Vec::with_capacity(sent.bytes.len().saturating_add(2));

@@ -51,7 +51,7 @@ impl Health {
         let mut known = self.lock();
         let rests = |known: &HashMap<Server, Known>, s: &Server| known.get(s).and_then(|k| k.rests_until);
         let (mut resting, well): (Vec<Server>, Vec<Server>) =
-            servers.iter().partition(|s| rests(&known, s).is_some());
+            servers.iter().cloned().partition(|s| rests(&known, s).is_some());
         resting.sort_by_key(|s| rests(&known, s));
         let mut probes = Vec::new();
         if !well.is_empty() {
@@ -59,7 +59,7 @@ impl Health {
                 if let Some(k) = known.get_mut(server).filter(|k| k.rests_until.is_some_and(|at| at <= now)) {
                     // The others need not try as well.
                     k.rests_until = Some(now + rest(k.strikes));
-                    probes.push(*server);
+                    probes.push(server.clone());
                 }
             }
             resting.retain(|s| !probes.contains(s));
@@ -69,39 +69,39 @@ impl Health {
     }
 
     /// `server` was silent, or is not there.
-    pub(super) fn silent(&self, server: Server, now: Instant) {
+    pub(super) fn silent(&self, server: &Server, now: Instant) {
         let mut known = self.lock();
-        let known = known.entry(server).or_default();
+        let known = known.entry(server.clone()).or_default();
         known.strikes = known.strikes.saturating_add(1);
         known.rests_until = Some(now + rest(known.strikes));
     }
 
     /// `server` has answered.
-    pub(super) fn well(&self, server: Server) {
-        if let Some(known) = self.lock().get_mut(&server) {
+    pub(super) fn well(&self, server: &Server) {
+        if let Some(known) = self.lock().get_mut(server) {
             known.strikes = 0;
             known.rests_until = None;
         }
     }
 
-    pub(super) fn is_resting(&self, server: Server) -> bool {
-        self.lock().get(&server).is_some_and(|k| k.rests_until.is_some())
+    pub(super) fn is_resting(&self, server: &Server) -> bool {
+        self.lock().get(server).is_some_and(|k| k.rests_until.is_some())
     }
 
-    pub(super) fn knows_edns(&self, server: Server, now: Instant) -> bool {
-        self.lock().get(&server).and_then(|k| k.without_edns_until).is_none_or(|until| until <= now)
+    pub(super) fn knows_edns(&self, server: &Server, now: Instant) -> bool {
+        self.lock().get(server).and_then(|k| k.without_edns_until).is_none_or(|until| until <= now)
     }
 
-    pub(super) fn has_no_edns(&self, server: Server, now: Instant) {
-        self.lock().entry(server).or_default().without_edns_until = Some(now + MEMORY);
+    pub(super) fn has_no_edns(&self, server: &Server, now: Instant) {
+        self.lock().entry(server.clone()).or_default().without_edns_until = Some(now + MEMORY);
     }
 
-    pub(super) fn keeps_letters(&self, server: Server, now: Instant) -> bool {
-        self.lock().get(&server).and_then(|k| k.changes_letters_until).is_none_or(|until| until <= now)
+    pub(super) fn keeps_letters(&self, server: &Server, now: Instant) -> bool {
+        self.lock().get(server).and_then(|k| k.changes_letters_until).is_none_or(|until| until <= now)
     }
 
-    pub(super) fn changes_letters(&self, server: Server, now: Instant) {
-        self.lock().entry(server).or_default().changes_letters_until = Some(now + MEMORY);
+    pub(super) fn changes_letters(&self, server: &Server, now: Instant) {
+        self.lock().entry(server.clone()).or_default().changes_letters_until = Some(now + MEMORY);
     }
 
     /// Forgets everything: the host is in another network.
@@ -130,22 +130,22 @@ mod tests {
     #[test]
     fn a_silent_server_stands_back_is_tried_beside_the_others_and_comes_back() {
         let (health, all, start) = (Health::default(), [server(1), server(2)], Instant::now());
-        health.silent(server(1), start);
+        health.silent(&server(1), start);
         let at = |seconds| health.order(&all, start + Duration::from_secs(seconds));
         assert_eq!(Vec::from(at(1).servers), [server(2), server(1)]);
         assert_eq!((at(2).probes, at(2).probes), (vec![server(1)], vec![]), "one probe");
-        health.silent(server(1), start + Duration::from_secs(4));
+        health.silent(&server(1), start + Duration::from_secs(4));
         assert!(at(7).probes.is_empty(), "twice as long now");
         assert_eq!(at(8).probes, [server(1)]);
-        health.well(server(1));
+        health.well(&server(1));
         assert_eq!(Vec::from(at(9).servers), all);
     }
 
     #[test]
     fn with_all_silent_all_are_asked_the_one_that_rested_longest_first() {
         let (health, all, start) = (Health::default(), [server(1), server(2)], Instant::now());
-        health.silent(server(2), start);
-        health.silent(server(1), start + Duration::from_secs(1));
+        health.silent(&server(2), start);
+        health.silent(&server(1), start + Duration::from_secs(1));
         let order = health.order(&all, start + Duration::from_secs(90));
         assert_eq!(
             (Vec::from(order.servers), order.well, order.probes),

@@ -5,7 +5,7 @@
 //!                                          ├─► parse ──┼─ zones                gateway. host. <vm>. and their PTRs
 //! TCP 53 (socketpair, `serve_stream`) ─────┘    │      ├─ --dns-host records, hosts file
 //!                                               │      ├─ cache
-//!                                FORMERR NOTIMP ┘      └─ relay ─► resolvers of resolv.conf, or --dns-upstream
+//!                                FORMERR NOTIMP ┘      └─ relay ─► resolvers of resolv.conf, or --dns-upstream (in clear, TLS, HTTPS)
 //! ```
 //! The order is the one above, the first that knows the name answers. hosts entries may add names under our domain,
 //! as Docker Desktop's `kubernetes.docker.internal`; else a name in our zones that is not there is NXDOMAIN.
@@ -14,8 +14,8 @@
 //! Limits: `IN_FLIGHT_MAX` queries at the resolvers and `STREAMS_MAX` connections, which guests share ([`places`]); beyond
 //! them a datagram is dropped (the client's own repeat is the back-off), a stream's query is REFUSED, a connection closed.
 //! `GUESTS_MAX` names of guests, `RECORDS_MAX` records; further ones in `cache`, `stream`, `hosts`. RFC 1034, 1035, 2181,
-//! 2308, 4343, 4592, 5452, 6303, 6761, 6891, 7766, 9619.
-//! Left out: DoT and DoH, DNSSEC validation (DO, AD and CD are carried), zone transfers and classes other than IN (both
+//! 2308, 4343, 4592, 5452, 6303, 6761, 6891, 7766, 7858, 8484, 9619.
+//! Left out: DNSSEC validation (DO, AD and CD are carried), zone transfers and classes other than IN (both
 //! REFUSED).
 
 mod ask;
@@ -29,6 +29,7 @@ mod records;
 mod relay;
 mod reply;
 mod resolv;
+mod secure;
 mod server;
 mod stream;
 #[cfg(test)]
@@ -57,8 +58,10 @@ pub use self::records::{Known, Origin};
 use self::relay::Relay;
 use self::reply::Reply;
 pub use self::resolv::ResolvConf;
+use self::secure::Lines;
+pub use self::secure::TlsError;
 use self::server::Routes;
-pub use self::server::{Server, Upstream};
+pub use self::server::{Channel, Server, Upstream};
 use self::watch_file::Watched;
 use self::wire::{Data, Name, Query, Rcode, Rejected, Source, kind};
 use self::zones::{Book, Zones};
@@ -95,6 +98,8 @@ pub struct DnsConfig {
     pub subnets: Vec<Subnet>,
     /// The resolvers to ask; without one for every name, those of `resolv_conf` are asked.
     pub upstreams: Vec<Upstream>,
+    /// A PEM file of the authorities for resolvers over TLS and HTTPS; `None`: the host's.
+    pub authorities: Option<PathBuf>,
     /// Whether answers of resolvers that lead inside are kept from guests.
     pub rebind_protection: bool,
     /// Domains whose names may stand for addresses of the inside all the same.
@@ -134,6 +139,9 @@ pub enum DnsError {
     /// There are `RECORDS_MAX` records.
     #[error("{0}: there are {RECORDS_MAX} records already")]
     TooManyRecords(String),
+    /// Resolvers over TLS or HTTPS cannot be checked.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// No record has the name, or not with that address.
     #[error("{0} is no record: `portway dns ls` lists what is")]
     NoRecord(String),
@@ -225,7 +233,8 @@ impl Dns {
     /// The service `config` describes. Of the files resolv.conf alone is read here.
     ///
     /// # Errors
-    /// `DnsError::BadName` for a domain, alias or record whose name is none.
+    /// `DnsError::BadName` for a domain, alias or record whose name is none; `DnsError::Tls` when a resolver wants TLS and
+    /// there is nobody whose certificates are trusted.
     pub fn new(config: DnsConfig) -> Result<Arc<Self>, DnsError> {
         let name = |setting, value: &str, example| {
             Name::from_text(value).ok_or_else(|| DnsError::BadName {
@@ -252,6 +261,9 @@ impl Dns {
             value,
             example,
         })?;
+        // Reading certificates takes a while, and is for nothing where nobody is asked that way.
+        let wants_tls = config.upstreams.iter().any(|u| u.server.channel != Channel::Clear);
+        let lines = if wants_tls { Lines::new(config.authorities.as_deref())? } else { Lines::default() };
         let private = config.private_domains.iter().map(|text| name("--dns-private", text, example));
         let private = private.collect::<Result<Vec<Name>, _>>()?;
         let loopback = LoopbackAlias(if config.host_loopback { config.host.clone() } else { Vec::new() });
@@ -279,7 +291,7 @@ impl Dns {
             search: watch::Sender::default(),
             routes,
             inside: config.rebind_protection.then_some(private),
-            relay: Arc::default(),
+            relay: Arc::new(Relay::over(lines)),
             flights: Arc::default(),
             cache: Arc::default(),
             in_flight: Places::new(IN_FLIGHT_MAX),
@@ -567,6 +579,12 @@ impl Dns {
 /// A lock whose holder panicked still guards whole data: every critical section here is a single step.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads `text` as a hosts file. For the fuzzer.
+#[cfg(fuzzing)]
+pub fn read_any_hosts(text: &str) {
+    let _ = HostsFile::parse(text);
 }
 
 /// Does with `reply` what is done with a resolver's answer to `query`. For the fuzzer, which knows no private names.

@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::ask::{self, Question};
 use super::health::Health;
+use super::secure::Lines;
 use super::server::Server;
 use super::wire::{self, Rcode};
 
@@ -35,6 +36,7 @@ const NEXT_OF_SILENT: Duration = Duration::from_millis(300);
 #[derive(Debug, Default)]
 pub(super) struct Relay {
     health: Health,
+    lines: Lines,
 }
 
 type Attempt<'a> = Pin<Box<dyn Future<Output = io::Result<Vec<u8>>> + Send + 'a>>;
@@ -47,6 +49,11 @@ struct Running<'a> {
 }
 
 impl Relay {
+    /// One that asks servers over TLS and HTTPS by `lines`.
+    pub(super) fn over(lines: Lines) -> Self {
+        Self { health: Health::default(), lines }
+    }
+
     /// Asks `servers`; the answer bears an id of ours. `None` when none gave any.
     pub(super) async fn ask(&self, question: &Question, servers: &[Server]) -> Option<Vec<u8>> {
         let start = Instant::now();
@@ -54,10 +61,10 @@ impl Relay {
         let mut untried: VecDeque<Server> = order.servers;
         let mut silent = order.well == 0;
         let mut running: Vec<Running<'_>> = Vec::new();
-        let begin = |server| Running {
-            server,
+        let begin = |server: Server| Running {
+            server: server.clone(),
             since: Instant::now(),
-            attempt: Box::pin(ask::ask(server, question, &self.health)),
+            attempt: Box::pin(ask::ask(server, question, &self.health, &self.lines)),
         };
         running.extend(order.probes.into_iter().map(begin));
         let mut poor_answer: Option<Vec<u8>> = None;
@@ -69,9 +76,9 @@ impl Relay {
             self.note_silent(&mut running, now);
             if next_at <= now {
                 // With all of them asked, the one silent longest is asked again.
-                let server = untried.pop_front().or_else(|| running.first().map(|r| r.server));
+                let server = untried.pop_front().or_else(|| running.first().map(|r| r.server.clone()));
                 let Some(server) = server else { break };
-                silent &= self.health.is_resting(server);
+                silent &= self.health.is_resting(&server);
                 running.push(begin(server));
                 let pace = if silent && !untried.is_empty() { NEXT_OF_SILENT } else { NEXT_SERVER };
                 next_at = now + pace;
@@ -84,20 +91,20 @@ impl Relay {
             let Some((server, result)) = finished else { continue };
             match result {
                 Ok(reply) => {
-                    self.health.well(server);
+                    self.health.well(&server);
                     if !is_poor(&reply) {
                         // What one server knows the others should not have failed at.
-                        failed.iter().for_each(|server| self.health.silent(*server, Instant::now()));
+                        failed.iter().for_each(|server| self.health.silent(server, Instant::now()));
                         return Some(reply);
                     }
-                    failed.push(server);
                     tracing::debug!(%server, rcode = wire::rcode(&reply), "resolver does not answer this one");
+                    failed.push(server.clone());
                     poor_answer.get_or_insert(reply);
                 }
                 Err(error) => {
                     tracing::debug!(%server, %error, "resolver cannot be asked");
                     if !is_our_own(&error) {
-                        self.health.silent(server, Instant::now());
+                        self.health.silent(&server, Instant::now());
                     }
                 }
             }
@@ -113,14 +120,15 @@ impl Relay {
     /// Forgets which server works; for a new list of servers, or another network.
     pub(super) fn reset(&self) {
         self.health.reset();
+        self.lines.reset();
     }
 
     /// Servers that had their time; counted once for each attempt.
     fn note_silent(&self, running: &mut [Running<'_>], now: Instant) {
         for r in running {
-            if now.saturating_duration_since(r.since) >= NEXT_SERVER && !self.health.is_resting(r.server) {
+            if now.saturating_duration_since(r.since) >= NEXT_SERVER && !self.health.is_resting(&r.server) {
                 tracing::debug!(server = %r.server, "resolver is silent");
-                self.health.silent(r.server, now);
+                self.health.silent(&r.server, now);
             }
         }
     }
@@ -145,7 +153,7 @@ async fn first_of(running: &mut Vec<Running<'_>>) -> (Server, io::Result<Vec<u8>
             if let Some(r) = running.get_mut(at)
                 && let Poll::Ready(result) = r.attempt.as_mut().poll(context)
             {
-                let server = r.server;
+                let server = r.server.clone();
                 drop(running.remove(at));
                 return Poll::Ready((server, result));
             }

@@ -1,8 +1,13 @@
 //! A resolver to ask, and which names it is asked about.
 //!
 //! ```text
-//!  [DOMAIN=]IP[:PORT]          192.0.2.53   corp.example=10.0.0.53   [2001:db8::1]:5353
+//!  [DOMAIN=]IP[:PORT]                       192.0.2.53   corp.example=10.0.0.53   [2001:db8::1]:5353
+//!  [DOMAIN=]tls://IP[:PORT][#NAME]          tls://192.0.2.53#dns.example
+//!  [DOMAIN=]https://IP[:PORT][/PATH][#NAME] https://192.0.2.53/dns-query#dns.example
 //! ```
+//! `#NAME` is the name in the server's certificate, as systemd-resolved writes it; without it the address has to be there. The
+//! server itself is named by its address, for a name would have to be asked of somebody who is not asked in secret.
+//!
 //! The servers of the longest domain that a name lies in are asked about it, and no others: names of a company's network do
 //! not leak to the resolvers of the outside, and its resolvers are not asked about the rest of the world.
 
@@ -11,43 +16,125 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::Deserialize;
+use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::wire::Name;
 
 /// The port resolvers listen on.
 const PORT: u16 = 53;
+/// The same for TLS (RFC 7858 §3.1).
+const TLS_PORT: u16 = 853;
+/// The same for HTTPS.
+pub(super) const HTTPS_PORT: u16 = 443;
+/// The path that most servers have (RFC 8484 §4.1.1's example).
+const PATH: &str = "/dns-query";
 
 /// One resolver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Server {
     /// Where it listens.
     pub address: SocketAddr,
+    /// How messages go there.
+    pub channel: Channel,
+}
+
+/// How messages go to a resolver and come back.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Channel {
+    /// As datagrams, and by TCP where one is too small (RFC 1035).
+    Clear,
+    /// Over TLS (RFC 7858).
+    Tls {
+        /// Whom the certificate has to be for.
+        name: ServerName<'static>,
+    },
+    /// Over HTTPS (RFC 8484).
+    Https {
+        /// Whom the certificate has to be for.
+        name: ServerName<'static>,
+        /// The path, and a query if it has one.
+        path: Arc<str>,
+    },
 }
 
 impl From<SocketAddr> for Server {
     fn from(address: SocketAddr) -> Self {
-        Self { address }
+        Self { address, channel: Channel::Clear }
     }
 }
 
 impl std::fmt::Display for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.address.fmt(f)
+        let address = self.address;
+        let named = |name: &ServerName<'_>| match name {
+            name if *name == ServerName::from(address.ip()) => String::new(),
+            name => format!("#{}", name.to_str()),
+        };
+        match &self.channel {
+            Channel::Clear => address.fmt(f),
+            Channel::Tls { name } => write!(f, "tls://{address}{}", named(name)),
+            Channel::Https { name, path } => write!(f, "https://{address}{path}{}", named(name)),
+        }
     }
 }
 
 impl FromStr for Server {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let bare = text.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-        let address = bare.map(|ip| SocketAddr::new(ip, PORT)).or_else(|_| text.parse::<SocketAddr>());
-        address
-            .map(Self::from)
-            .map_err(|_| format!("{text:?} is not IP[:PORT]; an example: 192.0.2.53 or [2001:db8::1]:53"))
+        let (rest, scheme) = match text.split_once("://") {
+            None => {
+                let example = "192.0.2.53 or [2001:db8::1]:53";
+                let found = address(text, PORT);
+                return found
+                    .map(Self::from)
+                    .ok_or_else(|| format!("{text:?} is not IP[:PORT]; an example: {example}"));
+            }
+            Some(("tls", rest)) => (rest, TLS_PORT),
+            Some(("https", rest)) => (rest, HTTPS_PORT),
+            Some(_) => {
+                return Err(format!(
+                    "{text:?}: resolvers are asked by IP[:PORT], tls:// and https://; an example: \
+                     tls://192.0.2.53#dns.example"
+                ));
+            }
+        };
+        let (rest, name) = rest.split_once('#').map_or((rest, None), |(rest, name)| (rest, Some(name)));
+        let (place, path) = match rest.find('/') {
+            Some(at) => rest.split_at(at),
+            None => (rest, ""),
+        };
+        let address = address(place, scheme).ok_or_else(|| {
+            format!(
+                "{text:?}: {place:?} is not IP[:PORT]: the server is given by its address and the name in its \
+                 certificate; an example: https://192.0.2.53/dns-query#dns.example"
+            )
+        })?;
+        let name = match name {
+            None => ServerName::from(address.ip()),
+            Some(name) => ServerName::try_from(name.to_owned())
+                .map_err(|_| format!("{text:?}: {name:?} is no name of a server; an example: dns.example"))?,
+        };
+        let channel = match (scheme, path) {
+            (TLS_PORT, "") => Channel::Tls { name },
+            (TLS_PORT, _) => {
+                return Err(format!("{text:?}: tls:// has no path; an example: tls://192.0.2.53"));
+            }
+            (_, "" | "/") => Channel::Https { name, path: PATH.into() },
+            (_, path) if path.parse::<hyper::http::uri::PathAndQuery>().is_ok() => {
+                Channel::Https { name, path: path.into() }
+            }
+            (_, path) => return Err(format!("{text:?}: {path:?} is no path; an example: {PATH}")),
+        };
+        Ok(Self { address, channel })
     }
 }
 
-/// `[DOMAIN=]IP[:PORT]`: a resolver for every name, or for those of one domain.
+fn address(text: &str, port: u16) -> Option<SocketAddr> {
+    let bare = text.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    bare.map(|ip| SocketAddr::new(ip, port)).or_else(|_| text.parse::<SocketAddr>()).ok()
+}
+
+/// `[DOMAIN=]SERVER`: a resolver for every name, or for those of one domain.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Upstream {
@@ -60,7 +147,9 @@ pub struct Upstream {
 impl FromStr for Upstream {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let Some((domain, server)) = text.split_once('=') else {
+        // A path may have a sign of equality, too.
+        let parts = text.split_once('=').filter(|(domain, _)| !domain.contains("://"));
+        let Some((domain, server)) = parts else {
             return Ok(Self { domain: None, server: text.parse()? });
         };
         if Name::from_text(domain).is_none() {
@@ -90,7 +179,7 @@ impl Routes {
     pub(super) fn new(upstreams: &[Upstream]) -> Result<Self, String> {
         let of = |domain: Option<&String>| -> Option<Arc<[Server]>> {
             let servers: Vec<Server> =
-                upstreams.iter().filter(|u| u.domain.as_ref() == domain).map(|u| u.server).collect();
+                upstreams.iter().filter(|u| u.domain.as_ref() == domain).map(|u| u.server.clone()).collect();
             (!servers.is_empty()).then(|| servers.into())
         };
         let mut domains: Vec<(Name, Arc<[Server]>)> = Vec::new();
@@ -128,6 +217,38 @@ mod tests {
         );
         for bad in ["", "=1.1.1.1", "a..b=1.1.1.1", "corp.example=", "dns.example", "1.1.1.1=corp"] {
             assert!(upstream(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_server_may_be_asked_over_tls_or_https_and_is_shown_as_it_is_written() {
+        for (text, shown) in [
+            ("tls://192.0.2.53", "tls://192.0.2.53:853"),
+            ("tls://[2001:db8::1]:8853#Dns.example", "tls://[2001:db8::1]:8853#Dns.example"),
+            ("tls://2001:db8::1", "tls://[2001:db8::1]:853"),
+            ("tls://127.0.0.1#192.0.2.53", "tls://127.0.0.1:853#192.0.2.53"),
+            ("https://192.0.2.53", "https://192.0.2.53:443/dns-query"),
+            ("https://192.0.2.53:444/q?a=b#dns.example", "https://192.0.2.53:444/q?a=b#dns.example"),
+        ] {
+            let upstream: Upstream = text.parse().unwrap();
+            assert_eq!((upstream.domain, upstream.server.to_string()), (None, shown.into()));
+            let upstream: Upstream = format!("corp.example={text}").parse().unwrap();
+            assert_eq!(
+                (upstream.domain.unwrap(), upstream.server.to_string()),
+                ("corp.example".into(), shown.into())
+            );
+            assert_eq!(shown.parse::<Server>().unwrap(), text.parse().unwrap());
+        }
+        for (bad, why) in [
+            ("tls://dns.example", "is not IP[:PORT]"),
+            ("tls://192.0.2.53/dns-query", "has no path"),
+            ("tls://192.0.2.53#", "no name of a server"),
+            ("https://192.0.2.53/a b", "no path"),
+            ("quic://192.0.2.53", "tls:// and https://"),
+            ("https://", "is not IP[:PORT]"),
+        ] {
+            let error = bad.parse::<Server>().unwrap_err();
+            assert!(error.contains(why), "{bad}: {error}");
         }
     }
 

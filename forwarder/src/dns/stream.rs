@@ -72,13 +72,16 @@ impl Dns {
     }
 }
 
-async fn read_some<S: AsyncRead + Unpin>(stream: &mut S, received: &mut Vec<u8>) -> std::io::Result<usize> {
+pub(super) async fn read_some<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    received: &mut Vec<u8>,
+) -> std::io::Result<usize> {
     received.reserve(READ);
     stream.read_buf(received).await
 }
 
 /// The first whole message, taken out of `received`.
-fn next_message(received: &mut Vec<u8>) -> Option<Vec<u8>> {
+pub(super) fn next_message(received: &mut Vec<u8>) -> Option<Vec<u8>> {
     let (length, rest) = received.split_first_chunk::<2>()?;
     let length = usize::from(u16::from_be_bytes(*length));
     let message = rest.get(..length)?.to_vec();
@@ -86,7 +89,10 @@ fn next_message(received: &mut Vec<u8>) -> Option<Vec<u8>> {
     Some(message)
 }
 
-async fn write_message<S: AsyncWrite + Unpin>(stream: &mut S, message: &[u8]) -> std::io::Result<()> {
+pub(super) async fn write_message<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    message: &[u8],
+) -> std::io::Result<()> {
     let length = u16::try_from(message.len()).map_err(|_| std::io::ErrorKind::InvalidData)?;
     // One write: length and message in one segment (RFC 7766 §8).
     let mut framed = Vec::with_capacity(message.len().saturating_add(2));

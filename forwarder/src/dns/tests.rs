@@ -25,6 +25,7 @@ mod names;
 mod privacy;
 mod relaying;
 mod routing;
+mod secure;
 mod streams;
 
 const GUEST: PortId = PortId(0);
@@ -42,6 +43,7 @@ fn config() -> DnsConfig {
         ],
         subnets: vec!["192.168.127.0/24".parse().unwrap()],
         upstreams: asked(&[SocketAddr::from(([127, 0, 0, 1], 1))]), // nobody is there
+        authorities: None,
         rebind_protection: false,
         private_domains: Vec::new(),
         resolv_conf: "/nonexistent/resolv.conf".into(),

@@ -402,6 +402,20 @@ pub(super) fn recursive(
     bytes
 }
 
+/// Fills `query`, whose last record is our OPT without options, up to a multiple of `block` bytes (RFC 7830).
+pub(super) fn pad(query: &mut Vec<u8>, block: usize) {
+    const PADDING: u16 = 12;
+    const OPTION: usize = 4;
+    let bare = query.len().saturating_add(OPTION);
+    let Ok(fill) = u16::try_from(bare.next_multiple_of(block) - bare) else { return };
+    // The length of the OPT's data is the last there is.
+    let Some(length) = query.last_chunk_mut::<2>().filter(|length| **length == [0, 0]) else { return };
+    *length = fill.saturating_add(4).to_be_bytes();
+    query.extend_from_slice(&PADDING.to_be_bytes());
+    query.extend_from_slice(&fill.to_be_bytes());
+    query.resize(query.len().saturating_add(usize::from(fill)), 0);
+}
+
 /// An answer without records to a question for `name`.
 pub(super) fn empty_answer(name: &Name, (kind, class): (u16, u16)) -> Vec<u8> {
     let mut bytes = header([0, 0], QR | RD, RA, [1, 0, 0, 0]);

@@ -3,7 +3,7 @@
 //! Each has a link of its own, whose place and port of the switch are taken again when it has gone.
 
 use portway_api::control::PortInfo;
-use portway_netstack::{PortConfig, PortId};
+use portway_netstack::{Offloads, PortConfig, PortId};
 
 use super::{Driver, Kind, token};
 use crate::config::LinkConfig;
@@ -40,7 +40,7 @@ impl Driver {
                 self.stack.set_port(self.now, port, port_config);
                 port
             }
-            None => self.stack.add_port(self.now, port_config, false),
+            None => self.stack.add_port(self.now, port_config, Offloads::default()),
         };
         let tokens =
             Tokens { first: token(Kind::Link, index * Tokens::COUNT), step: 1 << super::TOKEN_SHIFT };

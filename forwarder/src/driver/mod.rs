@@ -20,7 +20,6 @@ mod join;
 mod names;
 mod ping;
 mod requests;
-mod routes;
 mod udp;
 
 use std::collections::VecDeque;
@@ -29,12 +28,13 @@ use std::sync::mpsc;
 use std::time::Instant as Clock;
 
 use mio::{Events, Poll, Token};
-use portway_netstack::{FlowId, Forward, Handled, Instant, Mac, Netstack, PortConfig, PortId, StackConfig};
+use portway_netstack::{
+    FlowId, Forward, Handled, Instant, Mac, Netstack, Offloads, PortConfig, PortId, StackConfig,
+};
 
 use self::alarm::Alarm;
 use self::backlog::Backlog;
 pub use self::backlog::Waiting;
-use self::routes::Routes;
 use self::udp::UdpSockets;
 use crate::capture::Capture;
 use crate::config::{Config, GuestApi, LinkAddress, LinkConfig, LinkKind};
@@ -44,6 +44,7 @@ use crate::link::{Carrier, Link, LinkState, Tokens};
 use crate::publish::{Listener, Published};
 use crate::request::{DnsTicket, Request};
 use crate::rings::MappedRings;
+use crate::uplink;
 
 /// What the data thread leaves to the control thread.
 #[derive(Debug)]
@@ -99,10 +100,9 @@ enum Kind {
     Flow,
     Binding,
     Listener,
-    Routes,
 }
 
-const KINDS: [Kind; 6] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener, Kind::Routes];
+const KINDS: [Kind; 5] = [Kind::Waker, Kind::Link, Kind::Flow, Kind::Binding, Kind::Listener];
 
 /// Bits of a token that say the kind.
 const TOKEN_SHIFT: u32 = 3;
@@ -155,8 +155,6 @@ pub struct Driver {
     handing: Vec<FlowId>,
     /// The address outgoing connections leave from.
     outbound: Option<std::net::Ipv4Addr>,
-    /// News of the host's routes, where guests' depend on them.
-    routes: Option<Routes>,
     published: Vec<Option<Published>>,
     entrances: Vec<Option<Entrance>>,
     /// Entrances that may have somebody waiting.
@@ -211,30 +209,22 @@ impl Driver {
             host_loopback: config.host_loopback,
             metadata: config.metadata,
             guest_api: config.guest_api != GuestApi::Off,
-            ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || routes::has_ipv6())),
+            ipv6: config.ipv6.as_ref().map(|v6| v6.of_stack(!v6.follows_host || uplink::has_ipv6())),
             udp: config.udp.clone(),
             limits: config.limits.clone(),
         };
-        let watched = config.ipv6.as_ref().filter(|v6| v6.follows_host);
-        let routes = watched.and_then(|_| match Routes::watch(poll.registry(), token(Kind::Routes, 0)) {
-            Ok(routes) => Some(routes),
-            Err(error) => {
-                tracing::warn!(%error, "changes of the host's routes are not seen: IPv6 stays as it is now");
-                None
-            }
-        });
         let started = Clock::now();
         let mut stack = Netstack::new(stack, Box::new(MappedRings::new()), seed);
         let mut links = Vec::new();
         for (n, link) in config.links.iter().enumerate() {
             let isolate = link.isolate;
             let port = PortConfig { name: link.name.clone(), mtu: link.mtu, address: link.ip, isolate };
-            let port = stack.add_port(Instant::ZERO, port, false);
+            let port = stack.add_port(Instant::ZERO, port, Offloads::default());
             let tokens = Tokens { first: token(Kind::Link, n * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
             let made = Link::open(link, port, tokens, poll.registry())
                 .map_err(|e| io::Error::new(e.kind(), format!("--link: {e}")))?;
             if made.is_up() {
-                stack.set_offload(Instant::ZERO, port, made.offload());
+                stack.set_offloads(Instant::ZERO, port, made.offloads());
             }
             links.push(made);
         }
@@ -264,7 +254,6 @@ impl Driver {
             outgoing: config.particulars.outgoing.clone(),
             handing: Vec::new(),
             outbound: config.particulars.outbound,
-            routes,
             published: Vec::new(),
             entrances: Vec::new(),
             ready_entrances: Vec::new(),
@@ -380,12 +369,6 @@ impl Driver {
                 }
             }
             Kind::Binding => self.udp.note(n, event.is_error()),
-            Kind::Routes => {
-                if let Some(routes) = &self.routes {
-                    routes.drain();
-                    self.stack.set_ipv6_uplink(routes::has_ipv6());
-                }
-            }
             Kind::Listener => {
                 if let Some(Some(entrance)) = self.entrances.get_mut(n)
                     && !std::mem::replace(&mut entrance.ready, true)
@@ -399,7 +382,7 @@ impl Driver {
     /// Link `n` may have got a VMM.
     fn note_link_up(&mut self, n: usize, was_up: bool) {
         let Some(link) = self.links.get(n).filter(|l| !was_up && l.is_up()) else { return };
-        self.stack.set_offload(self.now, link.port, link.offload());
+        self.stack.set_offloads(self.now, link.port, link.offloads());
         self.events.push(Event::LinkUp(link.label()));
     }
 
@@ -474,7 +457,7 @@ impl Driver {
             match handled {
                 Handled::Done | Handled::Whole(_) => {}
                 Handled::Echo(echo) => udp.ping(registry, &echo),
-                Handled::Datagram(datagram) => udp.send(registry, &datagram, entrances),
+                Handled::Datagram(datagram) => udp.send_all(registry, &datagram, offload, entrances),
                 Handled::Dns { guest, asked, query } => {
                     // At the limit the query is dropped: the guest asks again.
                     if let Some(waiting) = backlog.admit(port) {
@@ -551,7 +534,7 @@ impl Driver {
                 None => {
                     let isolate = config.isolate;
                     let port = PortConfig { name: None, mtu: config.mtu, address: None, isolate };
-                    self.stack.add_port(self.now, port, false)
+                    self.stack.add_port(self.now, port, Offloads::default())
                 }
             };
             let tokens = Tokens { first: token(Kind::Link, index * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
@@ -602,9 +585,9 @@ impl Driver {
 
     /// Another guest is behind link `n` than before, or the same with other features.
     fn restart(&mut self, n: usize) {
-        let (port, offload) = (self.links[n].port, self.links[n].offload());
+        let (port, offloads) = (self.links[n].port, self.links[n].offloads());
         self.stack.port_down(port);
-        self.stack.set_offload(self.now, port, offload);
+        self.stack.set_offloads(self.now, port, offloads);
     }
 
     fn take_down(&mut self, n: usize) {

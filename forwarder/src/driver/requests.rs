@@ -53,6 +53,7 @@ impl Driver {
                 Request::Tunnel { to, stream } => self.tunnel(to, stream),
                 Request::Macs { reply } => drop(reply.send(self.stack.macs().collect())),
                 Request::Stats { reply } => drop(reply.send(self.stats())),
+                Request::Ipv6Uplink(there) => self.stack.set_ipv6_uplink(there),
                 Request::Search { domains } => self.stack.set_search(domains),
                 Request::DnsAnswer { ticket, answer } => {
                     if let Some(sink) = Self::sink(&mut self.links, ticket.port) {
@@ -281,7 +282,7 @@ impl Driver {
                 ip: self.stack.guest_of(l.port).map(|ip| ip.to_string()),
                 mtu: l.mtu(),
                 isolate: self.link_configs.get(n).is_some_and(|c| c.isolate),
-                offload: l.offload(),
+                offload: l.offloads().tcp,
                 frames_from_guest: c.frames_from_guest,
                 bytes_from_guest: c.bytes_from_guest,
                 frames_to_guest: c.frames_to_guest,

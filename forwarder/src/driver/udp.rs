@@ -17,11 +17,11 @@ use mio::net::UdpSocket;
 use mio::{Interest, Registry};
 use portway_netstack::icmp::{Fault, Unreachable};
 use portway_netstack::udp::BindingId;
-use portway_netstack::{Datagram, Echo, UdpPath};
+use portway_netstack::{Datagram, Echo, Offload, SegmentKind, UdpPath};
 
 use super::ping::{self, Ping};
 use super::{Driver, Entrance, Kind, token};
-use crate::datagrams::{Receiver, hold_bursts, send_segments};
+use crate::datagrams::{Receiver, come_together, hold_bursts, send_segments};
 use crate::host_errors::{self, Report};
 use crate::publish::Listener;
 
@@ -281,13 +281,25 @@ impl UdpSockets {
         }
     }
 
-    /// Sends a guest's datagram, now or with the next [`Self::flush`].
-    pub(super) fn send(
+    /// Sends a guest's datagram, now or with the next [`Self::flush`]; several, where its frame stood for such.
+    pub(super) fn send_all(
         &mut self,
         registry: &Registry,
         datagram: &Datagram<'_>,
+        offload: Offload,
         entrances: &[Option<Entrance>],
     ) {
+        let together = offload.segments.filter(|s| s.kind == SegmentKind::Udp);
+        let size = together.map_or(usize::MAX, |s| s.size.into());
+        if datagram.payload.len() <= size {
+            return self.send(registry, datagram, entrances);
+        }
+        for payload in datagram.payload.chunks(size.max(1)) {
+            self.send(registry, &Datagram { payload, ..*datagram }, entrances);
+        }
+    }
+
+    fn send(&mut self, registry: &Registry, datagram: &Datagram<'_>, entrances: &[Option<Entrance>]) {
         let Datagram { remote, payload, path, hop_limit, dont_fragment } = *datagram;
         match path {
             UdpPath::Client { listener, client } => {
@@ -433,6 +445,7 @@ impl UdpSockets {
         };
         let made = UdpSocket::bind(any).and_then(|mut socket| {
             hold_bursts(&socket);
+            come_together(&socket);
             host_errors::watch(&socket, remote.is_ipv6())?;
             registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
             Ok(socket)
@@ -508,8 +521,8 @@ impl Driver {
         let Some(sink) = Self::sink(&mut self.links, port) else { return false };
         for n in 0..TURN {
             let (id, v6, ping) = (at.id, at.v6, at.ping.as_ref());
-            let received = receiver.receive(&at.socket, at.v6, |from, bytes| match ping {
-                None => self.stack.datagram_from_host(id, as_asked(from), bytes, sink),
+            let received = receiver.receive(&at.socket, |from, bytes, size| match ping {
+                None => self.stack.datagrams_from_host(id, as_asked(from), bytes, size, sink),
                 Some(ping) => {
                     if let Some(message) = ping.reply(bytes, v6) {
                         self.stack.echo_from_host(id, from, message, sink);
@@ -541,7 +554,7 @@ impl Driver {
     /// Takes datagrams of one published port.
     pub(super) fn receive_published(&mut self, n: usize) -> bool {
         let Some(Some(entrance)) = self.entrances.get_mut(n) else { return false };
-        let Listener::Udp(socket, v6) = &entrance.listener else { return false };
+        let Listener::Udp(socket, _) = &entrance.listener else { return false };
         let Some(Some(port)) = self.published.get_mut(entrance.published) else { return false };
         let guest = match &port.guest {
             crate::publish::spec::GuestName::Address(ip) => Some(*ip),
@@ -551,13 +564,13 @@ impl Driver {
         let (stack, links, now) = (&mut self.stack, &mut self.links, self.now);
         let mut failures = 0;
         for n in 0..TURN {
-            let received = self.udp.receiver.receive(socket, *v6, |client, bytes| {
+            let received = self.udp.receiver.receive(socket, |client, bytes, size| {
                 port.accepted += 1;
                 let Some(ip) = guest else { return };
                 let Some(known) = stack.port_of_guest(ip) else { return };
                 let Some(sink) = Self::sink(links, known) else { return };
                 let to = SocketAddr::new(ip, port.guest_port);
-                stack.datagram_from_client(now, to, client, listener, bytes, sink);
+                stack.datagrams_from_client(now, to, (client, listener), bytes, size, sink);
             });
             match received {
                 Ok(true) => {}

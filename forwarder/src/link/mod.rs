@@ -11,6 +11,7 @@
 //! and write in batches, hand frames to the stack in place and are the [`FrameSink`] it writes into. None ever drops
 //! a TCP segment of ours: when the VMM does not read, the sink has no room, and the stack waits.
 
+mod carrier;
 pub mod framing;
 #[cfg(target_os = "linux")]
 pub mod packets;
@@ -32,8 +33,9 @@ use std::time::{Duration, Instant};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
-use portway_netstack::{FrameSink, Mac, Offload, PortId};
+use portway_netstack::{Mac, Offload, Offloads, PortId};
 
+pub use self::carrier::{Batch, Carrier};
 use self::framing::Prefix;
 #[cfg(target_os = "linux")]
 use self::packets::Packets;
@@ -63,192 +65,6 @@ pub struct LinkCounters {
     pub frames_to_guest: u64,
     /// Bytes in those.
     pub bytes_to_guest: u64,
-}
-
-/// What one batch brought.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Batch {
-    /// Whether there may be more.
-    pub more: bool,
-    /// Frames handed on.
-    pub frames: u64,
-    /// Bytes in those frames.
-    pub bytes: u64,
-}
-
-/// How frames cross, once a VMM is attached.
-#[derive(Debug)]
-pub enum Carrier {
-    /// Lengths and frames on a byte stream. With offload (libkrun) large frames carry no header: their size says it.
-    Stream(Box<Stream>),
-    /// A tap device.
-    #[cfg(target_os = "linux")]
-    Tap(Box<Tap>),
-    /// Guest memory.
-    #[cfg(target_os = "linux")]
-    VhostUser(Box<VhostUser>),
-    /// A socket that keeps frames apart.
-    #[cfg(target_os = "linux")]
-    Packets(Box<Packets>),
-    /// Any of these, while a capture looks at its frames.
-    Tapped(Box<Tapped>),
-}
-
-impl Carrier {
-    /// The carrier itself, whoever looks at it.
-    fn bare(&self) -> &Self {
-        if let Self::Tapped(t) = self { t.inner.bare() } else { self }
-    }
-
-    /// The same, to change it.
-    fn bare_mut(&mut self) -> &mut Self {
-        if let Self::Tapped(t) = self { t.inner.bare_mut() } else { self }
-    }
-
-    /// The carrier without those who look at it.
-    fn untapped(self) -> Self {
-        match self {
-            Self::Tapped(t) => t.into_inner().untapped(),
-            bare => bare,
-        }
-    }
-
-    fn wants_receive(&self) -> bool {
-        match self {
-            Self::Tapped(t) => t.inner.wants_receive(),
-            Self::Stream(s) => s.wants_receive(),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.wants_receive(),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.wants_receive(),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.wants_receive(),
-        }
-    }
-
-    fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
-        match self {
-            Self::Tapped(t) => t.receive(handle),
-            Self::Stream(s) => s.receive(|frame| handle(frame, Offload::default())),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.receive(handle),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.receive(handle),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.receive(|frame| handle(frame, Offload::default())),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Tapped(t) => t.inner.flush(),
-            Self::Stream(s) => s.flush(),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.flush(),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.flush(),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.flush(),
-        }
-    }
-
-    fn is_blocked(&self) -> bool {
-        match self {
-            Self::Tapped(t) => t.inner.is_blocked(),
-            Self::Stream(s) => s.is_blocked(),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.is_blocked(),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.is_blocked(),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.is_blocked(),
-        }
-    }
-
-    /// Frames and bytes that were ever written to the guest.
-    #[must_use]
-    pub fn written(&self) -> (u64, u64) {
-        match self {
-            Self::Tapped(t) => t.inner.written(),
-            Self::Stream(s) => s.transmit.written(),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.written(),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.written(),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.written(),
-        }
-    }
-
-    /// Whether the guest takes segments and checksums that are not finished.
-    fn offload(&self) -> bool {
-        match self {
-            Self::Tapped(t) => t.inner.offload(),
-            Self::Stream(_) => false,
-            #[cfg(target_os = "linux")]
-            Self::Tap(_) => true,
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.offload(),
-            #[cfg(target_os = "linux")]
-            Self::Packets(_) => false,
-        }
-    }
-
-    fn fds(&self) -> (RawFd, Option<RawFd>) {
-        match self {
-            Self::Tapped(t) => t.inner.fds(),
-            Self::Stream(s) => s.fds(),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => (t.fd(), None),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => (v.control_fd(), None),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => (p.fd(), None),
-        }
-    }
-
-    fn note(&mut self, readable: bool, writable: bool, closed: bool) {
-        match self {
-            Self::Tapped(t) => t.inner.note(readable, writable, closed),
-            Self::Stream(s) => s.note(readable, writable, closed),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.note(readable || closed, writable),
-            // Its news are messages and kicks: see `Link::note`.
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(_) => {}
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.note(readable, writable, closed),
-        }
-    }
-}
-
-impl FrameSink for Carrier {
-    fn has_room(&self) -> bool {
-        match self {
-            Self::Tapped(t) => t.inner.has_room(),
-            Self::Stream(s) => s.is_open() && s.transmit.has_room(),
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.has_room(),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.has_room(),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.has_room(),
-        }
-    }
-
-    fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
-        match self {
-            Self::Tapped(t) => t.frame(len, offload, fill),
-            Self::Stream(s) if s.is_open() => s.transmit.frame(len, offload, fill),
-            Self::Stream(_) => None,
-            #[cfg(target_os = "linux")]
-            Self::Tap(t) => t.frame(len, offload, fill),
-            #[cfg(target_os = "linux")]
-            Self::VhostUser(v) => v.frame(len, offload, fill),
-            #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.frame(len, offload, fill),
-        }
-    }
 }
 
 /// One link and the VMM attached to it, if any.
@@ -426,8 +242,12 @@ impl Link {
 
     /// Whether the guest takes segments and checksums that are not finished.
     #[must_use]
-    pub fn offload(&self) -> bool {
-        self.implied || self.carrier.as_ref().is_some_and(Carrier::offload)
+    pub fn offloads(&self) -> Offloads {
+        if self.implied {
+            // Without a header nothing says where to cut datagrams.
+            return Offloads { tcp: true, udp: false };
+        }
+        self.carrier.as_ref().map(Carrier::offloads).unwrap_or_default()
     }
 
     /// The link's numbers.
@@ -481,7 +301,7 @@ impl Link {
 
     /// Takes a socket over: one that listens, or one with a VMM at its other end.
     fn adopt(&mut self, fd: OwnedFd, registry: &Registry) -> io::Result<()> {
-        if !socket2::SockRef::from(&fd).is_listener().unwrap_or(false) {
+        if !nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::AcceptConn).unwrap_or(false) {
             return self.attach_socket(fd, registry);
         }
         let listener = socket2::Socket::from(fd);
@@ -803,7 +623,11 @@ fn dial(path: &std::path::Path, kind: socket2::Type) -> io::Result<socket2::Sock
     let socket = socket2::Socket::new(socket2::Domain::UNIX, kind, None)?;
     if kind == socket2::Type::DGRAM {
         // With a name of ours, which the kernel makes up, or the VMM could not answer.
+        #[cfg(target_os = "linux")]
         nix::sys::socket::bind(socket.as_raw_fd(), &nix::sys::socket::UnixAddr::new_unnamed())?;
+        // Only Linux's kernel makes one up.
+        #[cfg(not(target_os = "linux"))]
+        return Err(io::ErrorKind::Unsupported.into());
     }
     socket.connect(&socket2::SockAddr::unix(path)?)?;
     Ok(socket)

@@ -14,7 +14,7 @@ use mio::net::{TcpListener, UdpSocket, UnixListener};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use portway_api::control::{PortInfo, Protocol};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, SockRef, Type};
 
 use self::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::PublishError;
@@ -180,7 +180,7 @@ fn bind_one(
         Protocol::Tcp => Type::STREAM,
         Protocol::Udp => Type::DGRAM,
     };
-    let socket = Socket::new(Domain::for_address(address), kind.nonblocking(), None)?;
+    let socket = crate::host::nonblocking(Domain::for_address(address), kind)?;
     if address.is_ipv6() {
         // [::] means every address, as it does for every other program; ::1 is ::1.
         socket.set_only_v6(!address.ip().is_unspecified())?;
@@ -200,6 +200,7 @@ fn bind_one(
         Protocol::Udp => {
             let socket = UdpSocket::from_std(socket.into());
             crate::datagrams::hold_bursts(&socket);
+            crate::datagrams::come_together(&socket);
             Listener::Udp(socket, address.is_ipv6())
         }
     };

@@ -8,7 +8,6 @@
 //! process with nothing behind it. SIGTERM and SIGINT close listeners, reset flows and end with 0.
 
 mod join;
-mod network;
 mod pcap;
 mod state;
 
@@ -36,6 +35,7 @@ use crate::events::{EventLog, EventQueue, Numbered};
 use crate::publish::spec::PublishSpec;
 use crate::request::{PublishError, Request, Requests};
 use crate::unix_path::Removed;
+use crate::uplink::{self, News};
 use crate::vsock::{PortSockets, Vsock};
 
 /// Runs the network until it is told to end.
@@ -74,6 +74,11 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     let (slow, slow_incoming) = mpsc::channel(SLOW_LIMIT);
     let seed = getrandom::u64().map_err(|e| anyhow!("the host gives no randomness: {e}"))?;
 
+    // Before anything is learned of the network, so that no change of it is missed.
+    let watch = uplink::Watch::open().inspect_err(|error| {
+        tracing::warn!(%error, "the host's network cannot be watched: guests' IPv6 stays as it is, DNS answers are kept for their time");
+    });
+    let watch = watch.ok();
     let dns = Dns::new(dns_config(config)).map_err(|e| anyhow!("{e}"))?;
     let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
     let keeper = match &config.state_dir {
@@ -122,6 +127,8 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
         notification: config.notification.clone(),
         vsocks,
         join: join.map(|listener| (listener, config.clone())),
+        watch,
+        ipv6_follows_host: config.ipv6.as_ref().is_some_and(|v6| v6.follows_host),
     };
     let (up, is_up) = std::sync::mpsc::channel();
     let (more, _more) = further_doors(config)?;
@@ -269,6 +276,7 @@ fn dns_config(config: &Config) -> DnsConfig {
         records: config.dns_host.clone(),
         subnets: std::iter::once(config.subnet).chain(config.ipv6.as_ref().map(|v6| v6.subnet)).collect(),
         upstreams: config.dns_upstream.clone(),
+        authorities: config.dns_ca.clone(),
         rebind_protection: config.dns_rebind_protection,
         private_domains: config.dns_private.clone(),
         resolv_conf: config.resolv_conf.clone(),
@@ -330,6 +338,8 @@ struct Control {
     notification: Option<std::path::PathBuf>,
     vsocks: Vec<GuestVsock>,
     join: Option<(std::os::unix::net::UnixListener, Config)>,
+    watch: Option<uplink::Watch>,
+    ipv6_follows_host: bool,
 }
 
 /// Where things come in to the control thread.
@@ -398,7 +408,10 @@ impl Control {
                 }
             }
             tokio::spawn(follow_leases(self.leases.clone(), Arc::clone(&self.dns), self.keep.clone()));
-            tokio::spawn(network::follow(Arc::clone(&self.dns)));
+            if let Some(watch) = self.watch.take() {
+                let (dns, requests) = (Arc::clone(&self.dns), self.requests.clone());
+                tokio::spawn(follow_network(watch, dns, requests, self.ipv6_follows_host));
+            }
             tokio::spawn(follow_search(Arc::clone(&self.dns), self.requests.clone()));
             match metrics.map(tokio::net::TcpListener::from_std) {
                 Some(Ok(listener)) => {
@@ -479,6 +492,22 @@ async fn follow_search(dns: Arc<Dns>, requests: Requests) {
         let domains = search.borrow_and_update().clone();
         // When the queue is full guests go on with what they were told.
         let _ = requests.send(Request::Search { domains });
+    }
+}
+
+/// Tells the data thread and DNS what becomes of the host's network.
+async fn follow_network(watch: uplink::Watch, dns: Arc<Dns>, requests: Requests, ipv6_follows_host: bool) {
+    let followed = watch.follow(|news| match news {
+        News::Routes if ipv6_follows_host => requests.send(Request::Ipv6Uplink(uplink::has_ipv6())).is_ok(),
+        News::Routes => true,
+        News::Network => {
+            tracing::debug!("the host may be in another network");
+            dns.network_changed();
+            true
+        }
+    });
+    if let Err(error) = followed.await {
+        tracing::warn!(%error, "the host's network is watched no longer");
     }
 }
 

@@ -24,6 +24,7 @@
 //! descriptors, as every front end sends it.
 
 mod control;
+mod from_guest;
 #[cfg(test)]
 pub(crate) mod lab;
 mod memory;
@@ -42,6 +43,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::BackendReqHandler;
 
 pub(crate) use self::control::{Device, Kind, feature};
+pub(crate) use self::from_guest::{FromGuest, Taken};
 pub(crate) use self::memory::Memory;
 pub(crate) use self::ring::{BadChain, BadRing, Buffer, Ring};
 

@@ -91,6 +91,8 @@ impl Vsock {
     /// # Errors
     /// When the host does not have the transport, or a path cannot be listened on; the text says which and what helps.
     pub fn open(spec: &VsockSpec, dir: Option<&Path>) -> io::Result<Self> {
+        #[cfg(not(target_os = "linux"))]
+        let _ = dir;
         let carrier = match &spec.transport {
             #[cfg(target_os = "linux")]
             Transport::VhostUser(path) => {

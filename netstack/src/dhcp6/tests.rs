@@ -213,6 +213,22 @@ fn at_the_limit_of_a_link_its_clients_are_told_and_those_of_others_are_not_touch
 }
 
 #[test]
+fn at_the_limit_of_all_a_new_client_is_told_and_who_has_a_lease_keeps_it() {
+    let mut s = Server::new(LEASES);
+    let all = u32::try_from(LEASES).unwrap();
+    for n in 0..all {
+        let answer = s.says(SOLICIT, &[client(1), ia(n, &[])]);
+        assert_eq!(answer.addresses.len(), 1, "the {n}th");
+    }
+    assert_eq!(s.says(SOLICIT, &[client(2), ia(1, &[])]).status, Some(2));
+    assert_eq!(s.on(1, SOLICIT, &[client(3), ia(1, &[])]).unwrap().status, Some(2));
+    let kept = s.says(SOLICIT, &[client(1), ia(all - 1, &[])]);
+    assert_eq!((kept.addresses.len(), s.0.leases.len()), (1, LEASES));
+    s.1 += VALID;
+    assert_eq!(s.says(SOLICIT, &[client(2), ia(1, &[])]).addresses.len(), 1, "when others have ended");
+}
+
+#[test]
 fn a_lease_belongs_to_its_link_until_that_goes_down() {
     let mut s = Server::new(8);
     let ip = s.leases(1);

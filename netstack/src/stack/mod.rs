@@ -27,7 +27,7 @@ use crate::ndp::router::{Advertised, Router};
 use crate::neighbours::Neighbours;
 use crate::rings::RingMemory;
 use crate::segments;
-use crate::sink::{FrameSink, Offload};
+use crate::sink::{FrameSink, Offload, Offloads, SegmentKind};
 use crate::switch::{Destination, Switch};
 use crate::tcp::{FlowKey, Tcp};
 use crate::time::Instant;
@@ -57,8 +57,7 @@ pub struct StackCounters {
 
 struct Port {
     config: PortConfig,
-    /// Whether the link segments and checksums TCP for us.
-    offload: bool,
+    offloads: Offloads,
     answers: RateLimit,
     /// Whether its guest has spoken IPv6.
     ipv6: bool,
@@ -145,40 +144,40 @@ impl Netstack {
 
     // ---- ports ----
 
-    /// Adds a port. `offload`: the link segments and checksums TCP for us (it carries a virtio-net header).
-    pub fn add_port(&mut self, now: Instant, config: PortConfig, offload: bool) -> PortId {
+    /// Adds a port. `offloads` other than none are for links that carry a virtio-net header.
+    pub fn add_port(&mut self, now: Instant, config: PortConfig, offloads: Offloads) -> PortId {
         let slot = self.ports.len();
         let port =
             PortId(u16::try_from(slot).expect("links are given by the operator, far fewer than 65536"));
-        self.tcp_up(now, port, config.mtu, offload);
-        self.ports.push(Some(Port { config, offload, answers: RateLimit::new(now), ipv6: false }));
+        self.tcp_up(now, port, config.mtu, offloads);
+        self.ports.push(Some(Port { config, offloads, answers: RateLimit::new(now), ipv6: false }));
         self.outboxes.push(Some(Outbox::new(self.config.limits.outbox_bytes)));
         port
     }
 
-    fn tcp_up(&mut self, now: Instant, port: PortId, mtu: u16, offload: bool) {
+    fn tcp_up(&mut self, now: Instant, port: PortId, mtu: u16, offloads: Offloads) {
         // Initial sequence numbers of one guest say nothing about another's.
         let seed = self.seed.wrapping_mul(0x2545_f491_4f6c_dd1d).rotate_left(u32::from(port.0) % 64)
             ^ u64::from(port.0)
             ^ now.micros().rotate_left(32);
-        self.tcp.port_up(now, port, mtu, offload, IpAddr::V4(self.config.gateway).into(), seed);
+        self.tcp.port_up(now, port, mtu, offloads.tcp, IpAddr::V4(self.config.gateway).into(), seed);
     }
 
-    /// The guest on `port` agreed to segment and checksum for us, or no longer does (its driver started anew). Flows of
+    /// What the guest on `port` agreed to do for us is another thing now (its driver started anew). Flows of
     /// the port do not survive that: call [`Self::port_down`] first.
-    pub fn set_offload(&mut self, now: Instant, port: PortId, offload: bool) {
+    pub fn set_offloads(&mut self, now: Instant, port: PortId, offloads: Offloads) {
         let Some(Some(at)) = self.ports.get_mut(usize::from(port.0)) else { return };
-        at.offload = offload;
+        at.offloads = offloads;
         let mtu = at.config.mtu;
-        self.tcp_up(now, port, mtu, offload);
+        self.tcp_up(now, port, mtu, offloads);
     }
 
     /// Another guest than before is to be behind `port`, which is down.
     pub fn set_port(&mut self, now: Instant, port: PortId, config: PortConfig) {
         let Some(Some(at)) = self.ports.get_mut(usize::from(port.0)) else { return };
-        let (mtu, offload) = (config.mtu, at.offload);
+        let (mtu, offloads) = (config.mtu, at.offloads);
         at.config = config;
-        self.tcp_up(now, port, mtu, offload);
+        self.tcp_up(now, port, mtu, offloads);
     }
 
     /// The VMM of a port is gone: its flows are reset, its bindings closed, its addresses free for others. The port
@@ -330,13 +329,14 @@ impl Netstack {
         if source.config.isolate || target.config.isolate {
             return Err(DropReason::Isolated);
         }
-        let (mtu, keeps_offload) = (target.config.mtu, target.offload);
+        let (mtu, takes) = (target.config.mtu, target.offloads);
         let offload = segments::checked(frame, offload)?;
         if segments::largest_packet(frame, offload) > usize::from(mtu) {
             self.too_big(now, from, mtu, frame)?;
             return Err(DropReason::TooBig);
         }
-        if !keeps_offload {
+        let datagrams = offload.segments.is_some_and(|s| s.kind == SegmentKind::Udp);
+        if !takes.tcp || (datagrams && !takes.udp) {
             return segments::whole(frame, offload, sink);
         }
         if !sink.has_room() {
@@ -452,19 +452,20 @@ impl Netstack {
         Err(OpenError::Limit)
     }
 
-    /// A datagram from `remote` for the socket of `binding`, into the sink of the port that [`Self::port_of_binding`]
-    /// names.
-    pub fn datagram_from_host(
+    /// Datagrams from `remote` for the socket of `binding`, into the sink of the port that [`Self::port_of_binding`]
+    /// names: of `size` bytes each, the last with what is left. One that came alone has its own size.
+    pub fn datagrams_from_host(
         &mut self,
         binding: BindingId,
         remote: SocketAddr,
         payload: &[u8],
+        size: usize,
         sink: &mut impl FrameSink,
     ) {
         let result = self.udp.from_host(binding, remote, payload.len());
         let result = result.and_then(|target| {
             let seen = self.answered_as(remote, target.guest.is_ipv6());
-            self.datagram(target, seen, payload, sink)
+            self.datagrams(target, seen, payload, size, sink)
         });
         if let Err(reason) = result {
             self.drops.count(reason);
@@ -493,7 +494,7 @@ impl Netstack {
         self.udp.port_of(binding)
     }
 
-    /// The port behind which `guest` is, for [`Self::datagram_from_client`]; asks who has it when it is not known.
+    /// The port behind which `guest` is, for [`Self::datagrams_from_client`]; asks who has it when it is not known.
     pub fn port_of_guest(&mut self, guest: IpAddr) -> Option<PortId> {
         let known = self.neighbours.get(guest).map(|n| n.port);
         if known.is_none() {
@@ -502,15 +503,15 @@ impl Netstack {
         known
     }
 
-    /// A datagram of `client` to a published port: to `guest`, into its port's sink. `listener` is the driver's number
-    /// of the published port; the guest's answers come back with it.
-    pub fn datagram_from_client(
+    /// Datagrams of `client` to a published port: to `guest`, into its port's sink. `listener` is the driver's number
+    /// of the published port; the guest's answers come back with it. `size` as of [`Self::datagrams_from_host`].
+    pub fn datagrams_from_client(
         &mut self,
         now: Instant,
         guest: SocketAddr,
-        client: SocketAddr,
-        listener: u32,
+        (client, listener): (SocketAddr, u32),
         payload: &[u8],
+        size: usize,
         sink: &mut impl FrameSink,
     ) {
         let Some(known) = self.neighbours.get(guest.ip()) else { return };
@@ -524,7 +525,7 @@ impl Netstack {
             }
         }
         self.udp.from_client(now, target, seen, client, listener, payload.len());
-        if let Err(reason) = self.datagram(target, seen, payload, sink) {
+        if let Err(reason) = self.datagrams(target, seen, payload, size, sink) {
             self.drops.count(reason);
         }
     }

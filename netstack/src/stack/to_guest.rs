@@ -10,7 +10,8 @@ use super::{Netstack, Outbox};
 use crate::drop_reason::DropReason;
 use crate::icmp::{self, Fault, Unreachable};
 use crate::ndp;
-use crate::sink::{FrameSink, Offload};
+use crate::segments;
+use crate::sink::{FrameSink, Offload, Offloads, PartialChecksum, SegmentKind, Segments};
 use crate::time::Instant;
 use crate::types::{Mac, PortId};
 use crate::udp::{BindingId, Target};
@@ -95,6 +96,11 @@ impl Netstack {
         let out = Outgoing { gateway: self.config.gateway_mac, mac, src, dst, protocol, mtu };
         // What does not fit the outbox is counted there.
         let _ = out.fragments(self.fragment_id, [&[], payload], &mut Waiting(outbox));
+    }
+
+    fn offloads_of(&self, port: PortId) -> Offloads {
+        let port = self.ports.get(usize::from(port.0)).and_then(Option::as_ref);
+        port.map(|p| p.offloads).unwrap_or_default()
     }
 
     fn mtu_of(&self, port: PortId) -> Option<u16> {
@@ -187,6 +193,42 @@ impl Netstack {
 
     // ---- for the host ----
 
+    /// Datagrams of `size` bytes each to a guest, the last with what is left: as one frame where the link has that.
+    pub(super) fn datagrams(
+        &mut self,
+        to: Target,
+        from: SocketAddr,
+        payload: &[u8],
+        size: usize,
+        sink: &mut impl FrameSink,
+    ) -> Result<(), DropReason> {
+        let takes = self.offloads_of(to.port);
+        if takes.tcp && size > 0 {
+            let out = self.outgoing(to, from.ip(), ipv4::UDP)?;
+            let together = payload.len() > size;
+            if out.header() + udp::HEADER + size <= usize::from(out.mtu)
+                && out.header() + udp::HEADER + payload.len() <= usize::from(u16::MAX)
+                && (takes.udp || !together)
+            {
+                if !sink.has_room() {
+                    return Err(DropReason::LinkFull);
+                }
+                let size = if together { u16::try_from(size).ok() } else { None };
+                return out.unfinished_datagrams(
+                    udp::open_header(from, to.guest, payload.len()),
+                    payload,
+                    size,
+                    sink,
+                );
+            }
+        }
+        if payload.len() <= size {
+            return self.datagram(to, from, payload, sink);
+        }
+        // Each by itself: one that is not larger than its size ends here.
+        payload.chunks(size.max(1)).try_for_each(|one| self.datagrams(to, from, one, one.len(), sink))
+    }
+
     /// One UDP datagram to a guest.
     pub(super) fn datagram(
         &mut self,
@@ -211,18 +253,22 @@ impl Netstack {
         parts: [&[u8]; 2],
         sink: &mut impl FrameSink,
     ) -> Result<(), DropReason> {
-        let mtu = self.mtu_of(to.port).ok_or(DropReason::NotForUs)?;
+        let out = self.outgoing(to, src, protocol)?;
         if !sink.has_room() {
             return Err(DropReason::LinkFull);
         }
-        let dst = to.guest.ip();
-        let out = Outgoing { gateway: self.config.gateway_mac, mac: to.mac, src, dst, protocol, mtu };
         let carried = parts[0].len() + parts[1].len();
-        if carried + out.header() > usize::from(mtu) {
+        if carried + out.header() > usize::from(out.mtu) {
             self.fragment_id = self.fragment_id.wrapping_add(1);
             return out.fragments(self.fragment_id, parts, sink);
         }
         out.whole(parts, sink)
+    }
+
+    fn outgoing(&self, to: Target, src: IpAddr, protocol: u8) -> Result<Outgoing, DropReason> {
+        let mtu = self.mtu_of(to.port).ok_or(DropReason::NotForUs)?;
+        let dst = to.guest.ip();
+        Ok(Outgoing { gateway: self.config.gateway_mac, mac: to.mac, src, dst, protocol, mtu })
     }
 
     /// The answer to an echo request of `binding`: `message` is the whole ICMP message, of either version, that came from
@@ -362,14 +408,41 @@ impl Outgoing {
     }
 
     fn whole(&self, [head, payload]: [&[u8]; 2], sink: &mut impl FrameSink) -> Result<(), DropReason> {
+        self.frame([head, payload], Offload::default(), sink)
+    }
+
+    /// Datagrams whose checksum the guest makes; `size` when there are several behind the one `header`, which is open.
+    fn unfinished_datagrams(
+        &self,
+        header: [u8; udp::HEADER],
+        payload: &[u8],
+        size: Option<u16>,
+        sink: &mut impl FrameSink,
+    ) -> Result<(), DropReason> {
+        let transport = ethernet::HEADER + self.header();
+        let position = |n: usize| u16::try_from(n).map_err(|_| DropReason::TooBig);
+        let checksum = Some(PartialChecksum { start: position(transport)?, offset: 6 });
+        let headers = position(transport + udp::HEADER)?;
+        let segments = size.map(|size| Segments { kind: SegmentKind::Udp, size, headers });
+        self.frame([&header, payload], Offload { checksum, segments }, sink)
+    }
+
+    fn frame(
+        &self,
+        [head, payload]: [&[u8]; 2],
+        offload: Offload,
+        sink: &mut impl FrameSink,
+    ) -> Result<(), DropReason> {
         let length = u16::try_from(head.len() + payload.len()).map_err(|_| DropReason::TooBig)?;
+        let ethernet = self.ethernet();
         match (self.src, self.dst) {
             (IpAddr::V4(src), IpAddr::V4(dst)) => {
-                put(sink, [&self.ethernet(), &ipv4::header(src, dst, self.protocol, length), head, payload])
+                let ip = ipv4::header(src, dst, self.protocol, length);
+                put(sink, [&ethernet, &ip, head, payload], offload)
             }
             (IpAddr::V6(src), IpAddr::V6(dst)) => {
                 let ip = ipv6::header(src, dst, self.protocol, 64, length);
-                put(sink, [&self.ethernet(), &ip, head, payload])
+                put(sink, [&ethernet, &ip, head, payload], offload)
             }
             _ => Err(DropReason::NotForUs),
         }
@@ -403,12 +476,12 @@ impl Outgoing {
             match (self.src, self.dst) {
                 (IpAddr::V4(src), IpAddr::V4(dst)) => {
                     let ip = ipv4::fragment_header(src, dst, self.protocol, length, place);
-                    put(sink, [&self.ethernet(), &ip, first, second])?;
+                    put(sink, [&self.ethernet(), &ip, first, second], Offload::default())?;
                 }
                 (IpAddr::V6(src), IpAddr::V6(dst)) => {
                     let mut ip = ipv6::header(src, dst, ipv6::FRAGMENT, 64, length).to_vec();
                     ip.extend(ipv6::fragment_header(self.protocol, place));
-                    put(sink, [&self.ethernet(), &ip, first, second])?;
+                    put(sink, [&self.ethernet(), &ip, first, second], Offload::default())?;
                 }
                 _ => return Err(DropReason::NotForUs),
             }
@@ -418,14 +491,17 @@ impl Outgoing {
     }
 }
 
-fn put(sink: &mut impl FrameSink, parts: [&[u8]; 4]) -> Result<(), DropReason> {
+fn put(sink: &mut impl FrameSink, parts: [&[u8]; 4], offload: Offload) -> Result<(), DropReason> {
     let len = parts.iter().map(|p| p.len()).sum();
-    let written = sink.frame(len, Offload::default(), |frame| {
-        let mut rest = frame;
+    let written = sink.frame(len, offload, |frame| {
+        let mut rest = &mut *frame;
         for part in parts {
             let (here, after) = rest.split_at_mut(part.len());
             here.copy_from_slice(part);
             rest = after;
+        }
+        if let Some(checksum) = offload.checksum {
+            segments::begin_sum(frame, checksum);
         }
     });
     written.ok_or(DropReason::LinkFull)

@@ -31,13 +31,19 @@ pub fn parse(bytes: &[u8]) -> Result<(Header, &[u8]), DropReason> {
     if header.dst == 0 { Err(DropReason::BadUdpHeader) } else { Ok((header, payload)) }
 }
 
+/// The header of a datagram of ours with `payload` bytes, its checksum left open.
+#[must_use]
+pub fn open_header(src: SocketAddr, dst: SocketAddr, payload: usize) -> [u8; HEADER] {
+    let [l0, l1] = u16::try_from(payload + HEADER).unwrap_or(u16::MAX).to_be_bytes();
+    let ([s0, s1], [d0, d1]) = (src.port().to_be_bytes(), dst.port().to_be_bytes());
+    [s0, s1, d0, d1, l0, l1, 0, 0]
+}
+
 /// The header of a datagram of ours, with its checksum.
 #[must_use]
 pub fn header(src: SocketAddr, dst: SocketAddr, payload: &[u8]) -> [u8; HEADER] {
-    let length = u16::try_from(payload.len() + HEADER).unwrap_or(u16::MAX).to_be_bytes();
-    let (s, d) = (src.port().to_be_bytes(), dst.port().to_be_bytes());
-    let mut out = [s[0], s[1], d[0], d[1], length[0], length[1], 0, 0];
-    let pseudo = [0, super::ipv4::UDP, length[0], length[1]];
+    let mut out = open_header(src, dst, payload.len());
+    let pseudo = [0, super::ipv4::UDP, out[4], out[5]];
     let sum = match (src.ip(), dst.ip()) {
         (IpAddr::V4(s), IpAddr::V4(d)) => checksum(&[&s.octets(), &d.octets(), &pseudo, &out, payload]),
         (s, d) => checksum(&[&mapped(s), &mapped(d), &pseudo, &out, payload]),

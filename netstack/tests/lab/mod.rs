@@ -9,7 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use etherparse::{PacketBuilder, PacketBuilderStep, TcpOptionElement};
 use portway_netstack::{
     DropReason, Duration, FlowId, FrameSink, Handled, HostCommand, HostEvent, Instant, Ipv6Config, Limits,
-    Mac, Netstack, Offload, PortConfig, PortId, RingClass, RingMemory, Rings, StackConfig, UdpConfig,
+    Mac, Netstack, Offload, Offloads, PortConfig, PortId, RingClass, RingMemory, Rings, StackConfig,
+    UdpConfig,
 };
 
 pub const GATEWAY_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
@@ -256,7 +257,8 @@ impl Lab {
     fn of(config: StackConfig, guests: usize, mtu: u16, rings: Box<dyn RingMemory>) -> Self {
         let mut stack = Netstack::new(config, rings, 0x5eed);
         let port = PortConfig { name: None, mtu, address: None, isolate: false };
-        let ports = (0..guests).map(|_| stack.add_port(Instant::ZERO, port.clone(), false)).collect();
+        let ports =
+            (0..guests).map(|_| stack.add_port(Instant::ZERO, port.clone(), Offloads::default())).collect();
         let wires = (0..guests).map(|_| Wire { frames: vec![], room: usize::MAX }).collect();
         Self { stack, now: Instant::ZERO, wires, ports }
     }

@@ -10,10 +10,14 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use nix::libc::{self, c_int, c_short, c_uint, ifreq};
 
+use portway_netstack::Offloads;
+
 use crate::link::vnet;
 
 /// Leave checksums open; hand over TCP segments of up to 64 KiB, for IPv4 and IPv6.
 const OFFLOADS: c_uint = 0x01 | 0x02 | 0x04;
+/// Datagrams of UDP too, for both (`TUN_F_USO4`, `TUN_F_USO6`, Linux 6.2).
+const UDP_OFFLOADS: c_uint = 0x20 | 0x40;
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, nix::request_code_write!(b'T', 202, size_of::<c_int>()), ifreq);
 nix::ioctl_write_int_bad!(tun_set_offload, nix::request_code_write!(b'T', 208, size_of::<c_uint>()));
@@ -54,8 +58,8 @@ pub(super) fn open(name: &str) -> io::Result<File> {
     Ok(file)
 }
 
-/// Has the kernel speak the header of [`vnet`] and leave checksums and segments to us.
-pub(super) fn configure(device: &File) -> io::Result<()> {
+/// Has the kernel speak the header of [`vnet`] and leave checksums and segments to us. What it takes in turn is the answer.
+pub(super) fn configure(device: &File) -> io::Result<Offloads> {
     let fd = device.as_raw_fd();
     let (size, on): (c_int, c_int) = (c_int::try_from(vnet::LEN).unwrap_or(c_int::MAX), 1);
     // SAFETY: each of these reads one int through a pointer to a local that lives through the call.
@@ -63,9 +67,15 @@ pub(super) fn configure(device: &File) -> io::Result<()> {
         tun_set_header_size(fd, &raw const size)?;
         tun_set_header_le(fd, &raw const on)?;
     }
-    // SAFETY: the argument is a number, not a pointer.
-    unsafe { tun_set_offload(fd, c_int::try_from(OFFLOADS).unwrap_or(0)) }?;
-    Ok(())
+    let offloads = |bits: c_uint| {
+        // SAFETY: the argument is a number, not a pointer.
+        unsafe { tun_set_offload(fd, c_int::try_from(bits).unwrap_or(0)) }
+    };
+    let udp = offloads(OFFLOADS | UDP_OFFLOADS).is_ok();
+    if !udp {
+        offloads(OFFLOADS)?;
+    }
+    Ok(Offloads { tcp: true, udp })
 }
 
 const fn c_char(byte: u8) -> libc::c_char {

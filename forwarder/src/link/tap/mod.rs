@@ -17,7 +17,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
 pub use join::{CHILD, child};
-use portway_netstack::{FrameSink, Offload};
+use portway_netstack::{FrameSink, Offload, Offloads};
 pub use setup::{BadSetup, Setup};
 
 use super::{Batch, vnet};
@@ -37,6 +37,7 @@ const DELETED: i32 = nix::libc::EBADFD;
 #[derive(Debug)]
 pub struct Tap {
     device: File,
+    offloads: Offloads,
     scratch: Box<[u8]>,
     out: Box<[u8]>,
     /// Bytes of `out` that the kernel would not take yet.
@@ -64,9 +65,10 @@ impl Tap {
             Some(Namespace::Process(pid)) => join::by_process(name, *pid, setup)?,
             Some(Namespace::Within { user, net }) => join::by_child(name, user, net, setup)?,
         };
-        device::configure(&device)?;
+        let offloads = device::configure(&device)?;
         Ok(Self {
             device,
+            offloads,
             scratch: vec![0; LARGEST].into(),
             out: vec![0; LARGEST].into(),
             waiting: 0,
@@ -81,6 +83,12 @@ impl Tap {
     #[must_use]
     pub fn fd(&self) -> RawFd {
         self.device.as_raw_fd()
+    }
+
+    /// What the kernel takes unfinished.
+    #[must_use]
+    pub const fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
     /// News from the kernel.

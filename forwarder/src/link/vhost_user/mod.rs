@@ -22,7 +22,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use portway_netstack::{FrameSink, Offload};
+use portway_netstack::{FrameSink, Offload, Offloads};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use self::to_guest::{Shape, ToGuest};
@@ -57,9 +57,22 @@ mod feature {
     pub(super) const HOST_TSO4: u64 = 1 << 11;
     pub(super) const HOST_TSO6: u64 = 1 << 12;
     pub(super) const MRG_RXBUF: u64 = 1 << 15;
+    pub(super) const GUEST_USO4: u64 = 1 << 54;
+    pub(super) const GUEST_USO6: u64 = 1 << 55;
+    pub(super) const HOST_USO: u64 = 1 << 56;
     /// All that this back end can.
-    pub(super) const OFFERED: u64 =
-        CSUM | GUEST_CSUM | MTU | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF | RINGS;
+    pub(super) const OFFERED: u64 = CSUM
+        | GUEST_CSUM
+        | MTU
+        | GUEST_TSO4
+        | GUEST_TSO6
+        | GUEST_USO4
+        | GUEST_USO6
+        | HOST_TSO4
+        | HOST_TSO6
+        | HOST_USO
+        | MRG_RXBUF
+        | RINGS;
 }
 
 impl Kind for ToGuest {
@@ -142,7 +155,7 @@ impl VhostUser {
     }
 
     /// Handles the messages that wait whole, without ever blocking. After a change of the device the flows of the port are
-    /// to be reset, and [`Self::offload`] to be asked again.
+    /// to be reset, and [`Self::offloads`] to be asked again.
     ///
     /// # Errors
     /// When the front end is gone or broke the protocol: the link is down.
@@ -169,10 +182,12 @@ impl VhostUser {
         }
     }
 
-    /// Whether the guest takes partial checksums and segments of TCP over both IPs: then the stack may send them.
+    /// What the guest takes unfinished: then the stack may send it.
     #[must_use]
-    pub const fn offload(&self) -> bool {
-        self.front.device.has(feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6)
+    pub const fn offloads(&self) -> Offloads {
+        let device = &self.front.device;
+        let tcp = device.has(feature::GUEST_CSUM | feature::GUEST_TSO4 | feature::GUEST_TSO6);
+        Offloads { tcp, udp: tcp && device.has(feature::GUEST_USO4 | feature::GUEST_USO6) }
     }
 
     /// The features the guest has accepted, as virtio numbers them.
@@ -189,7 +204,7 @@ impl VhostUser {
 
     /// Hands one bounded batch of frames from the guest to `handle`; each is a copy that the guest cannot change.
     ///
-    /// They may have partial checksums and segments whatever [`Self::offload`] says: that is about the other direction.
+    /// They may have partial checksums and segments whatever [`Self::offloads`] says: that is about the other direction.
     ///
     /// # Errors
     /// When the ring is beyond use: the link is down.
@@ -266,7 +281,7 @@ impl VhostUser {
     /// Frames from and to the guest that were lost: bad chains, and frames that did not fit.
     #[must_use]
     pub const fn dropped(&self) -> (u64, u64) {
-        (self.to_host.dropped, self.front.device.kind.dropped)
+        (self.to_host.dropped(), self.front.device.kind.dropped)
     }
 
     /// Takes buffers until there is room, or asks the guest to say when it posts more.

@@ -58,7 +58,7 @@ fn with_header(offload: Offload, frame: &[u8]) -> Vec<u8> {
 #[test]
 fn a_frame_of_any_layout_arrives_as_it_was_sent() {
     let mut lab = Lab::new(ALL);
-    assert!(lab.link.offload());
+    assert!(lab.link.offloads().tcp);
     let bytes = with_header(SUPER, &pattern(60));
     let layouts: [&[usize]; 5] = [&[], &[12], &[10, 2, 14], &[1; 71], &[0, 12, 0, 0, 20]];
     for sizes in layouts {
@@ -128,7 +128,7 @@ fn a_large_frame_spreads_over_mergeable_buffers_that_become_used_together() {
 fn without_mergeable_buffers_a_frame_takes_one_chain_or_is_dropped() {
     for features in [feature::VERSION_1 | feature::PROTOCOL, feature::PROTOCOL] {
         let mut lab = Lab::new(features);
-        assert!(!lab.link.offload());
+        assert!(!lab.link.offloads().tcp);
         let header = if features & feature::VERSION_1 == 0 { 10 } else { 12 };
         // As iPXE posts it: the header in a descriptor of its own.
         let chain = [(BUFFERS, header, true), (BUFFERS + 64, 1514, true)];

@@ -1,7 +1,7 @@
-//! Packets in the guest's memory: its transmit ring from it, its receive ring to it, and the ring of events.
+//! Packets in the guest's memory: its receive ring, and the ring of events. From it they come by
+//! [`crate::vhost_user::FromGuest`].
 //!
 //! ```text
-//! descriptors, in any layout ─► copied into one scratch buffer: header, payload ─► streams
 //! streams ─► header, payload ─► scattered over one chain of the guest's, which is one packet
 //! ```
 //! Chains to the guest are taken, walked and checked before they are needed, so that what is read from a socket always
@@ -27,13 +27,7 @@ pub(super) const EVENTS: usize = 2;
 pub(super) const RINGS: usize = 3;
 
 /// Most packets of one batch from the guest.
-const PACKETS: usize = 128;
-/// Bytes after which a batch ends.
-const BYTES: usize = 512 * 1024;
-/// Descriptors after which a batch ends.
-const DESCRIPTORS: u32 = 8 * 1024;
-/// A batch of as many bytes belongs to a bulk transfer.
-const BULK: usize = 16 * 1024;
+pub(super) const PACKETS: usize = 128;
 
 /// What the device has of its own: its configuration, and the chains it has taken to write to.
 #[derive(Debug, Default)]
@@ -190,96 +184,12 @@ impl ToGuest<'_> {
     }
 }
 
-/// What is kept between batches from the guest.
-#[derive(Debug)]
-pub(super) struct FromGuest {
-    scratch: Box<[u8]>,
-    /// Chains that were no packet.
-    pub(super) dropped: u64,
-}
-
-impl FromGuest {
-    pub(super) fn new() -> Self {
-        Self { scratch: vec![0; LEN + PAYLOAD].into(), dropped: 0 }
-    }
-
-    /// Hands one batch of packets to `handle`, which says whether it takes a further one. Says whether packets moved.
-    pub(super) fn receive(
-        &mut self,
-        ring: &mut Ring,
-        memory: &Memory,
-        mut handle: impl FnMut(&Header, &[u8]) -> bool,
-    ) -> Result<bool, BadRing> {
-        let (mut packets, mut bytes, mut descriptors) = (0, 0, 0);
-        ring.disarm()?;
-        loop {
-            if packets == PACKETS || bytes >= BYTES || descriptors >= DESCRIPTORS {
-                return Ok(true);
-            }
-            let Some(head) = ring.take()? else {
-                // In the midst of a bulk transfer more has come by the time this batch is dealt with: worth a look
-                // before the guest is asked for a kick, which costs it much.
-                if bytes >= BULK {
-                    return Ok(true);
-                }
-                if !ring.arm()? {
-                    ring.ready = false;
-                    return Ok(packets > 0);
-                }
-                continue;
-            };
-            packets += 1;
-            let mut goes_on = true;
-            match self.copy(ring, memory, head, &mut descriptors) {
-                Ok(len) => match self.split(len) {
-                    Some((header, payload)) => {
-                        bytes += payload.len();
-                        goes_on = handle(&header, payload);
-                    }
-                    None => self.dropped += 1,
-                },
-                Err(error) => {
-                    tracing::debug!(%error, "no packet in a chain of the guest's");
-                    self.dropped += 1;
-                }
-            }
-            ring.put_used(head, 0)?;
-            if !goes_on {
-                return Ok(true);
-            }
-        }
-    }
-
-    /// Copies a chain; says how many bytes it has.
-    fn copy(
-        &mut self,
-        ring: &Ring,
-        memory: &Memory,
-        head: u16,
-        descriptors: &mut u32,
-    ) -> Result<usize, BadChain> {
-        let mut filled = 0;
-        ring.walk(memory, head, |buffer| {
-            *descriptors += 1;
-            if buffer.writable {
-                return Err(BadChain::Direction);
-            }
-            let room = self.scratch.get_mut(filled..).and_then(|s| s.get_mut(..buffer.len as usize));
-            let room = room.ok_or(BadChain::Size)?;
-            memory.read(buffer.address, room)?;
-            filled += room.len();
-            Ok(())
-        })?;
-        Ok(filled)
-    }
-
-    /// Header and payload of a packet that has as many bytes as it says, at least.
-    fn split(&self, len: usize) -> Option<(Header, &[u8])> {
-        let (header, rest) = self.scratch.get(..len)?.split_first_chunk()?;
-        let header = Header::parse(header);
-        let payload = rest.get(..usize::try_from(header.len).ok()?)?;
-        Some((header, payload))
-    }
+/// Header and payload of a packet that has as many bytes as it says, at least.
+pub(super) fn split(packet: &[u8]) -> Option<(Header, &[u8])> {
+    let (header, rest) = packet.split_first_chunk()?;
+    let header = Header::parse(header);
+    let payload = rest.get(..usize::try_from(header.len).ok()?)?;
+    Some((header, payload))
 }
 
 /// Tells the guest that its streams are no more (§5.10.6.7, `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`). False while it has

@@ -12,9 +12,10 @@ use mio::{Events, Interest, Poll, Token};
 
 use super::Dial;
 use super::arrivals::Arrivals;
-use super::rings::{EVENTS, FromGuest, Posted, RINGS, TO_GUEST, TO_HOST, ToGuest, put_transport_reset};
+use super::packet::{LEN, PAYLOAD};
+use super::rings::{EVENTS, PACKETS, Posted, RINGS, TO_GUEST, TO_HOST, ToGuest, put_transport_reset, split};
 use super::streams::Streams;
-use crate::vhost_user::{Device, FrontEnd};
+use crate::vhost_user::{Device, FromGuest, FrontEnd, Taken};
 
 const WAKER: Token = Token(0);
 const LISTENER: Token = Token(1);
@@ -67,7 +68,7 @@ impl Worker {
             cid,
             dials,
             front: None,
-            from_guest: FromGuest::new(),
+            from_guest: FromGuest::new(LEN + PAYLOAD),
             streams,
             kicks: [None; RINGS],
             strangers: false,
@@ -255,13 +256,15 @@ impl Worker {
         let mut moved = false;
         if rings[TO_HOST].ready && self.streams.takes() {
             let streams = &mut self.streams;
-            moved = self
+            let batch = self
                 .from_guest
-                .receive(&mut rings[TO_HOST], memory, |header, payload| {
-                    streams.handle(header, payload);
-                    streams.takes()
+                .receive(&mut rings[TO_HOST], memory, PACKETS, |packet| {
+                    let (header, payload) = split(packet)?;
+                    streams.handle(&header, payload);
+                    Some(Taken { bytes: payload.len(), goes_on: streams.takes() })
                 })
                 .map_err(io::Error::other)?;
+            moved = batch.more || batch.chains > 0;
         }
         let mut to_guest = ToGuest { ring: &mut rings[TO_GUEST], memory, posted };
         let more = self.streams.speak(&mut to_guest).map_err(io::Error::other)?;

@@ -1,32 +1,29 @@
-//! The few system calls that need `unsafe`: a pidfd, and what a child does between fork and exec.
+//! The system: what a child does between fork and exec, and processes and signals as descriptors to wait for, which every
+//! system has in its own way (`linux`, `macos`).
+
+#[cfg(not(target_os = "macos"))]
+mod linux;
+#[cfg(target_os = "macos")]
+mod macos;
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc;
-use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{ForkResult, Pid, getpid, getppid, setsid};
 
-/// A file descriptor that becomes readable when the process ends.
-pub(crate) fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open(2) takes two integers and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
-    let fd = i32::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel just gave us this descriptor; nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Whether there is a process of this number that has not ended. One that nobody has waited for yet has.
-pub(crate) fn runs(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name stands in parentheses and may have some of its own (proc_pid_stat(5)).
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
-}
+#[cfg(not(target_os = "macos"))]
+use self::linux::at_parents_death;
+#[cfg(not(target_os = "macos"))]
+pub(crate) use self::linux::{Pending, Watched, pipe, runs, short};
+#[cfg(target_os = "macos")]
+use self::macos::at_parents_death;
+#[cfg(target_os = "macos")]
+pub(crate) use self::macos::{Pending, Watched, pipe, runs, short};
 
 /// Prepares a child: it keeps `inherited` open across exec under the same numbers, blocks no signal (we do), and
 /// gets `orphaned` when the thread that starts it ends, however that happens.
@@ -39,7 +36,7 @@ pub(crate) fn prepare(command: &mut Command, inherited: Vec<OwnedFd>, orphaned: 
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
         SigSet::empty().thread_set_mask()?;
-        set_pdeathsig(orphaned)?;
+        at_parents_death(orphaned)?;
         // The parent may have died before the line above took effect.
         if getppid() == parent { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
     };
@@ -60,16 +57,6 @@ pub(crate) fn prepare_session(command: &mut Command, inherited: Vec<OwnedFd>) {
     };
     // SAFETY: as above; setsid is async-signal-safe too.
     unsafe { command.pre_exec(in_child) };
-}
-
-/// Sends a signal to the process of a pidfd, which no other process can have become.
-pub(crate) fn pidfd_signal(fd: &OwnedFd, signal: Signal) -> io::Result<()> {
-    let none = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: pidfd_send_signal(2) takes three integers and a pointer that may be null.
-    let sent =
-        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd.as_raw_fd(), signal as libc::c_int, none, 0) };
-    Errno::result(sent).map(drop)?;
-    Ok(())
 }
 
 /// Goes on in a child and in the parent, which is told the child's pid.
