@@ -43,6 +43,10 @@ guest: ## the guest of the demo and of the VM test
 	@tests/guest/build.sh $(TARGET)/guest/demo
 	tests/guest/media.sh $(TARGET)/guest/demo $(TARGET)/guest/media
 
+.PHONY: agent
+agent: ## the guest agent: one static file of less than 3 MB, target/guest/portway-agent
+	@guest-agent/build.sh $(TARGET)/guest/portway-agent
+
 .PHONY: unit
 unit: guest ## all tests: unit, simulation, loopback, real VM
 	@cargo build --workspace --bins --locked

@@ -13,7 +13,7 @@ wanted=(
   dnsperf:dnsperf dhclient:isc-dhcp-client dhcpcd:dhcpcd-base perfdhcp:kea-admin
   tmux:tmux mksquashfs:squashfs-tools xorriso:xorriso grub-mkrescue:grub-common mformat:mtools qemu-img:qemu-utils sfdisk:fdisk
   qemu-system-aarch64:qemu-system-arm tshark:tshark
-  traceroute:traceroute rdisc6:ndisc6 iperf3:iperf3 iptables:iptables sshd:openssh-server
+  traceroute:traceroute rdisc6:ndisc6 iperf3:iperf3 iptables:iptables nft:nftables sshd:openssh-server
 )
 packages=()
 for pair in "${wanted[@]}"; do

@@ -21,6 +21,7 @@ use portway_launcher::{
 };
 
 use super::{Failure, listing};
+use crate::agent::{GuestBinds, SocketPair};
 use crate::config::{Config, DnsHost, Settings, Switch, UnixPath, runtime_socket};
 use crate::control::client::Client;
 use crate::dns::Upstream;
@@ -157,6 +158,15 @@ struct NetworkArgs {
     /// Ports of the guest's vsock, each a unix socket guest.%08x in the state directory, such as 2374,62373
     #[arg(long, value_name = "PORT,…", value_delimiter = ',', value_parser = |text: &str| number::<u32>(text, 1..=u32::MAX - 1, "2374"))]
     vsock_ports: Vec<u32>,
+    /// A unix socket in the guest that leads to one of this host, GUEST_PATH:HOST_PATH; needs the guest agent; repeatable
+    #[arg(long, value_name = "PATH:PATH")]
+    guest_socket: Vec<SocketPair>,
+    /// On which host addresses the guest may ask to be published
+    #[arg(long, value_enum, value_name = "WHERE")]
+    guest_binds: Option<GuestBinds>,
+    /// More settings of the network, in the file that `serve --config` takes: rules of auto-publish and others
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Start or join the network of this name, which several VMs share [default: a network of its own, called default]
     #[arg(long, value_name = "NAME")]
     network: Option<String>,
@@ -465,6 +475,7 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         config.serve_args = vec!["--network".into(), named.into()];
     }
     config.shared = shared;
+    config.serve_args.extend(network_args(network.config, &network.guest_socket, network.guest_binds)?);
     if let Some(authorities) = network.dns_ca {
         config.serve_args.extend(["--dns-ca".into(), authorities.into()]);
     }
@@ -472,6 +483,27 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         config.serve_args.extend(values.into_iter().flat_map(|value| [option.into(), value.into()]));
     }
     Ok(config)
+}
+
+/// What the network is told as it was told us.
+fn network_args(
+    config: Option<PathBuf>,
+    sockets: &[SocketPair],
+    binds: Option<GuestBinds>,
+) -> Result<Vec<OsString>, Failure> {
+    let mut args: Vec<OsString> = Vec::new();
+    if let Some(file) = config {
+        let file = std::path::absolute(&file)
+            .map_err(|error| Failure::usage(format!("--config {}: {error}", file.display())))?;
+        args.extend(["--config".into(), file.into()]);
+    }
+    for pair in sockets {
+        args.extend(["--guest-socket".into(), pair.to_string().into()]);
+    }
+    if let Some(value) = binds.and_then(|binds| binds.to_possible_value()) {
+        args.extend(["--guest-binds".into(), value.get_name().into()]);
+    }
+    Ok(args)
 }
 
 /// A part of a file's name, and a word of a command line.
