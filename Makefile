@@ -122,6 +122,36 @@ bench: setup ## portway beside its peers (as root; 40 minutes; ROWS='netns/*' RO
 	python3 tests/bench/compare.py --portway $(TARGET)/release/portway --peers $(TARGET)/bench/peers \
 	  --rows '$(ROWS)' --rounds $(ROUNDS) --secs $(SECS) --json $(TARGET)/bench/last.json
 
+.PHONY: unsafe-count
+unsafe-count: ## where unsafe blocks are, and how many
+	@grep -rcE --include='*.rs' 'unsafe (\{|fn|impl|extern)' netstack/src forwarder guest-agent vm-launcher | grep -v ':0$$' | sort
+	grep -rhE --include='*.rs' 'unsafe (\{|fn|impl|extern)' netstack/src forwarder guest-agent vm-launcher | wc -l
+
+.PHONY: kills
+kills: ## the sidecar killed a hundred times at random moments
+	@cargo build --locked -p portway
+	PORTWAY_KILLS=100 cargo test --locked -p portway-tests --test faults -- killed
+
+# How long the load lasts; the plot is target/soak/soak.svg.
+MINUTES ?= 5
+GUESTS ?= 8
+
+.PHONY: soak
+soak: ## mixed load of many guests for MINUTES=5; everything has to come back to where it was
+	@cargo build --locked --workspace --bins
+	PORTWAY_BIN=$(TARGET)/debug/portway $(TARGET)/debug/soak --minutes $(MINUTES) --guests $(GUESTS) --out $(TARGET)/soak
+
+.PHONY: calls
+calls: ## the system tests under strace: no call outside of the sandbox's list
+	@cargo build --locked --workspace --bins
+	PORTWAY_BIN=$(TARGET)/debug/portway tests/calls.sh
+
+# AddressSanitizer of a nightly compiler, on the modules that have unsafe blocks and what stands on them.
+.PHONY: sanitize
+sanitize: ## unit tests of the unsafe modules under AddressSanitizer (nightly)
+	@RUSTFLAGS=-Zsanitizer=address cargo +nightly test --locked --target $(shell rustc -vV | sed -n 's/host: //p') -p portway --lib -- \
+	  rings:: link:: vhost_user:: vsock:: datagrams:: fd:: host
+
 .PHONY: bench-flows
 bench-flows: ## cost per packet and memory per flow with many flows held
 	@cargo bench --workspace --locked

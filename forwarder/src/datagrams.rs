@@ -15,6 +15,11 @@ const LARGEST: usize = 65_535;
 /// `net.core.rmem_max` says so.
 const RECEIVE_BUFFER: usize = 1 << 20;
 
+/// What the sandbox lets batches of datagrams do.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] =
+    crate::sandbox::sandbox_calls![SYS_bind, SYS_recvmmsg, SYS_recvmsg, SYS_sendmmsg, SYS_sendmsg];
+
 /// Makes a socket patient with bursts, as far as the host lets it.
 pub(crate) fn hold_bursts(socket: &UdpSocket) {
     // With the default a burst loses datagrams earlier; it still works.

@@ -1,9 +1,42 @@
 //! Descriptors we inherit by number.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+/// Descriptors that flows and NAT bindings leave to the control socket, DNS and state files, at the most.
+pub(crate) const RESERVE: RawFd = 64;
+
+/// From this number on descriptors are no flow's. Numbers are given from the lowest on, so a number tells how many are open.
+static RESERVED: AtomicI32 = AtomicI32::new(RawFd::MAX);
+
+/// Raises the soft limit of descriptors to the hard one, for every flow needs one, and keeps a reserve of a quarter.
+pub(crate) fn raise_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    let mut limit = soft;
+    if soft < hard {
+        match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => limit = hard,
+            Err(error) => tracing::warn!(%error, soft, "the descriptor limit could not be raised"),
+        }
+    }
+    let limit = RawFd::try_from(limit).unwrap_or(RawFd::MAX);
+    RESERVED.store(limit - RESERVE.min(limit / 4), Ordering::Relaxed);
+}
+
+/// Refuses a descriptor of a guest's that would lie in the reserve.
+///
+/// # Errors
+/// `EMFILE`, as if there were no more: the guest sees what it would see then.
+pub(crate) fn within_share(fd: &impl AsRawFd) -> io::Result<()> {
+    if fd.as_raw_fd() < RESERVED.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    Err(io::Error::from_raw_os_error(nix::libc::EMFILE))
+}
 
 /// Takes descriptor `fd` over from whoever started us.
 ///

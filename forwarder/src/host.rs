@@ -41,6 +41,31 @@ pub fn settle(socket: &SockRef<'_>, keep_alive: Option<Duration>) -> io::Result<
     }
 }
 
+/// What the sandbox lets flows do: sockets of the host's protocols (ping sockets are datagram sockets).
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![
+    SYS_socket: crate::sandbox::Only::OneOf(0, &[AF_UNIX, AF_INET, AF_INET6, AF_VSOCK]),
+    SYS_socketpair: crate::sandbox::Only::OneOf(0, &[AF_UNIX]),
+    SYS_connect,
+    SYS_getpeername,
+    SYS_getsockname,
+    SYS_getsockopt,
+    SYS_setsockopt,
+    SYS_recvfrom,
+    SYS_sendto,
+    SYS_shutdown,
+];
+
+#[cfg(target_os = "linux")]
+const AF_UNIX: u64 = 1;
+#[cfg(target_os = "linux")]
+const AF_INET: u64 = 2;
+#[cfg(target_os = "linux")]
+const AF_INET6: u64 = 10;
+/// Of the agent's transports.
+#[cfg(target_os = "linux")]
+const AF_VSOCK: u64 = 40;
+
 /// The host's end of a flow.
 #[derive(Debug)]
 pub enum HostStream {
@@ -60,6 +85,7 @@ impl HostStream {
             None => TcpStream::connect(to)?,
             Some(from) => Self::connect_from(to, from)?,
         };
+        crate::fd::within_share(&stream)?;
         // The applications at both ends have decided about small segments already.
         stream.set_nodelay(true)?;
         settle(&SockRef::from(&stream), keep_alive)?;

@@ -22,9 +22,9 @@ use tracing_subscriber::registry::LookupSpan;
 use crate::config::{ConfigError, LogFormat, LogLevel};
 
 /// Lines one place may say in a window.
-const BURST: u32 = 20;
+pub(crate) const BURST: u32 = 20;
 /// How long a window is.
-const WINDOW: Duration = Duration::from_secs(10);
+pub(crate) const WINDOW: Duration = Duration::from_secs(10);
 
 static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
 

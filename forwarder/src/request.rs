@@ -278,6 +278,12 @@ pub enum PublishError {
         /// What the host said and what helps.
         reason: String,
     },
+    /// A socket outside of the directories in which they may be made live.
+    #[error(
+        "{path} lies outside of the directories where sockets may be made (of --api, --state-dir, --allow-path): start the network with --allow-path {directory}",
+        path = .0.display(), directory = .0.parent().unwrap_or(.0).display()
+    )]
+    Outside(std::path::PathBuf),
     /// The guest the spec names is not known.
     #[error("no guest is called {0:?}: a link's name=, or an address, is needed")]
     NoGuest(String),

@@ -8,6 +8,10 @@ use portway_netstack::{RingClass, RingMemory, Rings};
 /// Bytes mapped at a time.
 const CHUNK: usize = 256 << 20;
 
+/// What the sandbox lets rings do, beside mapping memory.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![SYS_madvise];
+
 /// Mapped ring memory; never unmapped, for rings are lent for ever.
 #[derive(Debug, Default)]
 pub struct MappedRings {

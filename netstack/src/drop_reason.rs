@@ -98,6 +98,8 @@ reasons! {
     LinkFull "the link had no room";
     /// An answer that found no room to wait.
     OutboxFull "too many answers wait for the link";
+    /// The protocol engine panicked in a flow, which ended; a fault of ours.
+    EngineFault "the protocol engine failed, and the flow was ended";
     /// More answers of a kind than a guest may cause.
     RateLimited "the rate of answers is limited";
 }

@@ -4,7 +4,8 @@
 //!  level 0: 64 slots of 1 ms · level 1: 64 of 64 ms · level 2: 64 of 4 s · level 3: 64 of 4.4 min · overflow
 //! ```
 //! An entry lies in the level whose slot width its distance fits and moves down as its time comes near. There is
-//! no cancellation: the owner remembers the deadline it means and ignores entries that say another. Entries are
+//! no cancellation: the owner remembers the deadline it means and ignores entries that say another, and takes out those
+//! it has no use for when they are many ([`TimerWheel::retain`]). Entries are
 //! rounded up to the millisecond, so nothing fires early.
 
 use crate::time::Instant;
@@ -27,6 +28,8 @@ pub(crate) struct TimerWheel<K> {
     tick: u64,
     /// Entries that are due and not yet returned.
     due: Vec<(Instant, K)>,
+    /// Entries, those that are due included.
+    len: usize,
     /// Scratch for a slot that is emptied.
     scratch: Vec<(Instant, K)>,
 }
@@ -39,13 +42,41 @@ impl<K: Copy> TimerWheel<K> {
             overflow: Vec::new(),
             tick: 0,
             due: Vec::new(),
+            len: 0,
             scratch: Vec::new(),
         }
     }
 
     /// Fires `key` at `at`, or at the next millisecond after it.
     pub(crate) fn insert(&mut self, at: Instant, key: K) {
+        self.len += 1;
         self.place(at, key);
+    }
+
+    /// Entries, with those whose owner has no use for them any more.
+    pub(crate) const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Takes out every entry that is not `wanted`. Costs as much as there are entries.
+    pub(crate) fn retain(&mut self, mut wanted: impl FnMut(Instant, K) -> bool) {
+        let mut keep = |entries: &mut Vec<(Instant, K)>| {
+            entries.retain(|(at, key)| wanted(*at, *key));
+            // What was a crowd once is not kept room for.
+            entries.shrink_to(entries.len() * 2);
+            entries.len()
+        };
+        let mut len = keep(&mut self.due) + keep(&mut self.overflow);
+        for level in &mut self.levels {
+            for (n, slot) in level.slots.iter_mut().enumerate() {
+                let left = keep(slot);
+                len += left;
+                if left == 0 {
+                    level.occupied &= !(1 << n);
+                }
+            }
+        }
+        self.len = len;
     }
 
     fn place(&mut self, at: Instant, key: K) {
@@ -101,12 +132,15 @@ impl<K: Copy> TimerWheel<K> {
         let until = now.micros() / 1000;
         loop {
             if let Some(due) = self.due.pop() {
+                self.len -= 1;
                 return Some(due);
             }
             let Some(next) = self.next_tick().filter(|next| *next <= until) else {
                 self.tick = self.tick.max(until);
                 self.settle_after_jump();
-                return self.due.pop();
+                let due = self.due.pop();
+                self.len -= usize::from(due.is_some());
+                return due;
             };
             self.advance(next);
         }
@@ -177,6 +211,24 @@ mod tests {
         wheel.insert(ms(7 * 86_400_000), 'w');
         assert_eq!(wheel.pop_expired(ms(6 * 86_400_000)), None);
         assert_eq!(wheel.pop_expired(ms(7 * 86_400_000)).map(|e| e.1), Some('w'));
+    }
+
+    #[test]
+    fn what_nobody_wants_is_taken_out_and_the_rest_fires() {
+        let mut wheel = TimerWheel::new();
+        for n in 0..10_000 {
+            wheel.insert(ms(1 + n * 997), n);
+        }
+        wheel.retain(|at, n| {
+            assert_eq!(at, ms(1 + n * 997));
+            n.is_multiple_of(1000)
+        });
+        assert_eq!(wheel.len(), 10);
+        let mut fired: Vec<u64> =
+            std::iter::from_fn(|| wheel.pop_expired(ms(20_000_000)).map(|e| e.1)).collect();
+        fired.sort_unstable();
+        assert_eq!(fired, (0..10).map(|n| n * 1000).collect::<Vec<_>>());
+        assert_eq!((wheel.len(), wheel.poll_at()), (0, None));
     }
 
     proptest! {

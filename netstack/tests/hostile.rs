@@ -4,8 +4,8 @@
 mod lab;
 
 use lab::real::Dice;
-use lab::{Lab, Seen, mac_of, segment, syn};
-use portway_netstack::{DropReason, FlowId, HostCommand, HostEvent, Limits};
+use lab::{Lab, Seen, mac_of, secs, segment, syn};
+use portway_netstack::{DropReason, FlowId, FrameSink, HostCommand, HostEvent, Limits, Offload};
 
 /// The stack still does its work.
 fn still_serves(lab: &mut Lab) {
@@ -336,4 +336,68 @@ fn a_guest_that_knows_the_protocol_and_breaks_it_never_panics() {
         }
         still_serves(&mut rogue.lab);
     }
+}
+
+/// A link that panics as none may, on a frame to one port of the guest.
+struct Bomb(u16);
+
+impl FrameSink for Bomb {
+    fn has_room(&self) -> bool {
+        true
+    }
+    fn frame<R>(&mut self, len: usize, _: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
+        let mut frame = vec![0; len];
+        let result = fill(&mut frame);
+        // Behind 14 bytes of Ethernet and 20 of IPv4: the ports.
+        assert_ne!(u16::from_be_bytes([frame[36], frame[37]]), self.0, "on purpose");
+        Some(result)
+    }
+}
+
+#[test]
+fn a_panic_in_the_engine_ends_the_flow_it_was_about_and_no_other() {
+    let mut lab = Lab::new();
+    let (from, to) = ("192.168.127.2:40001", "192.0.2.7:443");
+    let (first, seq, ack) = lab.open(from, to);
+    let (second, ..) = lab.open("192.168.127.2:40002", to);
+    for flow in [first, second] {
+        let put = lab.stack.from_host(lab.now, flow, |space| {
+            space[..3].copy_from_slice(b"abc");
+            3
+        });
+        assert_eq!(put, Some(3));
+    }
+    lab.stack.poll_transmit(lab.now, lab.ports[0], &mut Bomb(40_001));
+    assert_eq!(lab.host_sees(), [HostCommand::Reset { flow: first }]);
+    assert_eq!(lab.dropped(DropReason::EngineFault), 1);
+    // The guest hears of it as soon as it speaks; the other flow carries bytes, and new ones open.
+    lab.guest_sends(&segment("A", from, to, seq, ack));
+    assert!(lab.guest_sees_flags().iter().all(|f| f.contains('R')));
+    assert_eq!(lab.host_writes(second, b"def"), 3);
+    assert!(!lab.guest_sees().is_empty());
+    lab.open("192.168.127.2:40003", to);
+    assert_eq!(lab.stack.counters().flows, 2);
+}
+
+#[test]
+fn flows_that_cool_and_close_leave_no_crowd_of_timers() {
+    let mut lab = Lab::new();
+    let to = "192.0.2.7:443";
+    for round in 0..80_u16 {
+        let mut open = Vec::new();
+        for n in 0..50 {
+            let from = format!("192.168.127.2:{}", 1024 + round * 50 + n);
+            let (_, seq, _) = lab.open(&from, to);
+            open.push((from, seq));
+        }
+        // Long enough for their rings to be given back: what is left is the timer of hours.
+        lab.after(secs(5));
+        for (from, seq) in open {
+            lab.guest_sends(&segment("R", &from, to, seq, 0));
+        }
+        lab.host_sees();
+        lab.guest_sees();
+        assert_eq!(lab.stack.counters().flows, 0);
+    }
+    assert!(lab.stack.counters().timers < 1200, "{}", lab.stack.counters().timers);
 }

@@ -381,3 +381,23 @@ fn a_guest_that_challenges_every_syn_is_not_sent_one_each_time() {
     lab.after(ms(150));
     assert_eq!(lab.guest_sees_flags(), ["S"]);
 }
+
+#[test]
+fn clients_without_a_port_get_one_each_also_while_the_guest_is_asked_for() {
+    // Clients of a published unix socket.
+    let mut lab = Lab::new();
+    for _ in 0..2 {
+        lab.stack.open_to_guest(lab.now, lab::addr("192.168.127.2:22"), lab::addr("127.0.0.1:0")).unwrap();
+    }
+    lab.guest_sees();
+    lab.guest_sends(&segment("A", GUEST, FAR, 1, 1));
+    let sources: Vec<String> = lab
+        .guest_sees()
+        .into_iter()
+        .filter_map(|seen| match seen {
+            Seen::Tcp { src, flags: "S", .. } => Some(src),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(sources, ["192.168.127.254:65535", "192.168.127.254:65534"]);
+}

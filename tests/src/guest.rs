@@ -302,7 +302,7 @@ impl Guest {
     ///
     /// # Errors
     /// When smoltcp or the link refuses.
-    pub fn send_udp(&mut self, port: u16, to: SocketAddr, payload: &[u8], times: usize) -> Result<()> {
+    pub fn flood_udp(&mut self, port: u16, to: SocketAddr, payload: &[u8], times: usize) -> Result<()> {
         let handle = self.udp(port)?;
         for _ in 0..times {
             let socket = self.sockets.get_mut::<udp::Socket<'_>>(handle);
@@ -324,6 +324,20 @@ impl Guest {
             bail!("{e:?}");
         }
         Ok(self.sockets.add(socket))
+    }
+
+    /// Puts one datagram on its way.
+    ///
+    /// # Errors
+    /// When smoltcp refuses.
+    pub fn send_udp(&mut self, handle: SocketHandle, to: SocketAddr, payload: &[u8]) -> Result<()> {
+        let socket = self.sockets.get_mut::<udp::Socket<'_>>(handle);
+        socket.send_slice(payload, IpEndpoint::from(to)).map_err(|e| anyhow::anyhow!("{e:?}"))
+    }
+
+    /// Closes a socket at once.
+    pub fn forget(&mut self, handle: SocketHandle) {
+        self.sockets.remove(handle);
     }
 
     /// Echoes the next datagram of a socket to its sender, whom it answers with.

@@ -8,6 +8,7 @@ pub mod launch;
 pub mod machine;
 pub mod namespace;
 pub mod program;
+pub mod raw;
 pub mod resolver;
 pub mod secure;
 pub mod sidecar;

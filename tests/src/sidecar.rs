@@ -36,10 +36,10 @@ impl Sidecar {
         Self::start_by(namespace.command(&portway.display().to_string()), dir, options)
     }
 
-    /// The same by a command that ends in `portway`.
+    /// As [`Self::start`], by a command that ends in the program: another user's, a tracer's.
     ///
     /// # Errors
-    /// As of [`Self::start`].
+    /// As [`Self::start`].
     pub fn start_by(mut command: Command, dir: &Path, options: &[&str]) -> Result<Self> {
         let (ready, theirs) = nix::unistd::pipe()?;
         let log = std::fs::File::create(dir.join("log"))?;
@@ -62,6 +62,12 @@ impl Sidecar {
     #[must_use]
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
+    /// The process that was started.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Whether it still runs.

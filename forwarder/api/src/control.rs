@@ -140,6 +140,15 @@ pub struct Stats {
     /// Clients of the control API now.
     #[serde(default)]
     pub api_clients: u64,
+    /// Panics that were caught since the start: faults of ours, each of which cost one flow or one link.
+    #[serde(default)]
+    pub panics: u64,
+    /// Timers now, those included that mean nothing any more.
+    #[serde(default)]
+    pub timers: u64,
+    /// What the sidecar has given up.
+    #[serde(default)]
+    pub sandbox: SandboxInfo,
 }
 
 /// The counters of the DNS service since start.
@@ -414,6 +423,33 @@ pub struct NetworkInfo {
     /// When it started, in milliseconds since 1970.
     #[serde(default)]
     pub started_ms: u64,
+    /// What the sidecar has given up.
+    #[serde(default)]
+    pub sandbox: SandboxInfo,
+}
+
+/// What the sidecar has given up before the first frame.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct SandboxInfo {
+    /// `require`, `best-effort` or `off`.
+    pub mode: String,
+    /// One entry per part.
+    pub parts: Vec<SandboxPart>,
+    /// System calls that were refused since the start; a number above 0 is a fault of ours or an intruder.
+    pub refused_calls: u64,
+}
+
+/// One part of the sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct SandboxPart {
+    /// `user`, `capabilities`, `no_new_privs`, `not_dumpable`, `landlock` or `seccomp`.
+    pub name: String,
+    /// Whether it is in force.
+    pub in_force: bool,
+    /// How, or why not.
+    pub detail: String,
 }
 
 /// What a VM's launcher says on the socket of `--join`, as one line of JSON.

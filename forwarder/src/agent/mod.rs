@@ -30,13 +30,13 @@
 mod carry;
 mod door;
 mod entrance;
-mod guest;
+pub(crate) mod guest;
 pub mod rules;
-mod session;
-mod shared;
+pub(crate) mod session;
+pub(crate) mod shared;
 #[cfg(test)]
 mod tests;
-mod udp;
+pub(crate) mod udp;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -55,6 +55,7 @@ use self::rules::Rule;
 use crate::config::ConfigError;
 use crate::publish::spec::{HostEnd, PublishSpec};
 use crate::request::{PublishError, Request, Requests};
+use crate::sandbox::paths::Paths;
 
 /// Streams from one guest that may wait for the door.
 const ARRIVALS: usize = 128;
@@ -234,6 +235,7 @@ impl Agents {
         self,
         requests: &Requests,
         others: Vec<(Option<String>, mpsc::Receiver<UnixStream>)>,
+        allowed: &Arc<Paths>,
     ) {
         let mut streams = others;
         for (name, listener) in self.listeners {
@@ -268,7 +270,7 @@ impl Agents {
         }
         let (ask, asked) = mpsc::channel(REQUESTS);
         requests.by_way_of(ask);
-        tokio::spawn(answer(asked, requests.clone(), guests));
+        tokio::spawn(answer(asked, requests.clone(), guests, Arc::clone(allowed)));
     }
 }
 
@@ -298,12 +300,20 @@ async fn accept(listener: tokio::net::UnixListener, arrive: mpsc::Sender<UnixStr
 }
 
 /// Answers what is asked about ports and agents. Each answer is a task: a guest that is busy delays nobody else's.
-async fn answer(mut asked: mpsc::Receiver<Request>, requests: Requests, guests: Vec<mpsc::Sender<Input>>) {
+async fn answer(
+    mut asked: mpsc::Receiver<Request>,
+    requests: Requests,
+    guests: Vec<mpsc::Sender<Input>>,
+    allowed: Arc<Paths>,
+) {
     while let Some(request) = asked.recv().await {
         let (requests, guests) = (requests.clone(), guests.clone());
         match request {
             Request::Publish { spec, reply } if spec.needs_agent() => {
-                if let Some(first) = guests.first() {
+                if let Err(error) = spec.within(&allowed) {
+                    // One who does not wait any more has gone.
+                    let _ = reply.send(vec![Err(error)]);
+                } else if let Some(first) = guests.first() {
                     let _ = first.send(Input::Publish { spec, reply }).await;
                 }
             }

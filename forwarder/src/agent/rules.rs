@@ -128,6 +128,16 @@ impl Ports {
     }
 }
 
+impl Rule {
+    /// The host's socket it makes.
+    pub(crate) fn socket(&self) -> Option<&std::path::Path> {
+        match &self.action {
+            Action::Socket(path) => Some(path),
+            _ => None,
+        }
+    }
+}
+
 impl TryFrom<RuleText> for Rule {
     type Error = String;
 

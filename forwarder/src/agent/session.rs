@@ -14,7 +14,7 @@ use super::harmless;
 use super::shared::Session;
 
 /// Messages a second that are read of one agent in the long run.
-pub(super) const RATE: u32 = 200;
+pub(crate) const RATE: u32 = 200;
 /// Messages that are read as fast as they come.
 pub(super) const BURST: u32 = 2000;
 /// How long an agent may take to take what it is told.

@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 /// Streams of one guest at once, awaited ones and clients of its unix sockets among them; at it a client is reset.
-pub(super) const STREAMS: usize = 2048;
+pub(crate) const STREAMS: usize = 2048;
 /// How long an agent may take to bring a stream or say why not.
 const PATIENCE: Duration = Duration::from_secs(12);
 /// How long a client that came while there was no session waits for one.

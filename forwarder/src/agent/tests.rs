@@ -64,7 +64,7 @@ impl Host {
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                agents.serve(&theirs, Vec::new());
+                agents.serve(&theirs, Vec::new(), &Arc::default());
                 up.send(()).unwrap();
                 std::future::pending::<()>().await;
             });

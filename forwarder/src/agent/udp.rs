@@ -22,7 +22,7 @@ use super::shared::Shared;
 /// RFC 4787 REQ-5.
 const IDLE: Duration = Duration::from_secs(300);
 /// Clients of one port.
-const CLIENTS: usize = 256;
+pub(crate) const CLIENTS: usize = 256;
 /// Bytes that wait while a stream is opened, or is full.
 const WAITING: usize = 128 * 1024;
 

@@ -79,7 +79,9 @@ pub(super) fn checks(at: &Target) -> Vec<Check> {
         kvm(),
         vsock(),
         qemu(),
+        sandbox(),
         network(at),
+        sandbox_in_force(at),
     ]
 }
 
@@ -259,6 +261,51 @@ fn qemu() -> Check {
     }
 }
 
+/// What this kernel has of the sandbox.
+#[cfg(target_os = "linux")]
+fn sandbox() -> Check {
+    const NAME: &str = "sandbox";
+    let missing: Vec<&str> =
+        crate::sandbox::offered().into_iter().filter(|(_, there)| !there).map(|(part, _)| part).collect();
+    if missing.is_empty() {
+        ok(NAME, "this kernel has Landlock and seccomp: --sandbox require works")
+    } else {
+        warn(
+            NAME,
+            format!("this kernel has no {}: networks run without", missing.join(" and no ")),
+            "boot with lsm=landlock,… (Linux 5.13 or newer), CONFIG_SECCOMP_FILTER=y; what is missing is warned of at each start",
+        )
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn sandbox() -> Check {
+    ok("sandbox", "there is none on this system")
+}
+
+/// What the running network has given up.
+fn sandbox_in_force(at: &Target) -> Check {
+    const NAME: &str = "sandbox-in-force";
+    let answer = client(at).ok().and_then(|c| c.get::<portway_api::control::NetworkInfo>("/v1/network").ok());
+    let Some(sandbox) = answer.map(|n| n.sandbox) else { return ok(NAME, "no network runs") };
+    let missing: Vec<String> =
+        sandbox.parts.iter().filter(|p| !p.in_force).map(|p| format!("{} ({})", p.name, p.detail)).collect();
+    if sandbox.parts.is_empty() {
+        warn(NAME, "the network does not say (an older version)", "start it anew")
+    } else if sandbox.refused_calls > 0 {
+        warn(
+            NAME,
+            format!("{} system calls were refused", sandbox.refused_calls),
+            "its log names them; please report it",
+        )
+    } else if !missing.is_empty() {
+        warn(NAME, format!("without {}", missing.join(", ")), "see docs/security.md")
+    } else {
+        let parts: Vec<String> = sandbox.parts.iter().map(|p| format!("{}: {}", p.name, p.detail)).collect();
+        ok(NAME, format!("complete ({}); {}", sandbox.mode, parts.join("; ")))
+    }
+}
+
 fn network(at: &Target) -> Check {
     const NAME: &str = "network";
     let answer = client(at)
@@ -286,9 +333,17 @@ mod tests {
 
     #[test]
     fn a_check_that_is_not_ok_says_the_fix() {
-        for check in
-            [runtime_dir(), descriptors(), resolver(), ipv6_loopback(), ping(), tun(), kvm(), vsock()]
-        {
+        for check in [
+            runtime_dir(),
+            descriptors(),
+            resolver(),
+            ipv6_loopback(),
+            ping(),
+            tun(),
+            kvm(),
+            vsock(),
+            sandbox(),
+        ] {
             assert_eq!(check.fix.is_none(), check.outcome == Outcome::Ok, "{check:?}");
             assert!(!check.found.is_empty());
         }

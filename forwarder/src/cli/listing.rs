@@ -178,6 +178,13 @@ pub(super) fn stats(s: &Stats) {
             l.name, l.kind, l.frames_from_guest, l.bytes_from_guest, l.frames_to_guest, l.bytes_to_guest
         ));
     }
+    for part in &s.sandbox.parts {
+        let state = if part.in_force { "in force" } else { "missing" };
+        say(&format!("sandbox       {} {state}: {}", part.name, part.detail));
+    }
+    if s.sandbox.refused_calls > 0 {
+        say(&format!("sandbox       refused {} system calls", s.sandbox.refused_calls));
+    }
     for (reason, n) in &s.drops {
         say(&format!("dropped       {n} {reason}"));
     }

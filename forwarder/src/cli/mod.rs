@@ -319,6 +319,8 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
                 listing::say("the settings are good");
                 return Ok(ExitCode::SUCCESS);
             }
+            // Before anything is opened.
+            crate::sandbox::descriptors::close_others(&config);
             crate::log::start(config.log_level, config.log_format, config.log_file.as_deref())
                 .map_err(Failure::usage)?;
             // The whole chain: the outermost error alone only names the setting.

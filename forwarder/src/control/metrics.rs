@@ -90,6 +90,18 @@ pub fn text(network: &NetworkInfo, s: &Stats) -> String {
     out.gauge("portway_dns_cached", "Answers in the cache now.", s.dns.cached);
 
     out.gauge("portway_api_clients", "Clients of the control API now.", s.api_clients);
+    out.counter("portway_panics_total", "Panics that were caught; faults of portway.", s.panics);
+    out.gauge("portway_timers", "Timers now.", s.timers);
+    out.gauge(
+        "portway_sandbox_complete",
+        "Whether every part of the sandbox is in force.",
+        u64::from(!s.sandbox.parts.is_empty() && s.sandbox.parts.iter().all(|p| p.in_force)),
+    );
+    out.counter(
+        "portway_sandbox_refused_calls_total",
+        "System calls the sandbox refused.",
+        s.sandbox.refused_calls,
+    );
     out.gauge("portway_captures", "Captures that run now.", s.captures);
     out.counter("portway_capture_frames_lost_total", "Frames captures lost to slow readers.", s.capture_lost);
     out.counter("portway_events_lost_total", "Events nobody could be told.", s.events_lost);

@@ -14,7 +14,7 @@ mod body;
 pub mod client;
 mod dns;
 mod explain;
-mod gvproxy;
+pub(crate) mod gvproxy;
 mod hijack;
 pub mod kept;
 pub mod metrics;
@@ -36,7 +36,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use portway_api::control::{NetworkInfo, PortInfo};
+use portway_api::control::{NetworkInfo, PortInfo, SandboxInfo};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Mutex, Semaphore, oneshot};
@@ -293,6 +293,11 @@ async fn patient(request: HttpRequest, next: Next) -> Result<Response, Infallibl
 }
 
 impl App {
+    /// What was given up at the start, and what was refused since.
+    fn sandbox(&self) -> SandboxInfo {
+        SandboxInfo { refused_calls: crate::sandbox::refused_calls(), ..self.network.sandbox.clone() }
+    }
+
     /// Asks the data thread one thing.
     async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Fault> {
         let (reply, answer) = oneshot::channel();

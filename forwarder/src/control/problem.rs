@@ -88,6 +88,11 @@ impl From<&PublishError> for Fault {
             PublishError::Policy(_) => {
                 (StatusCode::FORBIDDEN, "not_allowed", "--guest-binds says where guests may publish")
             }
+            PublishError::Outside(_) => (
+                StatusCode::FORBIDDEN,
+                "outside",
+                "--allow-path lets sockets be made in a directory; it is set when the network starts",
+            ),
             PublishError::Limit(_) => {
                 (StatusCode::CONFLICT, "limit", "unpublish ports that are not needed any more")
             }

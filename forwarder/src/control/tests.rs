@@ -135,6 +135,7 @@ impl Server {
                 gateway_mac: "5a:94:ef:e4:0c:dd".into(),
                 host_alias: "192.168.127.254".into(),
                 domain: crate::DOMAIN.into(),
+                sandbox: portway_api::control::SandboxInfo::default(),
                 dns_upstreams: Vec::new(),
                 log_file: None,
                 state_dir: None,

@@ -49,6 +49,7 @@ pub(super) async fn network(
 ) -> Result<Json<NetworkInfo>, Fault> {
     Query::parse(query.as_deref(), &[])?;
     let mut network = (*app.network).clone();
+    network.sandbox = app.sandbox();
     network.dns_upstreams = app.dns.upstreams().iter().map(ToString::to_string).collect();
     Ok(Json(network))
 }
@@ -180,6 +181,8 @@ impl App {
             in_flight: dns.in_flight as u64,
             cached: dns.cached as u64,
         };
+        stats.sandbox = self.sandbox();
+        stats.panics = crate::last_net::panics();
         stats.api_clients = super::CONNECTIONS.saturating_sub(self.places.available_permits()) as u64;
         Ok(stats)
     }

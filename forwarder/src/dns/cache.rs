@@ -14,9 +14,9 @@ use super::reply::Reply;
 use super::wire::{Name, Query};
 
 /// Answers kept.
-pub(super) const ENTRIES_MAX: usize = 4096;
+pub(crate) const ENTRIES_MAX: usize = 4096;
 /// Bytes kept, the bookkeeping of each answer included.
-pub(super) const BYTES_MAX: usize = 4 << 20;
+pub(crate) const BYTES_MAX: usize = 4 << 20;
 /// What one answer costs beside its message.
 const OVERHEAD: usize = 256;
 

@@ -20,7 +20,7 @@
 //! REFUSED).
 
 mod ask;
-mod cache;
+pub(crate) mod cache;
 mod flights;
 mod health;
 mod hosts;
@@ -70,6 +70,11 @@ pub use self::server::{Channel, Server, Upstream};
 use self::watch_file::Watched;
 use self::wire::{Data, Name, Query, Rcode, Rejected, Source, kind};
 use self::zones::{Book, Zones};
+
+/// What the sandbox lets the resolver do: look whether resolv.conf and the hosts file have changed, and read them.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] =
+    crate::sandbox::sandbox_calls![SYS_openat, SYS_statx, SYS_newfstatat];
 
 /// Queries that wait for a resolver of the host at one time.
 pub const IN_FLIGHT_MAX: usize = 512;

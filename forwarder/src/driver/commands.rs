@@ -35,7 +35,7 @@ impl Driver {
                         host.stream.reset();
                     }
                 }
-                HostCommand::CloseBinding { binding } => self.udp.close(binding),
+                HostCommand::CloseBinding { binding } => self.udp.close(self.poll.registry(), binding),
             }
         }
         ran
@@ -105,6 +105,7 @@ impl Driver {
         let guest = self.stack.guest_of_flow(flow).map(|g| g.ip());
         let Some(port) = self.stack.port_of(flow) else { return };
         let made = std::os::unix::net::UnixStream::pair().and_then(|(ours, theirs)| {
+            crate::fd::within_share(&theirs)?;
             ours.set_nonblocking(true)?;
             theirs.set_nonblocking(true)?;
             Ok((ours, theirs))

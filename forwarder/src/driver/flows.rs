@@ -24,8 +24,20 @@ enum Outcome {
 }
 
 impl Driver {
-    /// Serves one flow: the outcome of its connect, bytes to the host, bytes from the host.
+    /// Serves one flow. A panic in its turn ends it, and nothing else.
     pub(super) fn serve(&mut self, id: FlowId) -> bool {
+        let Some(moved) = crate::last_net::caught(|| self.turn(id)) else {
+            if let Some(flow) = self.flows.get_mut(id.slot()).and_then(|f| f.take_if(|f| f.id == id)) {
+                flow.stream.reset();
+            }
+            self.stack.handle_host(self.now, HostEvent::Reset { flow: id });
+            return true;
+        };
+        moved
+    }
+
+    /// The outcome of a flow's connect, bytes to the host, bytes from the host.
+    fn turn(&mut self, id: FlowId) -> bool {
         let Some(Some(flow)) = self.flows.get_mut(id.slot()) else { return false };
         if flow.id != id {
             return false;
@@ -131,7 +143,15 @@ impl Driver {
             match accepted {
                 Ok((stream, client)) => {
                     moved = true;
-                    self.open_to_guest(published, stream, client);
+                    let share = match &stream {
+                        HostStream::Tcp(s) => crate::fd::within_share(s),
+                        HostStream::Unix(s) => crate::fd::within_share(s),
+                    };
+                    match share {
+                        Ok(()) => self.open_to_guest(published, stream, client),
+                        // Refused and not left in the backlog: it would wait for nothing.
+                        Err(_) => stream.reset(),
+                    }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     entrance.ready = false;
@@ -189,6 +209,7 @@ impl Driver {
 
 /// One `send` out of a ring.
 fn to_host(flow: &mut HostFlow, bytes: &[u8]) -> Outcome {
+    crate::last_net::on_purpose(bytes);
     match flow.stream.send(bytes) {
         Ok(n) => {
             // A socket that took less than it was given is full.

@@ -12,7 +12,7 @@ use crate::publish::spec::{GuestName, PublishSpec};
 use crate::request::JoinError;
 
 /// VMs that may have joined at once.
-const JOINED: usize = 256;
+pub(crate) const JOINED: usize = 256;
 
 impl Driver {
     /// Makes a link for one more VM and publishes its ports; all of it, or nothing.

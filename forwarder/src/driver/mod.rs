@@ -16,7 +16,7 @@ mod alarm;
 mod backlog;
 mod commands;
 mod flows;
-mod join;
+pub(crate) mod join;
 mod names;
 mod ping;
 mod requests;
@@ -35,6 +35,7 @@ use portway_netstack::{
 use self::alarm::Alarm;
 use self::backlog::Backlog;
 pub use self::backlog::Waiting;
+pub(crate) use self::requests::PORTS;
 use self::udp::UdpSockets;
 use crate::capture::Capture;
 use crate::config::{Config, GuestApi, LinkAddress, LinkConfig, LinkKind};
@@ -45,6 +46,10 @@ use crate::publish::{Listener, Published};
 use crate::request::{DnsTicket, Request};
 use crate::rings::MappedRings;
 use crate::uplink;
+
+/// What the sandbox lets the data thread do beside waiting: set its timer, which is made before.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![SYS_timerfd_settime];
 
 /// What the data thread leaves to the control thread.
 #[derive(Debug)]
@@ -82,6 +87,10 @@ pub const SLOW_LIMIT: usize = 1024;
 /// Reads of one link in one turn, while they bring much: with many flows in a batch, each has few segments in it, and larger
 /// batches mean fewer system calls and ACKs for the same bytes.
 const READS: usize = 8;
+
+/// Frames of one link in one turn: a guest that sends thousands of small ones, each of which costs a system call of the host,
+/// keeps the others waiting for no more than these.
+const FRAMES: u64 = 512;
 
 /// Turns of the pump before events are looked at again.
 const TURNS: usize = 8;
@@ -169,6 +178,8 @@ pub struct Driver {
     /// Where leases are told. Only the newest matters, so a slow reader misses nothing but what is over.
     leases: tokio::sync::watch::Sender<LeaseBook>,
     events: EventQueue,
+    /// Where sockets may be made from now on; `None` while the process starts, when the configuration says where.
+    allowed: Option<std::sync::Arc<crate::sandbox::paths::Paths>>,
     /// Whether VMs may still come when there is none.
     joinable: bool,
     /// Address and MAC of every lease that has been told, sorted.
@@ -264,6 +275,7 @@ impl Driver {
             keep_alive: config.limits.tcp_keepalive,
             leases: tokio::sync::watch::Sender::default(),
             events: EventQueue::default(),
+            allowed: None,
             joinable: config.join.is_some(),
             known_leases: Vec::new(),
             captures: Vec::new(),
@@ -293,6 +305,11 @@ impl Driver {
     #[must_use]
     pub fn lease_reports(&self) -> Vec<portway_netstack::dhcp::LeaseReport> {
         self.stack.leases(self.now)
+    }
+
+    /// From now on sockets are made only where `allowed` says.
+    pub(crate) fn confine(&mut self, allowed: std::sync::Arc<crate::sandbox::paths::Paths>) {
+        self.allowed = Some(allowed);
     }
 
     /// Runs until it is told to end, or nothing can attach any more.
@@ -403,11 +420,15 @@ impl Driver {
         for _ in 0..TURNS {
             let mut moved = false;
             for n in 0..self.links.len() {
+                let enough = self.links[n].counters().frames_from_guest + FRAMES;
                 for _ in 0..READS {
                     if !self.receive(n) {
                         break;
                     }
                     moved = true;
+                    if self.links[n].counters().frames_from_guest >= enough {
+                        break;
+                    }
                 }
             }
             moved |= self.accept_all();
@@ -447,7 +468,9 @@ impl Driver {
         let (stack, now, port) = (&mut self.stack, self.now, link.port);
         let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
         let (entrances, backlog) = (&self.entrances, &self.backlog);
-        let state = link.receive(|frame, offload| {
+        let mut panicked = false;
+        let mut take = |frame: &[u8], offload: portway_netstack::Offload| {
+            crate::last_net::on_purpose(frame.get(42..).unwrap_or_default());
             let (whole, mut handled);
             handled = stack.handle_frame(now, port, frame);
             if let Handled::Whole(packet) = handled {
@@ -476,10 +499,14 @@ impl Driver {
                     }
                 }
             }
+        };
+        let state = link.receive(|frame, offload| {
+            // What such a frame left half done is this link's, and goes with it; so do the frames behind it.
+            panicked = panicked || crate::last_net::caught(|| take(frame, offload)).is_none();
         });
         udp.flush();
         self.tell_faults();
-        if state == LinkState::Gone {
+        if state == LinkState::Gone || panicked {
             self.take_down(n);
         } else if let Some(hello) = self.links[n].take_hello() {
             let answer = self.admit(hello);

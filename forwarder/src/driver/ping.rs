@@ -21,14 +21,53 @@ pub(super) enum Ping {
     Raw(u16),
 }
 
+/// Raw sockets of each version that are opened at the start, while the process may: the sandbox takes the right to more. Guests
+/// together may have so many identifiers at once; further requests are told to be prohibited.
+const SPARE: usize = 8;
+
 /// What the host permits, as far as it is known.
 #[derive(Debug, Default)]
 pub(super) struct Permission {
     /// Whether the operator was told.
     told: bool,
+    /// Raw sockets nobody has, of IPv4 and of IPv6.
+    spare: [Vec<UdpSocket>; 2],
 }
 
 impl Permission {
+    /// Looks what there is, and opens raw sockets in advance where there is nothing better.
+    pub(super) fn ask() -> Self {
+        let spare = [false, true].map(|v6| {
+            let denied = |e: io::Error| e.kind() == io::ErrorKind::PermissionDenied;
+            if socket(v6, Type::DGRAM).is_err_and(denied) {
+                (0..SPARE).map_while(|_| socket(v6, Type::RAW).ok()).collect()
+            } else {
+                Vec::new()
+            }
+        });
+        Self { told: false, spare }
+    }
+
+    /// Takes a raw socket back that a binding does not need any more.
+    pub(super) fn give_back(&mut self, v6: bool, socket: UdpSocket) {
+        let spare = &mut self.spare[usize::from(v6)];
+        if spare.len() < SPARE {
+            spare.push(socket);
+        }
+    }
+
+    /// A raw socket that was opened at the start, without what it has heard since.
+    fn spare(&mut self, v6: bool) -> Option<UdpSocket> {
+        let socket = self.spare[usize::from(v6)].pop()?;
+        // It holds what its buffer has room for; what comes meanwhile is dropped by its identifier.
+        for _ in 0..10_000 {
+            if socket.recv(&mut [0; 64]).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
+                break;
+            }
+        }
+        Some(socket)
+    }
+
     /// A socket for one binding. `slot` is different for every binding of the process.
     ///
     /// # Errors
@@ -39,7 +78,7 @@ impl Permission {
             Err(e) if e.kind() != io::ErrorKind::PermissionDenied => return Err(e),
             Err(_) => {}
         }
-        let raw = socket(v6, Type::RAW);
+        let raw = self.spare(v6).map_or_else(|| socket(v6, Type::RAW), Ok);
         match &raw {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied && !self.told => {
                 self.told = true;

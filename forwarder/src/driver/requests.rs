@@ -16,7 +16,7 @@ use crate::publish::{self, Published};
 use crate::request::{CaptureError, FlowReports, PublishError, Request, TunnelEnd};
 
 /// Ports that may be published at once.
-const PORTS: usize = 16_384;
+pub(crate) const PORTS: usize = 16_384;
 
 impl Driver {
     /// Publishes every port of the configuration.
@@ -94,6 +94,9 @@ impl Driver {
             && !self.links.iter().any(|l| l.name.as_ref() == Some(name))
         {
             return Err(PublishError::NoGuest(name.clone()));
+        }
+        if let Some(allowed) = &self.allowed {
+            spec.within(allowed)?;
         }
         let free = matches!(spec.host, HostEnd::Ports { first: 0, .. });
         if !free && self.published.iter().flatten().any(|p| p.is_named(spec, n)) {
@@ -384,6 +387,7 @@ impl Driver {
             tcp_flows_total: counters.flows_total,
             udp_bindings: counters.bindings as u64,
             dns_queries: counters.dns_queries,
+            timers: counters.timers as u64,
             drops: self.stack.drops().iter().filter(|(_, n)| *n > 0).map(|(r, n)| (r.name(), n)).collect(),
             captures: self.captures.iter().filter(|c| !c.is_over()).count() as u64,
             capture_lost: self.capture_lost + self.captures.iter().map(|c| c.lost_total()).sum::<u64>(),

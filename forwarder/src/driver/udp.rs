@@ -268,7 +268,7 @@ impl UdpSockets {
             faults: Vec::new(),
             refused: Vec::new(),
             backoff: Backoff::default(),
-            ping: ping::Permission::default(),
+            ping: ping::Permission::ask(),
         }
     }
 
@@ -384,6 +384,7 @@ impl UdpSockets {
                 return;
             }
             let made = self.ping.open(remote.is_ipv6(), slot).and_then(|(mut socket, ping)| {
+                crate::fd::within_share(&socket)?;
                 registry.register(&mut socket, token(Kind::Binding, slot), Interest::READABLE)?;
                 host_errors::watch(&socket, remote.is_ipv6())?;
                 Ok((socket, ping))
@@ -444,6 +445,7 @@ impl UdpSockets {
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
         };
         let made = UdpSocket::bind(any).and_then(|mut socket| {
+            crate::fd::within_share(&socket)?;
             hold_bursts(&socket);
             come_together(&socket);
             host_errors::watch(&socket, remote.is_ipv6())?;
@@ -456,9 +458,12 @@ impl UdpSockets {
         Ok(())
     }
 
-    pub(super) fn close(&mut self, id: BindingId) {
-        if let Some(at) = self.sockets.get_mut(id.slot()) {
-            at.take_if(|s| s.id == id);
+    pub(super) fn close(&mut self, registry: &Registry, id: BindingId) {
+        let closed = self.sockets.get_mut(id.slot()).and_then(|at| at.take_if(|s| s.id == id));
+        if let Some(BindingSocket { mut socket, v6, ping: Some(Ping::Raw(_)), .. }) = closed
+            && registry.deregister(&mut socket).is_ok()
+        {
+            self.ping.give_back(v6, socket);
         }
     }
 }

@@ -250,6 +250,8 @@ fn plan(flags: &Flags) -> Result<Config, String> {
     }
     check_nat(&file, &addresses)?;
     config.particulars.ssh = ssh_forwards(&file, addresses.device)?;
+    let sockets = config.particulars.ssh.iter().filter_map(|forward| forward.socket.parent());
+    config.particulars.directories = sockets.map(std::path::Path::to_path_buf).collect();
     Ok(config)
 }
 

@@ -20,6 +20,9 @@ const BUFFER: usize = 512 * 1024;
 /// A `read` that brings as much belongs to a bulk transfer.
 const BULK: usize = 16 * 1024;
 
+/// Frames handed on at a time. A buffer holds thousands of small ones, and other links wait meanwhile.
+const FRAMES: u64 = 256;
+
 /// How a frame's length is written before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Prefix {
@@ -65,21 +68,28 @@ pub struct Framing {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Whole frames were left: they come before anything more is read.
+    left: bool,
 }
 
 impl Framing {
     /// An empty buffer; its pages come as they are written.
     #[must_use]
     pub fn new(prefix: Prefix) -> Self {
-        Self { prefix, bytes: vec![0; BUFFER].into(), start: 0, end: 0 }
+        Self { prefix, bytes: vec![0; BUFFER].into(), start: 0, end: 0, left: false }
     }
 
-    /// One `read`, and every whole frame in the buffer to `handle`.
+    /// One `read`, and the whole frames in the buffer to `handle`, [`FRAMES`] of them at the most: what is left comes with the
+    /// next call, which reads nothing.
     ///
     /// # Errors
     /// When the peer is gone, or announces a frame that is too long.
     pub fn receive(&mut self, from: &mut impl Read, mut handle: impl FnMut(&[u8])) -> io::Result<Batch> {
         let mut batch = Batch { more: true, frames: 0, bytes: 0 };
+        if std::mem::take(&mut self.left) {
+            self.hand_on(&mut batch, &mut handle)?;
+            return Ok(batch);
+        }
         let room = &mut self.bytes[self.end..];
         let asked = room.len();
         match from.read(room) {
@@ -94,7 +104,17 @@ impl Framing {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => batch.more = false,
             Err(e) => return Err(e),
         }
+        self.hand_on(&mut batch, &mut handle)?;
+        Ok(batch)
+    }
+
+    /// Hands whole frames on, and makes room behind the rest.
+    fn hand_on(&mut self, batch: &mut Batch, handle: &mut impl FnMut(&[u8])) -> io::Result<()> {
         while let Some((length, rest)) = self.prefix.split(&self.bytes[self.start..self.end]) {
+            if batch.frames == FRAMES {
+                (self.left, batch.more) = (true, true);
+                return Ok(());
+            }
             if length > LONGEST {
                 return Err(io::Error::other(format!(
                     "a frame of {length} bytes was announced, {LONGEST} are the most"
@@ -112,7 +132,7 @@ impl Framing {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        Ok(batch)
+        Ok(())
     }
 }
 
@@ -137,6 +157,20 @@ mod tests {
             self.0 = &self.0[n..];
             Ok(n)
         }
+    }
+
+    #[test]
+    fn a_crowd_of_small_frames_comes_in_turns_and_whole() {
+        let wire: Vec<u8> = (0..1000_u32).flat_map(|n| [&[4, 0][..], &n.to_le_bytes()].concat()).collect();
+        let (mut framing, mut got, mut calls) = (Framing::new(Prefix::Le16), Vec::new(), 0);
+        let mut from = Pieces(&wire, vec![]);
+        while got.len() < 1000 {
+            let batch = framing.receive(&mut from, |f| got.push(f.to_vec())).unwrap();
+            assert!(batch.frames <= FRAMES && batch.more);
+            calls += 1;
+        }
+        assert_eq!(calls, 4);
+        assert!(got.iter().zip(0_u32..).all(|(frame, n)| *frame == n.to_le_bytes()));
     }
 
     proptest! {

@@ -54,6 +54,18 @@ use crate::unix_path;
 /// How long to wait before connecting again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// What the sandbox lets links do when a VMM comes or goes: see `unix_path` for what becomes of their sockets.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![
+    SYS_accept4,
+    #[cfg(target_arch = "x86_64")]
+    SYS_unlink,
+    SYS_unlinkat,
+    // Files that stand for a guest's memory are asked for their size before they are mapped.
+    SYS_fstat,
+    SYS_lseek,
+];
+
 /// The numbers of one link since the start.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LinkCounters {

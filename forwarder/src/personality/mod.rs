@@ -40,6 +40,10 @@ pub struct Particulars {
     pub outgoing: Vec<vpnkit::Outgoing>,
     /// The host's address outgoing connections and datagrams leave from.
     pub outbound: Option<Ipv4Addr>,
+    /// Directories of the sockets its flags name: there more may be made, and those are removed at the end.
+    pub directories: Vec<PathBuf>,
+    /// Files that are read again while it runs.
+    pub followed: Vec<PathBuf>,
     /// Unix sockets of the host that lead to guests' over SSH.
     pub ssh: Vec<crate::ssh::Forward>,
     /// Zones whose names may be patterns.
@@ -57,6 +61,8 @@ impl Default for Particulars {
             services: Services::default(),
             outgoing: Vec::new(),
             outbound: None,
+            directories: Vec::new(),
+            followed: Vec::new(),
             ssh: Vec::new(),
             zones: Vec::new(),
         }

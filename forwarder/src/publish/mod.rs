@@ -141,6 +141,19 @@ pub fn bind(
     }
 }
 
+/// What the sandbox lets published ports do, live too: bind, listen, and take the place of a socket nobody has.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![
+    SYS_listen,
+    SYS_statx,
+    #[cfg(target_arch = "x86_64")]
+    SYS_chmod,
+    SYS_fchmodat,
+    #[cfg(target_arch = "x86_64")]
+    SYS_readlink,
+    SYS_readlinkat,
+];
+
 type Bound = (Vec<Listener>, Vec<String>, u16);
 
 fn bind_all(

@@ -22,6 +22,9 @@ use std::str::FromStr;
 use portway_api::control::Protocol;
 use serde::{Deserialize, Serialize};
 
+use crate::request::PublishError;
+use crate::sandbox::paths::Paths;
+
 /// What `--publish` asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -129,6 +132,17 @@ impl PublishSpec {
             GuestName::Address(ip) => ip.is_loopback(),
             GuestName::Socket(_) => true,
             GuestName::Default | GuestName::Name(_) => false,
+        }
+    }
+
+    /// Refuses a socket of the host outside of the directories where sockets may be made.
+    ///
+    /// # Errors
+    /// [`PublishError::Outside`].
+    pub(crate) fn within(&self, allowed: &Paths) -> Result<(), PublishError> {
+        match &self.host {
+            HostEnd::Unix(path) if !allowed.may_make(path) => Err(PublishError::Outside(path.clone())),
+            _ => Ok(()),
         }
     }
 }

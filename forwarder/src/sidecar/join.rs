@@ -18,9 +18,10 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 
-use crate::config::{Config, LinkSpec};
+use crate::config::{Config, LinkAddress, LinkSpec};
 use crate::publish::spec::PublishSpec;
-use crate::request::{Request, Requests};
+use crate::request::{PublishError, Request, Requests};
+use crate::sandbox::paths::Paths;
 
 /// Connections at once; further ones wait to be accepted.
 const CONNECTIONS: usize = 300;
@@ -34,6 +35,8 @@ const FIRST: Duration = Duration::from_secs(10);
 /// What the connections share.
 struct Shared {
     config: Config,
+    /// Where sockets may be made.
+    allowed: Arc<Paths>,
     requests: Requests,
     /// As many as there are VMs, and one more; the network ends with the last VM.
     vms: Arc<()>,
@@ -41,8 +44,9 @@ struct Shared {
 }
 
 /// Serves until the runtime ends.
-pub(super) async fn serve(listener: UnixListener, config: Config, requests: Requests) {
-    let shared = Arc::new(Shared { config, requests, vms: Arc::new(()), ending: AtomicBool::new(false) });
+pub(super) async fn serve(listener: UnixListener, config: Config, allowed: Arc<Paths>, requests: Requests) {
+    let shared =
+        Arc::new(Shared { config, allowed, requests, vms: Arc::new(()), ending: AtomicBool::new(false) });
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let first = tokio::time::sleep(FIRST);
     tokio::pin!(first);
@@ -132,6 +136,11 @@ impl Shared {
         let JoinRequest { link, publish } = serde_json::from_str(&line).map_err(|error| error.to_string())?;
         let link: LinkSpec = link.parse()?;
         let link = self.config.joining(link).map_err(|error| error.to_string())?;
+        if let LinkAddress::Listen(path) = &link.address
+            && !self.allowed.may_make(path)
+        {
+            return Err(PublishError::Outside(path.clone()).to_string());
+        }
         let publish: Result<Vec<PublishSpec>, _> = publish.iter().map(|spec| spec.parse()).collect();
         let publish = publish.map_err(|error| error.to_string())?;
         let (reply, answer) = oneshot::channel();

@@ -12,18 +12,20 @@ mod pcap;
 mod state;
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
-use portway_api::control::{NetworkInfo, PortInfo};
+use portway_api::control::{NetworkInfo, PortInfo, SandboxInfo};
 use sd_notify::NotifyState;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use self::pcap::Pcap;
 use crate::agent::Agents;
 use crate::config::{Config, DoorAddress, GuestApi};
 use crate::control::App;
@@ -34,9 +36,32 @@ use crate::driver::{Driver, LeaseBook, SLOW_LIMIT, Slow, WAKER};
 use crate::events::{EventLog, EventQueue, Numbered};
 use crate::publish::spec::PublishSpec;
 use crate::request::{PublishError, Request, Requests};
+use crate::sandbox::paths::Paths;
 use crate::unix_path::Removed;
 use crate::uplink::{self, News};
 use crate::vsock::{PortSockets, Vsock};
+
+/// What the sandbox lets state files do: be written beside the old one, brought to the disk and renamed over it.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![
+    SYS_openat,
+    SYS_fsync,
+    SYS_fdatasync,
+    SYS_ftruncate,
+    #[cfg(target_arch = "x86_64")]
+    SYS_rename,
+    SYS_renameat,
+    SYS_renameat2,
+    #[cfg(target_arch = "x86_64")]
+    SYS_mkdir,
+    SYS_mkdirat,
+    SYS_getdents64,
+];
+
+/// What the sandbox lets it tell its supervisor (`sd_notify`).
+#[cfg(target_os = "linux")]
+pub(crate) const SUPERVISOR_CALLS: &[crate::sandbox::Call] =
+    crate::sandbox::sandbox_calls![SYS_sendto, SYS_sendmsg];
 
 /// Runs the network until it is told to end.
 ///
@@ -57,6 +82,8 @@ pub struct DoorContext {
     pub requests: Requests,
     /// The names guests are answered.
     pub dns: Arc<Dns>,
+    /// Where sockets may be made from now on.
+    pub(crate) allowed: Arc<Paths>,
 }
 
 /// As [`run`], with more doors.
@@ -64,7 +91,10 @@ pub struct DoorContext {
 /// # Errors
 /// As [`run`].
 pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
-    raise_descriptor_limit();
+    crate::last_net::tell_panics();
+    crate::fd::raise_limit();
+    // What we make is ours alone from the first moment, also between a socket's `bind` and its `chmod`.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     if let Some(dir) = &config.state_dir {
         std::fs::create_dir_all(dir).with_context(|| format!("--state-dir: {}", dir.display()))?;
     }
@@ -74,6 +104,7 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     let (slow, slow_incoming) = mpsc::channel(SLOW_LIMIT);
     let seed = getrandom::u64().map_err(|e| anyhow!("the host gives no randomness: {e}"))?;
 
+    let allowed = Arc::new(Paths::of(config));
     // Before anything is learned of the network, so that no change of it is missed.
     let watch = uplink::Watch::open().inspect_err(|error| {
         tracing::warn!(%error, "the host's network cannot be watched: guests' IPv6 stays as it is, DNS answers are kept for their time");
@@ -84,10 +115,10 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
         dns.add_zone(zone).map_err(|e| anyhow!("dns: {e}"))?;
     }
     let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
-    let keeper = match &config.state_dir {
+    let mut keeper = match &config.state_dir {
         Some(dir) => {
-            driver.restore_leases(state::leases(dir));
-            Some(state::Keeper::start(dir).context("cannot start the thread that keeps leases")?)
+            driver.restore_leases(state::leases(dir, config.lease_time));
+            Some(state::Keeper::new(dir))
         }
         None => None,
     };
@@ -102,12 +133,12 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     let (agents, _agent_files) = Agents::open(&config.agent, carried.into_iter())?;
     let kept = config.state_dir.as_deref().map(|dir| Arc::new(KeptPorts::read(dir)));
     if let Some(kept) = &kept {
-        ports.extend(publish_kept(&mut driver, kept));
+        ports.extend(publish_kept(&mut driver, kept, &allowed));
     }
     let pcap = config
         .pcap
         .as_deref()
-        .map(|path| pcap::start(&mut driver, path).with_context(|| format!("--pcap: {}", path.display())));
+        .map(|path| Pcap::open(&mut driver, path).with_context(|| format!("--pcap: {}", path.display())));
     let pcap = pcap.transpose()?;
     let (vsocks, _names) = vsocks(config)?;
     let api = config.particulars.control.then(|| api_listener(config)).transpose()?;
@@ -120,11 +151,27 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
 
     let ssh = config.particulars.ssh.iter().cloned().map(crate::ssh::Bound::new);
     let ssh = ssh.collect::<Result<Vec<_>, _>>().context("-forward-sock")?;
+    let (more, _more) = further_doors(config)?;
+
+    // Nothing has been read from a guest yet, and no thread but this one runs: all that start below inherit the sandbox.
+    driver.confine(Arc::clone(&allowed));
+    let refusals = refusals().context("the sandbox")?;
+    let sandbox = crate::sandbox::enter(config, &allowed)?;
+    if let Some(keeper) = &mut keeper {
+        keeper.start().context("cannot start the thread that keeps leases")?;
+    }
+    let pcap = pcap.map(Pcap::start).transpose().context("--pcap")?;
+    for (vsock, _) in &vsocks {
+        vsock.start().context("--vsock")?;
+    }
+
     let control = Control {
         requests: requests.clone(),
         dns,
-        network: network(config),
+        network: network(config, sandbox),
+        refusals,
         agents: Some(agents),
+        allowed,
         leases: driver.watch_leases(),
         keep: keeper.as_ref().map(state::Keeper::sender),
         kept,
@@ -137,11 +184,21 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
         ipv6_follows_host: config.ipv6.as_ref().is_some_and(|v6| v6.follows_host),
     };
     let (up, is_up) = std::sync::mpsc::channel();
-    let (more, _more) = further_doors(config)?;
     let doors =
         Doors { more, up, api, metrics, events: event_queue, slow: slow_incoming, personality: doors };
     let thread = std::thread::Builder::new().name("control".into());
-    let thread = thread.spawn(move || control.run(doors)).context("cannot start the control thread")?;
+    let ending = requests.clone();
+    let thread = thread.spawn(move || {
+        // Without this thread there are no names and no API: better that a supervisor starts all anew.
+        if crate::last_net::caught(|| control.run(doors)).is_none() {
+            while ending.send(Request::Shutdown).is_err() {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            return Err(anyhow!("the control thread panicked"));
+        }
+        Ok(())
+    });
+    let thread = thread.context("cannot start the control thread")?;
     // Ready means too that signals are heard: who is told so may end us at once.
     is_up.recv().context("the control thread has not started")?;
     say_ready(config.ready_fd, config.particulars.ready)?;
@@ -155,13 +212,13 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     ended.context("the data thread")?;
     // With the data thread the control thread has nothing to serve: it ends, and its listeners' files go with them.
     drop(driver);
-    let _ = thread.join();
+    let controlled = thread.join();
     if let Some(writer) = pcap {
         // What was seen is written before the end.
         let _ = writer.join();
     }
     tracing::info!("ended");
-    Ok(())
+    controlled.map_err(|_| anyhow!("the control thread panicked"))?
 }
 
 /// The guests' vsocks with the sockets of their ports, and the sockets' names, which go at the end.
@@ -181,7 +238,7 @@ fn vsocks(config: &Config) -> anyhow::Result<(Vec<GuestVsock>, Vec<Removed>)> {
     Ok((vsocks, all_names))
 }
 
-fn network(config: &Config) -> NetworkInfo {
+fn network(config: &Config, sandbox: SandboxInfo) -> NetworkInfo {
     NetworkInfo {
         name: config.network.clone(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -191,6 +248,7 @@ fn network(config: &Config) -> NetworkInfo {
         gateway_mac: config.particulars.gateway_mac.to_string(),
         host_alias: config.host_alias.to_string(),
         domain: crate::DOMAIN.into(),
+        sandbox,
         // These change while it runs: they are filled in when somebody asks.
         dns_upstreams: Vec::new(),
         log_file: config.log_file.as_ref().map(|p| p.display().to_string()),
@@ -203,9 +261,14 @@ fn network(config: &Config) -> NetworkInfo {
 
 /// Publishes what was published live in an earlier run. One that fails is said and stays kept: its port may be free
 /// again at the next start.
-fn publish_kept(driver: &mut Driver, kept: &KeptPorts) -> Vec<PortInfo> {
+fn publish_kept(driver: &mut Driver, kept: &KeptPorts, allowed: &Paths) -> Vec<PortInfo> {
     let mut ports = Vec::new();
     for spec in kept.specs() {
+        // Settings may have changed since it was published.
+        if let Err(error) = spec.within(allowed) {
+            tracing::warn!(%spec, %error, "a kept port is not published");
+            continue;
+        }
         match driver.publish_at_start(std::slice::from_ref(&spec)) {
             Ok(mut done) => ports.append(&mut done),
             // The configuration has it by now.
@@ -278,6 +341,14 @@ fn tell_supervisor(state: &[NotifyState<'_>]) {
     }
 }
 
+/// Where the sandbox rings when it refuses a call; nowhere on systems without one.
+fn refusals() -> std::io::Result<Option<std::os::unix::net::UnixStream>> {
+    #[cfg(target_os = "linux")]
+    return crate::sandbox::refused::bell().map(Some);
+    #[cfg(not(target_os = "linux"))]
+    Ok(None)
+}
+
 fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
@@ -306,17 +377,6 @@ fn both(v4: std::net::Ipv4Addr, v6: Option<std::net::Ipv6Addr>) -> Vec<std::net:
     std::iter::once(v4.into()).chain(v6.map(Into::into)).collect()
 }
 
-/// Every flow needs a descriptor: the soft limit goes up to the hard one.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-    {
-        tracing::warn!(%error, soft, "the descriptor limit could not be raised");
-    }
-}
-
 struct RemovedAtEnd<'a>(&'a Path);
 
 impl Drop for RemovedAtEnd<'_> {
@@ -326,7 +386,11 @@ impl Drop for RemovedAtEnd<'_> {
 }
 
 fn write_pid(path: &Path) -> anyhow::Result<RemovedAtEnd<'_>> {
-    std::fs::write(path, std::process::id().to_string())
+    let written = std::fs::write(path, std::process::id().to_string());
+    // Whoever may see processes may see this one's number.
+    let readable = std::fs::Permissions::from_mode(0o644);
+    written
+        .and_then(|()| std::fs::set_permissions(path, readable))
         .with_context(|| format!("--pid-file: {}", path.display()))?;
     Ok(RemovedAtEnd(path))
 }
@@ -347,7 +411,11 @@ struct Control {
     requests: Requests,
     dns: Arc<Dns>,
     network: NetworkInfo,
+    /// See [`refusals`].
+    refusals: Option<std::os::unix::net::UnixStream>,
     agents: Option<Agents>,
+    /// Where sockets may be made from now on.
+    allowed: Arc<Paths>,
     leases: watch::Receiver<LeaseBook>,
     keep: Option<state::Keep>,
     kept: Option<Arc<KeptPorts>>,
@@ -397,6 +465,10 @@ impl Control {
                 let followed = log.follow(0);
                 tokio::spawn(crate::gvproxy::notify::run(path, followed.1, app.clone()));
             }
+            #[cfg(target_os = "linux")]
+            if let Some(bell) = self.refusals.take() {
+                tokio::spawn(tell_refusals(bell));
+            }
             self.ssh.drain(..).for_each(|bound| app.serve_forward(bound));
             for (listener, connect) in more {
                 app.serve_door(listener, connect);
@@ -407,7 +479,11 @@ impl Control {
                 Some(Err(error)) => tracing::error!(%error, "the control socket cannot be served"),
                 None => {}
             }
-            let context = DoorContext { requests: self.requests.clone(), dns: Arc::clone(&self.dns) };
+            let context = DoorContext {
+                requests: self.requests.clone(),
+                dns: Arc::clone(&self.dns),
+                allowed: Arc::clone(&self.allowed),
+            };
             personality.into_iter().for_each(|door| door(&context));
             let mut agents_streams = Vec::new();
             for (vsock, ports) in self.vsocks.drain(..) {
@@ -418,11 +494,16 @@ impl Control {
                 }
             }
             if let Some(agents) = self.agents.take() {
-                agents.serve(&self.requests, agents_streams);
+                agents.serve(&self.requests, agents_streams, &self.allowed);
             }
             if let Some((listener, config)) = self.join.take() {
                 match UnixListener::from_std(listener) {
-                    Ok(listener) => drop(tokio::spawn(join::serve(listener, config, self.requests.clone()))),
+                    Ok(listener) => drop(tokio::spawn(join::serve(
+                        listener,
+                        config,
+                        Arc::clone(&self.allowed),
+                        self.requests.clone(),
+                    ))),
                     Err(error) => tracing::error!(%error, "the socket of --join cannot be served"),
                 }
             }
@@ -464,7 +545,11 @@ impl Control {
                 }
                 Slow::HandOver { flow, to, taker } => {
                     let requests = self.requests.clone();
-                    let context = DoorContext { requests: requests.clone(), dns: Arc::clone(&self.dns) };
+                    let context = DoorContext {
+                        requests: requests.clone(),
+                        dns: Arc::clone(&self.dns),
+                        allowed: Arc::clone(&self.allowed),
+                    };
                     tokio::spawn(async move {
                         let stream = taker.take(to, &context).await;
                         let stream = stream.inspect_err(|error| tracing::debug!(%error, %to, "not taken"));
@@ -499,6 +584,25 @@ async fn follow_leases(mut leases: watch::Receiver<LeaseBook>, dns: Arc<Dns>, ke
         }
         if leases.changed().await.is_err() {
             return; // the data thread has ended
+        }
+    }
+}
+
+/// Says which system calls the sandbox refused, each once.
+#[cfg(target_os = "linux")]
+async fn tell_refusals(bell: std::os::unix::net::UnixStream) {
+    use tokio::io::AsyncReadExt;
+    let mut bell = match tokio::net::UnixStream::from_std(bell) {
+        Ok(bell) => bell,
+        Err(error) => return tracing::warn!(%error, "what the sandbox refuses is counted and not told"),
+    };
+    let (mut teller, mut rings) = (crate::sandbox::refused::Teller::default(), [0; 64]);
+    while bell.read(&mut rings).await.is_ok_and(|n| n > 0) {
+        for call in teller.news() {
+            tracing::warn!(
+                call,
+                "the sandbox refused a system call; this is a fault of portway, please report it"
+            );
         }
     }
 }

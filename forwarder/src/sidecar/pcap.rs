@@ -14,19 +14,33 @@ use crate::capture::pcapng::Encoder;
 use crate::capture::{Capture, Filter, Reader};
 use crate::driver::Driver;
 
-/// Begins to write the frames of every link to `path`. The thread ends behind the driver.
-pub(super) fn start(driver: &mut Driver, path: &Path) -> anyhow::Result<JoinHandle<()>> {
-    let file = File::create(path)?;
-    let (capture, reader) = Capture::new(Filter::default());
-    let links = driver.capture(capture).map_err(|e| anyhow!("{e}"))?;
-    let thread = std::thread::Builder::new().name("pcap".into());
-    let shown = path.display().to_string();
-    let write = move || {
-        if let Err(error) = write(file, reader, &links) {
-            tracing::error!(%error, path = shown, "the capture has ended");
-        }
-    };
-    thread.spawn(write).context("cannot start the thread that writes it")
+/// A capture that is not written yet.
+pub(super) struct Pcap {
+    file: File,
+    reader: Reader,
+    links: Vec<String>,
+    shown: String,
+}
+
+impl Pcap {
+    /// Opens `path` for the frames of every link.
+    pub(super) fn open(driver: &mut Driver, path: &Path) -> anyhow::Result<Self> {
+        let file = File::create(path)?;
+        let (capture, reader) = Capture::new(Filter::default());
+        let links = driver.capture(capture).map_err(|e| anyhow!("{e}"))?;
+        Ok(Self { file, reader, links, shown: path.display().to_string() })
+    }
+
+    /// Begins to write. The thread ends behind the driver.
+    pub(super) fn start(self) -> anyhow::Result<JoinHandle<()>> {
+        let thread = std::thread::Builder::new().name("pcap".into());
+        let write = move || {
+            if let Err(error) = write(self.file, self.reader, &self.links) {
+                tracing::error!(%error, path = self.shown, "the capture has ended");
+            }
+        };
+        thread.spawn(write).context("cannot start the thread that writes it")
+    }
 }
 
 fn write(mut file: File, mut reader: Reader, links: &[String]) -> io::Result<()> {

@@ -38,7 +38,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// Writes leases on a thread of its own.
+/// Writes leases, on a thread of its own once it has been started.
 #[derive(Debug)]
 pub(super) struct Keeper {
     dir: PathBuf,
@@ -77,17 +77,20 @@ impl Keep {
 }
 
 impl Keeper {
-    /// A keeper of the leases in `dir`.
+    /// A keeper of the leases in `dir`; what is given to it waits until it is started.
+    pub(super) fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), waiting: Arc::default(), thread: None }
+    }
+
+    /// Starts its thread.
     ///
     /// # Errors
     /// When there can be no more threads.
-    pub(super) fn start(dir: &Path) -> io::Result<Self> {
-        let waiting = Arc::new(Waiting::default());
-        let (dir, theirs) = (dir.to_owned(), Arc::clone(&waiting));
-        let place = dir.clone();
-        let thread =
-            std::thread::Builder::new().name("state".into()).spawn(move || write_all(&place, &theirs))?;
-        Ok(Self { dir, waiting, thread: Some(thread) })
+    pub(super) fn start(&mut self) -> io::Result<()> {
+        let (dir, waiting) = (self.dir.clone(), Arc::clone(&self.waiting));
+        let thread = std::thread::Builder::new().name("state".into());
+        self.thread = Some(thread.spawn(move || write_all(&dir, &waiting))?);
+        Ok(())
     }
 
     /// The end that leases are given to.
@@ -156,8 +159,9 @@ fn keep_leases(dir: &Path, leases: &[LeaseReport]) -> io::Result<()> {
     std::fs::File::open(dir)?.sync_all()
 }
 
-/// What was kept and has not ended; a file that cannot be read counts as none, and is said.
-pub(super) fn leases(dir: &Path) -> Vec<LeaseReport> {
+/// What was kept and has not ended; a file that cannot be read counts as none, and is said. No lease has more than `longest`
+/// left, whatever the clock was when it was written.
+pub(super) fn leases(dir: &Path, longest: Duration) -> Vec<LeaseReport> {
     let text = match std::fs::read(dir.join(FILE)) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Vec::new(),
@@ -172,7 +176,7 @@ pub(super) fn leases(dir: &Path) -> Vec<LeaseReport> {
     });
     let now = now();
     let restore = |k: Kept| {
-        let remaining = Duration::from_secs(k.expires.checked_sub(now).filter(|s| *s > 0)?);
+        let remaining = Duration::from_secs(k.expires.checked_sub(now).filter(|s| *s > 0)?).min(longest);
         let mac = k.mac.parse().ok()?;
         let client_id = match k.client_id {
             Some(hex) => Some(bytes_of(&hex)?),
@@ -205,6 +209,8 @@ fn bytes_of(hex: &str) -> Option<Box<[u8]>> {
 mod tests {
     use super::*;
 
+    const HOUR: Duration = Duration::from_secs(3600);
+
     fn lease(last: u8) -> LeaseReport {
         LeaseReport {
             ip: [192, 168, 127, last].into(),
@@ -223,11 +229,11 @@ mod tests {
     fn leases_are_read_back_and_a_torn_file_is_no_lease() {
         let dir = tempfile::tempdir().unwrap();
         keep_leases(dir.path(), &[lease(2), lease(3), LeaseReport { fixed: true, ..lease(4) }]).unwrap();
-        let back = leases(dir.path());
+        let back = leases(dir.path(), HOUR);
         let who = |l: &LeaseReport| (l.ip, l.mac, l.client_id.clone(), l.name.clone(), l.named);
         assert_eq!(back.iter().map(who).collect::<Vec<_>>(), [who(&lease(2)), who(&lease(3))]);
         std::fs::write(dir.path().join(FILE), "[{\"ip\":").unwrap();
-        assert!(leases(dir.path()).is_empty());
+        assert!(leases(dir.path(), HOUR).is_empty());
     }
 
     #[test]
@@ -236,24 +242,25 @@ mod tests {
         let old = r#"[{"ip":"192.168.127.9","mac":"02:00:00:00:00:09","name":null,"expires":99999999999}]"#;
         std::fs::write(dir.path().join(FILE), old).unwrap();
         std::fs::write(dir.path().join(format!("{FILE}.new")), "[{\"ip\":\"192.1").unwrap();
-        assert_eq!(leases(dir.path())[0].ip, std::net::Ipv4Addr::new(192, 168, 127, 9));
+        assert_eq!(leases(dir.path(), HOUR)[0].ip, std::net::Ipv4Addr::new(192, 168, 127, 9));
     }
 
     #[test]
     fn the_keeper_writes_the_newest_and_at_the_end_the_last() {
         let dir = tempfile::tempdir().unwrap();
-        let keeper = Keeper::start(dir.path()).unwrap();
+        let mut keeper = Keeper::new(dir.path());
+        keeper.start().unwrap();
         let sender = keeper.sender();
         for last in 2..200 {
             sender.keep(vec![lease(last)]);
         }
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
-        while leases(dir.path()).first().map(|l| l.ip) != Some(lease(199).ip) {
+        while leases(dir.path(), HOUR).first().map(|l| l.ip) != Some(lease(199).ip) {
             assert!(std::time::Instant::now() < deadline, "not written");
             std::thread::yield_now();
         }
         keeper.finish(&[lease(7)]);
-        assert_eq!(leases(dir.path())[0].ip, lease(7).ip);
+        assert_eq!(leases(dir.path(), HOUR)[0].ip, lease(7).ip);
         assert!(!dir.path().join(format!("{FILE}.new")).exists());
     }
 
@@ -262,8 +269,27 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let gone = dir.path().join("gone");
         assert!(keep_leases(&gone, &[lease(2)]).is_err());
-        let keeper = Keeper::start(&gone).unwrap();
+        let mut keeper = Keeper::new(&gone);
+        keeper.start().unwrap();
         keeper.sender().keep(vec![lease(2)]);
         keeper.finish(&[]);
+    }
+
+    #[test]
+    fn a_clock_that_jumped_between_two_runs_makes_no_lease_endless_and_ends_those_it_has_passed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |expires: u64, last: u8| {
+            format!(
+                r#"{{"ip":"192.168.127.{last}","mac":"02:00:00:00:00:0{last}","name":null,"expires":{expires}}}"#
+            )
+        };
+        // Written when the clock was ten years ahead, and when it was a day behind.
+        let text = format!("[{},{}]", at(now() + 315_360_000, 8), at(now() - 86_400, 9));
+        std::fs::write(dir.path().join(FILE), text).unwrap();
+        let back = leases(dir.path(), HOUR);
+        assert_eq!(
+            back.iter().map(|l| (l.ip.octets()[3], l.remaining)).collect::<Vec<_>>(),
+            [(8, Some(HOUR))]
+        );
     }
 }

@@ -21,7 +21,7 @@
 //! LinuxKit documents (`docs/platform-hyperkit.md` there): CID and port in eight hex digits each.
 
 #[cfg(target_os = "linux")]
-mod device;
+pub(crate) mod device;
 #[cfg(target_os = "linux")]
 mod kernel;
 mod ports;
@@ -100,7 +100,7 @@ impl Vsock {
         let carrier = match &spec.transport {
             #[cfg(target_os = "linux")]
             Transport::VhostUser(path) => {
-                Carrier::Device(device::Device::start(path, spec.cid, dir.map(Path::to_owned))?)
+                Carrier::Device(device::Device::bind(path, spec.cid, dir.map(Path::to_owned))?)
             }
             #[cfg(target_os = "linux")]
             Transport::Kernel => Carrier::Kernel(kernel::Kernel::open(spec.cid)?),
@@ -110,6 +110,19 @@ impl Vsock {
             }
         };
         Ok(Self(Arc::new(Inner { name: spec.name.clone(), cid: spec.cid, carrier })))
+    }
+
+    /// Serves what was made ready; until then a VMM waits. Apart from [`Self::open`] so that the process goes into its sandbox
+    /// in between, with one thread.
+    ///
+    /// # Errors
+    /// When there is no thread.
+    pub fn start(&self) -> io::Result<()> {
+        match &self.0.carrier {
+            #[cfg(target_os = "linux")]
+            Carrier::Device(device) => device.start(),
+            _ => Ok(()),
+        }
     }
 
     /// The VM it belongs to, as its link calls it; `None` where there is only one.

@@ -9,7 +9,9 @@ use tokio::net::UnixListener;
 use super::*;
 
 fn opened(spec: &str) -> Vsock {
-    Vsock::open(&spec.parse().unwrap(), None).unwrap()
+    let vsock = Vsock::open(&spec.parse().unwrap(), None).unwrap();
+    vsock.start().unwrap();
+    vsock
 }
 
 async fn exchange(a: &mut UnixStream, b: &mut UnixStream) {

@@ -53,6 +53,8 @@ pub struct StackCounters {
     pub bindings: usize,
     /// DNS queries over UDP since the start.
     pub dns_queries: u64,
+    /// Entries of the timer wheels now, with those that mean nothing any more.
+    pub timers: usize,
 }
 
 struct Port {
@@ -563,7 +565,9 @@ impl Netstack {
                 return true;
             }
         }
-        self.tcp.transmit(now, port, sink, &mut self.commands)
+        let full = self.tcp.transmit(now, port, sink, &mut self.commands);
+        self.drops.add(DropReason::EngineFault, self.tcp.take_faults());
+        full
     }
 
     /// Whether `port` has frames or flows that wait for `poll_transmit`.
@@ -680,6 +684,8 @@ impl Netstack {
     #[must_use]
     pub fn counters(&self) -> StackCounters {
         let (flows, dialing, flows_total) = self.tcp.counts();
-        StackCounters { flows, dialing, flows_total, bindings: self.udp.len(), dns_queries: self.dns_queries }
+        let (bindings, dns_queries) = (self.udp.len(), self.dns_queries);
+        let timers = self.tcp.timers() + self.udp.timers();
+        StackCounters { flows, dialing, flows_total, bindings, dns_queries, timers }
     }
 }

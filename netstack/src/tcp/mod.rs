@@ -27,8 +27,10 @@
 mod clock;
 mod device;
 mod flow;
+mod last_net;
 mod opening;
 mod table;
+mod timers;
 mod window;
 
 use std::collections::VecDeque;
@@ -39,10 +41,11 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
-use self::clock::{engine_time, our_time};
+use self::clock::engine_time;
 use self::device::{Egress, Ingress, Shape, Window};
 pub(crate) use self::flow::FlowKey;
 use self::flow::{Ending, Flow, Life, Resolving, Shown};
+use self::last_net::caught;
 use self::table::{FlowTable, SocketPool};
 use self::window::Senders;
 use crate::config::Limits;
@@ -51,7 +54,7 @@ use crate::host::{FlowId, FlowReport, HostCommand};
 use crate::rings::RingMemory;
 use crate::sink::FrameSink;
 use crate::stack::Outbox;
-use crate::time::{Duration, Instant};
+use crate::time::Instant;
 use crate::timer::TimerWheel;
 use crate::types::{Mac, PortId};
 use crate::wire::tcp::{self, Segment};
@@ -117,6 +120,7 @@ pub(crate) struct Tcp {
     limits: Limits,
     gateway_mac: Mac,
     opened_total: u64,
+    faults: u64,
 }
 
 impl Tcp {
@@ -131,6 +135,7 @@ impl Tcp {
             limits,
             gateway_mac,
             opened_total: 0,
+            faults: 0,
         }
     }
 
@@ -248,7 +253,13 @@ impl Tcp {
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let calling = live.socket.tcp_ref().state() == State::SynSent;
         let mut device = Ingress::new(shown, outbox, path, key.is_v6(), &port.shape).with_window(window);
-        port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
+        let taken = caught(|| {
+            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
+        });
+        if taken.is_err() {
+            self.fault(id, commands);
+            return Verdict::Done(Err(DropReason::EngineFault));
+        }
         if calling && live.is_remembered(segment) {
             // smoltcp has answered with RST, which ends what the guest remembers, and would say SYN again in a second.
             live.socket.tcp().abort();
@@ -419,15 +430,17 @@ impl Tcp {
         let clock = live.clock(now) + live.take_ack_haste();
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let mut device = Egress::new(sink, path, flow.key, &port.shape, window);
-        let mut more = true;
-        for _ in 0..TURN {
-            if port.iface.poll_egress(engine_time(clock), &mut device, &mut live.socket.set)
-                == PollResult::None
-            {
-                more = false;
-                break;
-            }
-        }
+        let turn = caught(|| {
+            (0..TURN).all(|_| {
+                let polled = port.iface.poll_egress(engine_time(clock), &mut device, &mut live.socket.set);
+                polled != PollResult::None
+            })
+        });
+        let Ok(mut more) = turn else {
+            self.faults += 1;
+            self.fault(id, commands);
+            return false;
+        };
         more |= device.refused;
         let refused = device.refused;
 
@@ -466,107 +479,25 @@ impl Tcp {
         more
     }
 
-    // ---- time ----
-
-    /// Puts the earliest time a flow needs us into the wheel, unless an earlier one is there already.
-    fn arm(&mut self, now: Instant, id: FlowId) {
-        let Some(flow) = self.table.get_mut(id) else { return };
-        let mut at = flow.reaped_at(&self.limits);
-        if flow.warm {
-            at = at.min(flow.last_active + self.limits.ring_idle);
-        }
-        match &mut flow.life {
-            Life::Live(live) => {
-                let port = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut);
-                if let Some(t) =
-                    port.and_then(|p| p.iface.poll_at(engine_time(live.clock(now)), &live.socket.set))
-                    && live.time_wait_since.is_none()
-                {
-                    at = at.min(our_time(t));
-                }
-            }
-            Life::Resolving(r) => at = at.min(flow.created + Duration::from_secs(u64::from(r.asked))),
-            Life::Dialing(_) => return,
-        }
-        let at = at.max(now);
-        if flow.deadline.is_none_or(|d| at < d) {
-            flow.deadline = Some(at);
-            self.wheel.insert(at, id);
-        }
-    }
-
-    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
-        self.wheel.poll_at()
-    }
-
-    /// Runs every timer that is due. `ask` is called with the address a connection still waits for.
-    pub(crate) fn handle_timeout(
-        &mut self,
-        now: Instant,
-        commands: &mut VecDeque<HostCommand>,
-        mut ask: impl FnMut(std::net::IpAddr),
-    ) {
-        while let Some((at, id)) = self.wheel.pop_expired(now) {
-            let Some(flow) = self.table.get_mut(id) else { continue };
-            if flow.deadline != Some(at) {
-                continue; // an older, later entry of the same flow
-            }
-            flow.deadline = None;
-            if now >= flow.reaped_at(&self.limits) {
-                if !flow.host_gone {
-                    flow.host_gone = true;
-                    commands.push_back(HostCommand::Reset { flow: id });
-                }
-                self.abort(id);
-                continue;
-            }
-            if flow.warm && now >= flow.last_active + self.limits.ring_idle {
-                flow.warm = false;
-                if let Life::Live(live) = &mut flow.life
-                    && live.holds_nothing()
-                {
-                    self.pool.discard(&live.socket);
-                }
-            }
-            match &mut flow.life {
-                Life::Live(_) => {
-                    if let Some(port) =
-                        self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut)
-                    {
-                        // Only smoltcp's own timers have something to send; the rest is re-armed below.
-                        let due = {
-                            let Life::Live(live) = &mut flow.life else { continue };
-                            let due = port
-                                .iface
-                                .poll_at(engine_time(live.clock(now)), &live.socket.set)
-                                .is_some_and(|t| our_time(t) <= now);
-                            if due {
-                                live.waited_in_vain();
-                            }
-                            due
-                        };
-                        if due {
-                            Self::queue(port, flow, id);
-                            continue;
-                        }
-                    }
-                }
-                Life::Resolving(r) => {
-                    if r.asked >= Resolving::TRIES {
-                        commands.push_back(HostCommand::Reset { flow: id });
-                        self.release(id);
-                        continue;
-                    }
-                    r.asked += 1;
-                    ask(flow.key.guest().ip());
-                }
-                Life::Dialing(_) => {}
-            }
-            self.arm(now, id);
-        }
-    }
-
     // ---- the end of a flow ----
+
+    /// The engine panicked in a flow: it ends, and its socket, which may hold anything, is not used again. The rings' address
+    /// space is lost to the pool; their pages go back.
+    fn fault(&mut self, id: FlowId, commands: &mut VecDeque<HostCommand>) {
+        let Some(flow) = self.table.get_mut(id) else { return };
+        if !flow.host_gone {
+            commands.push_back(HostCommand::Reset { flow: id });
+        }
+        if let Life::Live(live) = std::mem::replace(&mut flow.life, Life::Resolving(Resolving { asked: 0 })) {
+            self.pool.discard(&live.socket);
+        }
+        self.release(id);
+    }
+
+    /// Faults of the engine while it sent, since this was asked last.
+    pub(crate) fn take_faults(&mut self) -> u64 {
+        std::mem::take(&mut self.faults)
+    }
 
     fn release(&mut self, id: FlowId) {
         let Some(flow) = self.table.remove(id) else { return };

@@ -113,6 +113,15 @@ impl Tcp {
         self.table.find(key).is_some()
     }
 
+    /// A key for a flow from `remote` to `guest` that no flow has: with its own port, or, where that is taken or it has none
+    /// (a client of a unix socket), with one from the end of the ephemeral range.
+    fn free_key(&mut self, port: PortId, guest: SocketAddr, remote: SocketAddr) -> Option<FlowKey> {
+        let ports = std::iter::once(remote.port()).chain((49_152..=u16::MAX).rev().take(1024));
+        let mut keys =
+            ports.filter(|p| *p != 0).map(|p| FlowKey::new(port, guest, SocketAddr::new(remote.ip(), p)));
+        keys.find(|key| !self.knows(key))
+    }
+
     /// Whether somebody waits for an ARP answer.
     pub(crate) fn is_resolving(&self) -> bool {
         !self.resolving.is_empty()
@@ -136,10 +145,10 @@ impl Tcp {
                 rest.push_back(id);
                 continue;
             }
-            let key = FlowKey::new(port, flow.key.guest(), flow.key.remote());
-            let free = self.room(port).is_ok() && !self.knows(&key);
-            let socket = if free { self.pool.take(self.table.len()) } else { None };
-            let (Some(socket), Some(flow)) = (socket, self.table.get_mut(id)) else {
+            let (guest, remote) = (flow.key.guest(), flow.key.remote());
+            let key = self.room(port).ok().and_then(|()| self.free_key(port, guest, remote));
+            let socket = if key.is_some() { self.pool.take(self.table.len()) } else { None };
+            let (Some(key), Some(socket), Some(flow)) = (key, socket, self.table.get_mut(id)) else {
                 commands.push_back(HostCommand::Reset { flow: id });
                 self.table.remove(id);
                 continue;

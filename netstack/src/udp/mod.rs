@@ -32,6 +32,8 @@ use crate::types::{Mac, PortId};
 pub use self::peers::PEERS;
 use self::peers::Peers;
 
+/// Stale entries of the timer wheel that are not worth a sweep.
+const STALE_TIMERS: usize = 1024;
 /// See the module documentation.
 pub const IDLE_DNS: Duration = Duration::from_secs(30);
 /// See the module documentation (RFC 5508 REQ-2: 60 s at the least).
@@ -320,6 +322,11 @@ impl Bindings {
         self.closed.pop_front()
     }
 
+    /// Entries of the timer wheel, stale ones included.
+    pub(crate) fn timers(&self) -> usize {
+        self.wheel.len()
+    }
+
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         self.wheel.poll_at()
     }
@@ -413,6 +420,12 @@ impl Bindings {
         let id = self.id(slot);
         // It may live longer than this; the timer looks again.
         self.wheel.insert(now + IDLE_DNS, id);
+        // Entries of bindings that were evicted would stay until their time, and a guest makes new bindings faster.
+        if self.wheel.len() > 2 * self.by_key.len() + STALE_TIMERS {
+            let slots = &self.slots;
+            self.wheel
+                .retain(|_, id| slots.get(id.slot()).is_some_and(|s| s.0 == id.generation && s.1.is_some()));
+        }
         slot
     }
 

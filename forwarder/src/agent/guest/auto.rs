@@ -23,7 +23,7 @@ use crate::publish::spec::{Bind, HostEnd};
 use crate::request::{PublishError, Request};
 
 /// Listeners of one guest; further ones are not seen.
-pub(in crate::agent) const LISTENERS: usize = 4096;
+pub(crate) const LISTENERS: usize = 4096;
 /// Refused listeners that are known beside as many published ones.
 const REFUSED: usize = 256;
 /// How often a refused port is tried again, and a port that is carried for want of an address looked at.

@@ -12,7 +12,7 @@
 //! the agent says everything anew, and what it does not claim again within [`SETTLE`] is closed.
 
 mod asked;
-pub(super) mod auto;
+pub(crate) mod auto;
 mod published;
 mod wishes;
 
@@ -40,7 +40,7 @@ use crate::publish::spec::{GuestName, PublishSpec};
 use crate::request::{PublishError, Requests};
 
 /// Ports published for one guest by rule or at its wish.
-pub(super) const PORTS: usize = 256;
+pub(crate) const PORTS: usize = 256;
 /// How long a new session has to claim what the one before had.
 const SETTLE: Duration = Duration::from_secs(3);
 /// Those who wait for a port or for readiness.

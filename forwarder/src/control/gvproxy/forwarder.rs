@@ -26,7 +26,7 @@ use crate::request::{PublishError, Request};
 use crate::ssh::{ForwardError, Remote};
 
 /// Ports one guest may publish by itself.
-const GUEST_PORTS: usize = 256;
+pub(crate) const GUEST_PORTS: usize = 256;
 
 #[derive(Serialize)]
 struct Exposed {

@@ -8,7 +8,7 @@
 //! with a text.
 
 mod dns;
-mod forwarder;
+pub(crate) mod forwarder;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

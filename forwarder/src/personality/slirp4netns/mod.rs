@@ -253,6 +253,7 @@ fn prepare(args: &Args) -> Result<(Config, Vec<Door>), String> {
     let mut doors: Vec<Door> = Vec::new();
     if let Some(path) = &args.api_socket {
         doors.push(api::door(path, plan.guest).map_err(|e| format!("--api-socket: {e}"))?);
+        config.particulars.directories.extend(path.parent().map(std::path::Path::to_path_buf));
     }
     if let Some(fd) = args.exit_fd {
         let fd = crate::fd::inherit(fd).map_err(|e| format!("--exit-fd: {e}"))?;

@@ -20,6 +20,7 @@ use super::plane::{Listening, Plane};
 use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::publish::{IN_USE, NOT_HERE, PRIVILEGE};
 use crate::request::{PublishError, Request, Requests};
+use crate::sandbox::paths::Paths;
 
 /// Forwards at a time; further ones are an error.
 pub(super) const FORWARDS: usize = 4096;
@@ -39,6 +40,8 @@ pub(super) enum ExposeError {
         "{0} is not an address of the guests' network {1}, and without --vsock-path nothing else can be reached"
     )]
     OutOfReach(IpAddr, Subnet),
+    #[error("listen unix {path}: not in a directory of the sockets this vpnkit was started with", path = .0.display())]
+    Outside(std::path::PathBuf),
     #[error("unix sockets of the guest need --vsock-path")]
     NoPlane,
     #[error("{FORWARDS} forwards are there already")]
@@ -67,6 +70,8 @@ pub(super) struct Exposer {
     subnet: Subnet,
     /// Where forwards may listen; empty: anywhere.
     allowed: Vec<IpAddr>,
+    /// Where sockets may be made.
+    paths: Arc<Paths>,
     plane: Option<Arc<Plane>>,
     entries: Mutex<BTreeMap<Forward, Entry>>,
 }
@@ -74,13 +79,14 @@ pub(super) struct Exposer {
 impl Exposer {
     pub(super) fn new(
         requests: Requests,
+        paths: Arc<Paths>,
         subnet: Subnet,
         allowed: Vec<IpAddr>,
         plane: Option<Arc<Plane>>,
     ) -> Self {
         // The unspecified address among them allows every one.
         let allowed = if allowed.iter().any(IpAddr::is_unspecified) { Vec::new() } else { allowed };
-        Self { requests, subnet, allowed, plane, entries: Mutex::default() }
+        Self { requests, paths, subnet, allowed, plane, entries: Mutex::default() }
     }
 
     /// Makes `forward` work. The answer has the real port; a forward that is there already is answered the same.
@@ -98,12 +104,15 @@ impl Exposer {
         {
             return Err(ExposeError::NotAllowed(forward.out.to_string()));
         }
-        let entry = match &self.plane {
-            Some(plane) => {
+        let entry = match (&self.plane, &forward.out) {
+            (Some(_), End::Path(path)) if !self.paths.may_make(path) => {
+                return Err(ExposeError::Outside(path.clone()));
+            }
+            (Some(plane), _) => {
                 let (listening, real) = plane.listen(forward).await.map_err(|e| bind_error(forward, &e))?;
                 Entry { carried: Carried::Plane(listening), real }
             }
-            None => self.publish(forward).await?,
+            (None, _) => self.publish(forward).await?,
         };
         let real = entry.real.clone();
         tracing::info!(forward = %real, "forward");

@@ -38,7 +38,7 @@ pub use self::http::{Proxied, Settings as HttpSettings};
 pub use self::outgoing::{Outgoing, Taker};
 use self::plane::{CHANNELS, Plane};
 use super::Particulars;
-use crate::config::{Config, GuestApi, LogLevel, Settings, UnixPath};
+use crate::config::{Config, GuestApi, LinkConfig, LogLevel, Settings, UnixPath};
 use crate::sidecar::Door;
 
 const NAME: &str = "vpnkit";
@@ -181,6 +181,11 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         ..Particulars::default()
     };
     let (doors, sockets) = doors(args, &plan, watched, proxies)?;
+    let plane = args.vsock_path.as_deref().filter(|p| !p.is_empty()).map(data_socket).transpose()?;
+    let parents = sockets.iter().chain(&plane).filter_map(|p| p.parent().map(Path::to_path_buf));
+    config.particulars.directories =
+        parents.chain(config.links.iter().filter_map(LinkConfig::directory)).collect();
+    config.particulars.followed = args.gateway_forwards.iter().chain(&args.http).cloned().collect();
     Ok(Prepared { config, doors, sockets, warnings: [warnings, resolvers.warnings].concat() })
 }
 
@@ -200,7 +205,13 @@ fn doors(
     let pcaps = listen_all("--pcap", &args.pcap, &mut sockets)?;
     let (subnet, allowed) = (plan.subnet, args.allowed_bind_addresses.clone());
     doors.push(Box::new(move |context| {
-        let exposer = Arc::new(Exposer::new(context.requests.clone(), subnet, allowed, plane));
+        let exposer = Arc::new(Exposer::new(
+            context.requests.clone(),
+            Arc::clone(&context.allowed),
+            subnet,
+            allowed,
+            plane,
+        ));
         for listener in ports.into_iter().filter_map(watch) {
             tokio::spawn(control::serve(listener, Arc::clone(&exposer)));
         }

@@ -26,7 +26,7 @@ mod arrivals;
 mod credit;
 mod packet;
 mod rings;
-mod streams;
+pub(crate) mod streams;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -34,8 +34,8 @@ mod worker;
 use std::io;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -77,6 +77,8 @@ pub(super) struct Device {
     dials: SyncSender<Dial>,
     waker: Arc<mio::Waker>,
     arrivals: Arc<Arrivals>,
+    /// What the thread will be made of, until it starts.
+    idle: Mutex<Option<Box<Worker>>>,
 }
 
 /// A pair of sockets that never keep us waiting.
@@ -88,15 +90,25 @@ fn pair() -> io::Result<(StdStream, StdStream)> {
 }
 
 impl Device {
-    /// Listens for the VMM on `path` and serves it, in a thread of its own, for as long as the process lives.
+    /// Listens for the VMM on `path`; it waits until [`Self::start`].
     ///
     /// # Errors
-    /// When the path cannot be listened on, or there is no thread.
-    pub(super) fn start(path: &Path, cid: u32, dir: Option<PathBuf>) -> io::Result<Self> {
+    /// When the path cannot be listened on.
+    pub(super) fn bind(path: &Path, cid: u32, dir: Option<PathBuf>) -> io::Result<Self> {
         let listener = crate::unix_path::listen(path, 0o600)?;
-        let (device, worker) = Self::new(listener, cid, dir)?;
-        std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run())?;
+        let (mut device, worker) = Self::new(listener, cid, dir)?;
+        device.idle = Mutex::new(Some(Box::new(worker)));
         Ok(device)
+    }
+
+    /// Serves the VMM, in a thread of its own, for as long as the process lives.
+    ///
+    /// # Errors
+    /// When there is no thread.
+    pub(super) fn start(&self) -> io::Result<()> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(worker) = idle else { return Ok(()) };
+        std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run()).map(drop)
     }
 
     fn new(
@@ -107,7 +119,7 @@ impl Device {
         let (dials, incoming): (_, Receiver<Dial>) = sync_channel(DIALS);
         let arrivals = Arc::new(Arrivals::new(dir));
         let (worker, waker) = Worker::new(listener, cid, incoming, Arc::clone(&arrivals))?;
-        Ok((Self { dials, waker, arrivals }, worker))
+        Ok((Self { dials, waker, arrivals, idle: Mutex::new(None) }, worker))
     }
 
     pub(super) async fn connect(&self, port: u32) -> io::Result<UnixStream> {

@@ -40,13 +40,13 @@ use crate::vhost_user::BadRing;
 use crate::vsock::{CONNECT_TIMEOUT, HOST_CID};
 
 /// Streams of one guest.
-pub(super) const STREAMS: usize = 2048;
+pub(crate) const STREAMS: usize = 2048;
 /// Bytes of each stream that may be kept for the host.
 pub(super) const FIRST: u32 = 16 * 1024;
 /// Bytes of a stream that moves that may be kept.
 pub(super) const MOST: u32 = 256 * 1024;
 /// Bytes beyond `FIRST` of all streams.
-pub(super) const SPARE: u32 = 16 * 1024 * 1024;
+pub(crate) const SPARE: u32 = 16 * 1024 * 1024;
 /// Resets that wait for buffers of the guest's.
 pub(super) const RESETS: usize = 256;
 /// The first port that streams of ours come from: beyond those that services have.

@@ -673,7 +673,8 @@ fn without_event_idx_and_with_descriptors_of_the_ring_it_is_the_same() {
 #[tokio::test]
 async fn the_handle_and_the_thread_do_the_same() {
     let dir = tempfile::tempdir().unwrap();
-    let device = Device::start(&dir.path().join("vmm"), CID, None).unwrap();
+    let device = Device::bind(&dir.path().join("vmm"), CID, None).unwrap();
+    device.start().unwrap();
     let mut vmm = StdStream::connect(dir.path().join("vmm")).unwrap();
     assert_eq!(device.connect(22).await.unwrap_err().kind(), ErrorKind::NotConnected);
     // GET_FEATURES is answered.

@@ -45,7 +45,7 @@ fn exposer() -> Arc<Exposer> {
     publishes(incoming);
     // The waker must find its poll as long as the test runs.
     std::mem::forget(poll);
-    Arc::new(Exposer::new(requests, "192.168.65.0/24".parse().unwrap(), Vec::new(), None))
+    Arc::new(Exposer::new(requests, Arc::default(), "192.168.65.0/24".parse().unwrap(), Vec::new(), None))
 }
 
 struct Client {
