@@ -43,6 +43,10 @@ guest: ## the guest of the demo and of the VM test
 	@tests/guest/build.sh $(TARGET)/guest/demo
 	tests/guest/media.sh $(TARGET)/guest/demo $(TARGET)/guest/media
 
+.PHONY: agent
+agent: ## the guest agent: one static file of less than 3 MB, target/guest/portway-agent
+	@guest-agent/build.sh $(TARGET)/guest/portway-agent
+
 .PHONY: unit
 unit: guest ## all tests: unit, simulation, loopback, real VM
 	@cargo build --workspace --bins --locked
@@ -87,11 +91,13 @@ fuzz: ## as fuzz-smoke, five minutes each
 # Where `make install` puts things; DESTDIR goes before all of them, for packages.
 PREFIX ?= /usr/local
 SYSTEMD_USER ?= $(PREFIX)/lib/systemd/user
+# Of cargo: `dev` builds in a minute and is no program to install for good.
+PROFILE ?= release
 
 .PHONY: install
 install: ## the program, man pages, completions and a systemd user unit (PREFIX=/usr/local, DESTDIR=)
-	@cargo build --release --locked -p portway
-	program=$(TARGET)/release/portway
+	@cargo build --profile $(PROFILE) --locked -p portway
+	program=$(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/portway
 	dir() { install -d "$(DESTDIR)$$1"; }
 	dir $(PREFIX)/bin; dir $(PREFIX)/share/man/man1; dir $(SYSTEMD_USER)
 	dir $(PREFIX)/share/bash-completion/completions; dir $(PREFIX)/share/zsh/site-functions; dir $(PREFIX)/share/fish/vendor_completions.d

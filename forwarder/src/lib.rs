@@ -32,6 +32,7 @@ pub mod request;
 pub mod rings;
 pub mod sandbox;
 pub mod sidecar;
+pub mod ssh;
 mod unix_path;
 mod uplink;
 #[cfg(target_os = "linux")]

@@ -263,10 +263,16 @@ fn hold(wish: &Wish, mut agent: Agent) -> ExitCode {
     loop {
         agent.wait_for_end();
         say("the agent ended; asking the next");
+        let mut said = String::new();
         agent = loop {
             match ask(wish) {
                 Ok(Ok(agent)) => break agent,
-                Ok(Err(refused)) => say(&refused),
+                // Once, not five times a second.
+                Ok(Err(refused)) if refused != said => {
+                    say(&refused);
+                    said = refused;
+                }
+                Ok(Err(_)) => {}
                 // It is not there yet.
                 Err(_) => {}
             }

@@ -48,9 +48,27 @@ const AGENT: &str = "agent";
 /// Until it is started again when it has ended: it is the one service that others are told to rely on.
 const AGENT_AGAIN: Duration = Duration::from_secs(1);
 
+/// More options of `portway-agent run`: words of all lines, without quoting, as those of services.
+const AGENT_OPTIONS: &str = "/etc/portway/agent";
+
 /// `portway-agent run`, in a process of its own: whatever becomes of it, pid 1 stays.
-fn agent() -> Service {
-    Service { name: AGENT.into(), program: "/proc/self/exe".into(), args: vec!["run".into()] }
+fn agent(options: &str) -> Service {
+    let lines = options.lines().filter(|line| !line.trim_start().starts_with('#'));
+    let words = lines.flat_map(str::split_whitespace).map(str::to_owned);
+    let args = std::iter::once("run".to_owned()).chain(words).collect();
+    Service { name: AGENT.into(), program: "/proc/self/exe".into(), args }
+}
+
+fn agent_options() -> String {
+    match fs::read_to_string(AGENT_OPTIONS) {
+        Ok(text) => text,
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                say(&format!("cannot read {AGENT_OPTIONS}: {error}"));
+            }
+            String::new()
+        }
+    }
 }
 
 /// The processes the agent started, by pid, so that their end can be told by name.
@@ -80,7 +98,7 @@ impl Running {
     /// Starts the agent's own service, where there is a way to a host.
     pub(crate) fn start_agent(&mut self) {
         if Path::new("/dev/vsock").exists() {
-            self.start(&agent());
+            self.start(&agent(&agent_options()));
         }
     }
 
@@ -92,7 +110,7 @@ impl Running {
     /// Starts again what is to be started again now.
     pub(crate) fn tick(&mut self, now: Instant) {
         if self.agent_at.take_if(|at| *at <= now).is_some() {
-            self.start(&agent());
+            self.start(&agent(&agent_options()));
         }
     }
 
@@ -158,6 +176,13 @@ mod tests {
             args: vec!["-F".into(), "-E".into()],
         };
         assert_eq!(services, [Ok(expected)]);
+    }
+
+    #[test]
+    fn the_agents_options_are_words_of_its_file() {
+        assert_eq!(agent("").args, ["run"]);
+        let text = "# vsudd's\n--inport 2374:unix:/run/docker.sock\n\n  --no-clock\n";
+        assert_eq!(agent(text).args, ["run", "--inport", "2374:unix:/run/docker.sock", "--no-clock"]);
     }
 
     #[test]

@@ -25,6 +25,8 @@ use crate::dial::{self, Host};
 
 /// The largest frame: 64 KiB of packet and its header.
 const FRAME: usize = 65_536 + 18;
+/// The largest packet whose frame gvproxy's framing can carry.
+const POST_MTU: u16 = u16::MAX - 18;
 /// What gvproxy's static lease is for.
 const MAC: [u8; 6] = [0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee];
 /// How long the host may take to take the connection.
@@ -103,6 +105,10 @@ impl Options {
         }
         if options.mtu < 576 {
             return Err(format!("-mtu {}: 576 at least", options.mtu));
+        }
+        // The length before a frame is two bytes there, and an Ethernet header stands before the packet.
+        if options.framing == Framing::Post && options.mtu > POST_MTU {
+            return Err(format!("-mtu {}: {POST_MTU} at most with gvproxy's framing", options.mtu));
         }
         Ok(options)
     }
@@ -360,6 +366,7 @@ mod tests {
             ("-url tcp://x", "is not vsock"),
             ("-iface a/b", "is not the name"),
             ("-mtu 5", "576 at least"),
+            ("-mtu 65535", "65517 at most"),
             ("-framing x", "is not post or qemu"),
         ] {
             assert!(parsed(line).is_err_and(|e| e.contains(fault)), "{line}");

@@ -30,6 +30,7 @@ busybox=$(need busybox busybox-static)
 if ldd "$busybox" > /dev/null 2>&1; then die "$busybox is not static: apt-get install busybox-static"; fi
 dropbear=$(need dropbear dropbear-bin)
 dropbearkey=$(need dropbearkey dropbear-bin)
+dhclient=$(need dhclient isc-dhcp-client)
 need ssh-keygen openssh-client > /dev/null
 
 # --- the kernel, once -------------------------------------------------------------------------------------------
@@ -68,17 +69,14 @@ kernel=$(find "$packages/boot" -name 'vmlinuz-*' | head -1)
 
 # --- our binaries, static ---------------------------------------------------------------------------------------
 say "building portway-agent and guest-probe"
-(cd "$root" && RUSTFLAGS="-C target-feature=+crt-static" \
-  cargo build --quiet --locked --release --package portway-agent --target $triple --target-dir "$target")
-agent=$target/$triple/release/portway-agent
+"$root/guest-agent/build.sh" "$target/guest/portway-agent"
+agent=$target/guest/portway-agent
 probe=$dir/guest-probe
 if [ ! "$probe" -nt "$root/tests/src/bin/guest-probe.rs" ]; then
   rustc --edition 2024 --crate-name guest_probe -O -C strip=symbols -C target-feature=+crt-static --target $triple \
     -o "$probe" "$root/tests/src/bin/guest-probe.rs"
 fi
-for binary in "$agent" "$probe"; do
-  ldd "$binary" 2>&1 | grep -qE 'statically linked|not a dynamic' || die "$binary is not static"
-done
+ldd "$probe" 2>&1 | grep -qE 'statically linked|not a dynamic' || die "$probe is not static"
 
 # --- keys, once -------------------------------------------------------------------------------------------------
 key=$dir/id_ed25519
@@ -95,12 +93,13 @@ ln -s bin "$r/sbin"
 cp "$busybox" "$r/bin/busybox"
 for applet in $("$busybox" --list); do [ -e "$r/bin/$applet" ] || ln -s busybox "$r/bin/$applet"; done
 cp "$probe" "$r/bin/guest-probe"
-strip -o "$r/init" "$agent" 2> /dev/null || cp "$agent" "$r/init"
+cp "$agent" "$r/init"
 ln -s ../init "$r/bin/portway-agent"
 
-cp "$dropbear" "$r/bin/dropbear"
+# dhclient is for DHCPv6, which busybox may not have.
+cp "$dropbear" "$r/bin/dropbear"; cp "$dhclient" "$r/bin/dhclient"
 # Shared libraries at the paths the loader will look for them.
-ldd "$dropbear" | grep -oE '/[^ ]+' | sort -u | while read -r library; do
+{ ldd "$dropbear"; ldd "$dhclient"; } | grep -oE '/[^ ]+' | sort -u | while read -r library; do
   mkdir -p "$r$(dirname "$library")"; cp -L "$library" "$r$library"
 done
 cp "$dir/host_key" "$r/etc/dropbear/host_key"
@@ -118,6 +117,7 @@ install -m 755 "$here/udhcpc.sh" "$r/usr/share/udhcpc/default.script"
 install -m 755 "$here/console.sh" "$r/etc/portway/console"
 install -m 755 "$here/answer.cgi" "$r/www/cgi-bin/guest"
 install -m 644 "$here/services" "$r/etc/portway/services"
+install -m 644 "$here/agent" "$r/etc/portway/agent"
 # busybox's own default path, by its build.
 mkdir -p "$r/etc/udhcpc"; ln -s /usr/share/udhcpc/default.script "$r/etc/udhcpc/default.script"
 echo '<a href="/cgi-bin/guest">ask the guest</a>' > "$r/www/index.html"
@@ -138,7 +138,8 @@ add_module() { # NAME
   echo "/lib/modules/$1.ko" >> "$r/etc/portway/modules"
 }
 # Disks, CDs with metadata, shares, Ignition's configuration: what `portway run` can give a guest.
-for module in virtio_pci virtio_net vmw_vsock_virtio_transport af_packet evdev button \
+# The agent sees listeners by tcp_diag and udp_diag.
+for module in virtio_pci virtio_net vmw_vsock_virtio_transport tcp_diag udp_diag af_packet evdev button \
   virtio_blk virtio_scsi sr_mod isofs virtiofs qemu_fw_cfg; do
   add_module $module
 done

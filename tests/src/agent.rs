@@ -16,16 +16,16 @@ pub struct Agent {
     namespace: PathBuf,
 }
 
-/// The agent's binary: `PORTWAY_AGENT`, else the one beside these tests.
+/// The agent's binary: `PORTWAY_AGENT_BIN`, else the one beside these tests.
 ///
 /// # Errors
 /// When it is not there.
 pub fn binary() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os("PORTWAY_AGENT") {
+    if let Some(path) = std::env::var_os("PORTWAY_AGENT_BIN") {
         return Ok(path.into());
     }
     let path = crate::vm::portway()?.with_file_name("portway-agent");
-    ensure!(path.exists(), "no {}: cargo build -p portway-agent, or set PORTWAY_AGENT", path.display());
+    ensure!(path.exists(), "no {}: cargo build -p portway-agent, or set PORTWAY_AGENT_BIN", path.display());
     Ok(path)
 }
 

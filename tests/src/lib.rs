@@ -1,8 +1,11 @@
 //! What the system tests stand on: the lab around the real binary.
 
 pub mod agent;
+pub mod agent_lab;
 pub mod guest;
+pub mod host;
 pub mod launch;
+pub mod machine;
 pub mod namespace;
 pub mod program;
 pub mod raw;

@@ -24,7 +24,7 @@ impl Sidecar {
     /// # Errors
     /// When it ends before that; its log is in the error.
     pub fn start(dir: &Path, options: &[&str]) -> Result<Self> {
-        Self::start_by(dir, Command::new(crate::vm::portway()?), options)
+        Self::start_by(Command::new(crate::vm::portway()?), dir, options)
     }
 
     /// The same in a network namespace: its sockets, routes and sysctls are the host's.
@@ -33,14 +33,14 @@ impl Sidecar {
     /// As of [`Self::start`].
     pub fn start_in(namespace: &Namespace, dir: &Path, options: &[&str]) -> Result<Self> {
         let portway = crate::vm::portway()?;
-        Self::start_by(dir, namespace.command(&portway.display().to_string()), options)
+        Self::start_by(namespace.command(&portway.display().to_string()), dir, options)
     }
 
     /// As [`Self::start`], by a command that ends in the program: another user's, a tracer's.
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn start_by(dir: &Path, mut command: Command, options: &[&str]) -> Result<Self> {
+    pub fn start_by(mut command: Command, dir: &Path, options: &[&str]) -> Result<Self> {
         let (ready, theirs) = nix::unistd::pipe()?;
         let log = std::fs::File::create(dir.join("log"))?;
         let fd = theirs.as_raw_fd();

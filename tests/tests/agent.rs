@@ -7,109 +7,14 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use portway_tests::agent::{Agent, binary};
-use portway_tests::namespace::Namespace;
-use portway_tests::sidecar::{Sidecar, until};
+use portway_tests::agent::Agent;
+use portway_tests::agent_lab::{Lab, PATIENCE, SECOND, answers, connects, free_port, serve};
+use portway_tests::sidecar::until;
 use portway_tests::vm::portway;
-
-/// What the issue promises.
-const SECOND: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(10);
-
-struct Lab {
-    agent: Agent,
-    sidecar: Sidecar,
-    guest: Namespace,
-    dir: tempfile::TempDir,
-}
-
-impl Lab {
-    /// `None` where namespaces cannot be made.
-    fn start(options: &[&str]) -> Result<Option<Self>> {
-        let Some(guest) = Namespace::new()? else { return Ok(None) };
-        let dir = tempfile::tempdir()?;
-        let sidecar = serve(dir.path(), &guest, options)?;
-        guest.configure("vm0", "192.168.127.2".parse()?, "192.168.127.1".parse()?, 1500)?;
-        // A guest says something before anybody knows that it is there, as one with DHCP does.
-        guest.inside(|| Ok(UdpSocket::bind("0.0.0.0:0")?.send_to(b"here", "192.168.127.1:9")?))?;
-        let agent = Agent::start(dir.path(), &guest, &dir.path().join("agent"), &[])?;
-        let lab = Self { agent, sidecar, guest, dir };
-        lab.until_session()?;
-        Ok(Some(lab))
-    }
-
-    fn until_session(&self) -> Result<()> {
-        let connected = |v: serde_json::Value| v[0]["connected"] == true;
-        until(PATIENCE, || self.sidecar.json(&["agents"]).is_ok_and(connected))
-            .with_context(|| format!("no session\n{}\n{}", self.agent.log(), self.sidecar.log()))
-    }
-
-    /// Starts listening in the guest.
-    fn listen(&self, at: &str) -> Result<TcpListener> {
-        self.guest.inside(|| Ok(TcpListener::bind(at)?))
-    }
-
-    fn bind_udp(&self, at: &str) -> Result<UdpSocket> {
-        self.guest.inside(|| Ok(UdpSocket::bind(at)?))
-    }
-
-    fn ports(&self) -> Result<Vec<serde_json::Value>> {
-        Ok(self.sidecar.json(&["ports"])?.as_array().context("an array")?.clone())
-    }
-
-    fn context(&self) -> String {
-        format!("{}\n{}\n{:?}", self.agent.log(), self.sidecar.log(), self.ports())
-    }
-}
-
-fn serve(dir: &Path, guest: &Namespace, options: &[&str]) -> Result<Sidecar> {
-    let link = format!("tap:vm0,netns={},ip=192.168.127.2,name=box", guest.path().display());
-    let agent = format!("unix:{},name=box", dir.join("agent").display());
-    let mut all = vec!["--link", &link, "--agent", &agent];
-    all.extend(options);
-    Sidecar::start(dir, &all)
-}
-
-/// A port that is free here and in the guest.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
-}
-
-/// A free port below the ephemeral range, which for UDP is the clients'.
-fn low_port() -> Result<u16> {
-    let start = u16::try_from(20_000 + std::process::id() % 8000)?;
-    (start..32_000).find(|p| UdpSocket::bind(("127.0.0.1", *p)).is_ok()).context("a free port")
-}
-
-/// One byte there and back.
-fn answers(at: impl Into<SocketAddr>, server: &TcpListener) -> bool {
-    let Ok(mut client) = TcpStream::connect(at.into()) else { return false };
-    let _ = client.set_read_timeout(Some(PATIENCE));
-    if client.write_all(b"?").is_err() || server.set_nonblocking(true).is_err() {
-        return false;
-    }
-    let deadline = Instant::now() + SECOND;
-    while Instant::now() < deadline {
-        if let Ok((mut stream, _)) = server.accept() {
-            let _ = stream.set_nonblocking(false);
-            let mut byte = [0];
-            return stream.read_exact(&mut byte).is_ok()
-                && stream.write_all(b"!").is_ok()
-                && client.read_exact(&mut byte).is_ok()
-                && &byte == b"!";
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    false
-}
-
-fn connects(at: SocketAddr) -> bool {
-    TcpStream::connect_timeout(&at, SECOND).is_ok()
-}
 
 #[test]
 fn what_listens_in_the_guest_is_reachable_within_a_second_and_gone_within_one() -> Result<()> {
@@ -155,7 +60,7 @@ fn what_listens_in_the_guest_is_reachable_within_a_second_and_gone_within_one() 
 fn udp_is_published_with_a_flow_for_each_client() -> Result<()> {
     let Some(lab) = Lab::start(&["--publish", "auto"])? else { return Ok(()) };
     for bind in ["127.0.0.1", "0.0.0.0"] {
-        let port = low_port()?;
+        let port = free_port()?;
         let server = lab.bind_udp(&format!("{bind}:{port}"))?;
         server.set_read_timeout(Some(PATIENCE))?;
         until(SECOND, || {
@@ -192,7 +97,7 @@ fn clients_of_the_guest_are_not_published() -> Result<()> {
     for at in ["0.0.0.0:68", "0.0.0.0:5353", "0.0.0.0:5355", "0.0.0.0:123", "0.0.0.0:0"] {
         held.push(lab.bind_udp(at)?);
     }
-    let connected = lab.bind_udp(&format!("127.0.0.1:{}", low_port()?))?;
+    let connected = lab.bind_udp(&format!("127.0.0.1:{}", free_port()?))?;
     connected.connect("127.0.0.1:9")?;
     let port = free_port()?;
     let _server = lab.listen(&format!("127.0.0.1:{port}"))?;
@@ -350,91 +255,6 @@ fn a_guest_publishes_lists_and_unpublishes_by_hand() -> Result<()> {
     Ok(())
 }
 
-/// Starts the agent as dockerd starts its proxy: a pipe on descriptor 3, and for `listener` a socket on 4.
-fn as_dockerd(
-    lab: &Lab,
-    args: &[String],
-    listener: Option<&TcpListener>,
-) -> Result<(std::process::Child, std::fs::File)> {
-    use std::os::fd::AsRawFd;
-    use std::os::unix::process::CommandExt;
-    let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-    let mut command = lab.agent.command(&binary()?);
-    command.args(args).arg("-control").arg(lab.agent.socket()).stdin(Stdio::null());
-    let (pipe, socket) = (theirs.as_raw_fd(), listener.map(AsRawFd::as_raw_fd));
-    // SAFETY: between fork and exec only dup2(2) and fcntl(2) are called, which are async-signal-safe; the descriptors live until then.
-    unsafe {
-        command.pre_exec(move || {
-            // Out of the way first: either may have one of the two numbers.
-            let away = |fd| nix::libc::fcntl(fd, nix::libc::F_DUPFD, 10);
-            let (pipe, socket) = (away(pipe), socket.map(away));
-            nix::libc::dup2(pipe, 3);
-            if let Some(socket) = socket {
-                nix::libc::dup2(socket, 4);
-            }
-            Ok(())
-        });
-    }
-    let child = command.spawn()?;
-    drop(theirs);
-    Ok((child, ours.into()))
-}
-
-#[test]
-fn dockerds_contract_is_kept() -> Result<()> {
-    let Some(lab) = Lab::start(&["--publish", "auto"])? else { return Ok(()) };
-    // The container is an address of the guest that only the guest reaches.
-    let container = lab.listen("127.0.0.9:80")?;
-    let port = free_port()?;
-    let args = |port: u16| -> Vec<String> {
-        let line = format!(
-            "-proto tcp -host-ip 0.0.0.0 -host-port {port} -container-ip 127.0.0.9 -container-port 80"
-        );
-        line.split(' ').map(str::to_owned).collect()
-    };
-    let (mut proxy, mut told) = as_dockerd(&lab, &args(port), None)?;
-    let mut line = [0; 2];
-    told.read_exact(&mut line)?;
-    ensure!(&line == b"0\n", "{line:?}");
-    ensure!(answers(([127, 0, 0, 1], port), &container), "on the host\n{}", lab.context());
-    // And in the guest, as docker's own proxy has it.
-    let there = lab.guest.inside(|| Ok(answers(([127, 0, 0, 1], port), &container)))?;
-    ensure!(there, "in the guest");
-    // Published once, though the proxy's socket is a listener too.
-    std::thread::sleep(Duration::from_millis(700));
-    let same = lab.ports()?.iter().filter(|p| p["host_port"] == port).count();
-    ensure!(same == 1, "{}", lab.context());
-
-    // What cannot be had is said on descriptor 3, and ends the proxy.
-    let taken = TcpListener::bind("127.0.0.1:0")?;
-    let (mut refused, mut why) = as_dockerd(&lab, &args(taken.local_addr()?.port()), None)?;
-    let mut text = String::new();
-    why.read_to_string(&mut text)?;
-    ensure!(text.starts_with("1\n") && text.contains("in use"), "{text:?}");
-    ensure!(refused.wait()?.code() == Some(1));
-
-    // dockerd ends it with a signal; the port goes with it.
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(proxy.id())?);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
-    proxy.wait()?;
-    until(SECOND, || !connects(([127, 0, 0, 1], port).into())).with_context(|| lab.context())?;
-
-    // dockerd 28 binds the port in the guest itself.
-    let port = free_port()?;
-    let bound = lab.listen(&format!("0.0.0.0:{port}"))?;
-    let mut with_fd = args(port);
-    with_fd.push("-use-listen-fd".into());
-    let (mut proxy, mut told) = as_dockerd(&lab, &with_fd, Some(&bound))?;
-    told.read_exact(&mut line)?;
-    ensure!(&line == b"0\n", "{line:?}");
-    drop(bound);
-    let there = lab.guest.inside(|| Ok(answers(([127, 0, 0, 1], port), &container)))?;
-    ensure!(there && answers(([127, 0, 0, 1], port), &container), "{}", lab.context());
-    proxy.kill()?;
-    proxy.wait()?;
-    Ok(())
-}
-
 #[test]
 fn unix_sockets_cross_both_ways() -> Result<()> {
     let files = tempfile::tempdir()?;
@@ -499,36 +319,5 @@ fn rules_of_a_file_are_followed() -> Result<()> {
     until(SECOND, || answers(([127, 0, 0, 1], elsewhere), &server)).with_context(|| lab.context())?;
     let ports = lab.ports()?;
     ensure!(ports.len() == 1 && !connects(([127, 0, 0, 1], hidden).into()), "{ports:?}");
-    Ok(())
-}
-
-#[test]
-fn a_guest_without_a_card_has_a_network_over_a_stream() -> Result<()> {
-    let Some(guest) = Namespace::new()? else { return Ok(()) };
-    let dir = tempfile::tempdir()?;
-    let sidecar = Sidecar::start(dir.path(), &[])?;
-    let url = format!("unix:{}", dir.path().join("vm").display());
-    let mut tap = Command::new("nsenter");
-    tap.arg(format!("--net={}", guest.path().display())).arg(binary()?);
-    tap.args([
-        "tap",
-        "-framing",
-        "qemu",
-        "-iface",
-        "tap9",
-        "-stop-if-exist",
-        "ignore",
-        "-no-dhcp",
-        "-url",
-        &url,
-    ]);
-    let mut tap = tap.spawn()?;
-    let up = || guest.configure("tap9", "192.168.127.9".parse()?, "192.168.127.1".parse()?, 1500);
-    until(PATIENCE, || up().is_ok()).with_context(|| sidecar.log())?;
-    let server = TcpListener::bind("127.0.0.1:0")?;
-    let port = server.local_addr()?.port();
-    let there = guest.inside(|| Ok(answers(([192, 168, 127, 254], port), &server)))?;
-    let ended = (tap.kill(), tap.wait());
-    ensure!(there && ended.1.is_ok(), "{}", sidecar.log());
     Ok(())
 }

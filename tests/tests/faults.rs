@@ -47,7 +47,7 @@ fn with_128_descriptors_old_flows_live_new_ones_are_refused_and_the_api_answers(
     let silent = UdpSocket::bind("127.0.0.1:0")?;
     let upstream = silent.local_addr()?.to_string();
     let sidecar =
-        Sidecar::start_by(dir.path(), command, &["--publish", "0:22", "--dns-upstream", &upstream])?;
+        Sidecar::start_by(command, dir.path(), &["--publish", "0:22", "--dns-upstream", &upstream])?;
     let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
     guest.dhcp()?;
     let echo = echo_server()?;
@@ -290,7 +290,7 @@ fn a_panic_costs_the_flow_or_the_link_it_was_about_and_no_other() -> Result<()> 
     let mut command = Command::new(portway()?);
     command.env("PORTWAY_TEST_PANIC", PANIC);
     let second = format!("qemu:unix:{},name=second", dir.path().join("second").display());
-    let mut sidecar = Sidecar::start_by(dir.path(), command, &["--link", &second])?;
+    let mut sidecar = Sidecar::start_by(command, dir.path(), &["--link", &second])?;
     let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
     guest.dhcp()?;
     let mut bystander = Guest::attach(&dir.path().join("second"), 2)?;

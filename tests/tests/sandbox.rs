@@ -73,7 +73,7 @@ fn an_ordinary_users_sidecar_has_nothing_left_on_any_thread() -> Result<()> {
     if is_root() {
         command.uid(NOBODY).gid(NOBODY);
     }
-    let sidecar = Sidecar::start_by(dir.path(), command, &["--sandbox", "require"])?;
+    let sidecar = Sidecar::start_by(command, dir.path(), &["--sandbox", "require"])?;
     has_given_up(&sidecar)?;
     let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
     guest.dhcp()?;
@@ -92,7 +92,7 @@ fn root_becomes_nobody_where_nobody_can_do_the_work_and_empties_the_bounding_set
     std::fs::create_dir(&state)?;
     nix::unistd::chown(&state, Some(NOBODY.into()), Some(NOBODY.into()))?;
     let options = ["--sandbox", "require", "--state-dir", state.to_str().context("path")?];
-    let sidecar = Sidecar::start_by(dir.path(), Command::new(&program), &options)?;
+    let sidecar = Sidecar::start_by(Command::new(&program), dir.path(), &options)?;
     has_given_up(&sidecar)?;
     all_are(sidecar.pid(), "CapBnd", "0000000000000000")?;
     all_are(sidecar.pid(), "Uid", "65534\t65534\t65534\t65534")?;
@@ -134,7 +134,7 @@ fn runas_names_the_user_and_hands_our_directory_over() -> Result<()> {
     let (dir, program) = anybodys()?;
     let state = dir.path().join("state");
     let options = ["--runas", "daemon", "--state-dir", state.to_str().context("path")?];
-    let sidecar = Sidecar::start_by(dir.path(), Command::new(&program), &options)?;
+    let sidecar = Sidecar::start_by(Command::new(&program), dir.path(), &options)?;
     let daemon = nix::unistd::User::from_name("daemon")?.context("no user daemon")?.uid.as_raw();
     all_are(
         sidecar.pid(),
@@ -175,7 +175,7 @@ fn descriptors_nobody_named_are_closed_before_anything_is_opened() -> Result<()>
     let fd = std::os::fd::AsRawFd::as_raw_fd(&leaked);
     nix::fcntl::fcntl(&leaked, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
     command.env("LEAKED", fd.to_string());
-    let sidecar = Sidecar::start_by(dir.path(), command, &[])?;
+    let sidecar = Sidecar::start_by(command, dir.path(), &[])?;
     let open = std::fs::read_dir(format!("/proc/{}/fd", sidecar.pid()));
     let Ok(open) = open else {
         eprintln!("skipped: only root may look at a process that is not dumpable");
@@ -299,7 +299,7 @@ fn strace_of_a_run_shows_no_call_outside_of_the_list() -> Result<()> {
         "--state-dir",
         state.to_str().context("path")?,
     ];
-    let sidecar = Sidecar::start_by(dir.path(), command, &options)?;
+    let sidecar = Sidecar::start_by(command, dir.path(), &options)?;
     let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
     guest.dhcp()?;
     // Out: a flow, a refusal, datagrams, names.

@@ -3,28 +3,30 @@
 //! The guest has no network card: all it is asked goes through a shell on its vsock port 7000. Needs QEMU
 //! (`tests/setup.sh`) and the demo's guest; without QEMU the tests say that they were skipped.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::Shutdown;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use portway_tests::launch::has_qemu;
+use portway_tests::machine::{self, Machine, SHELL};
 use portway_tests::sidecar::{Sidecar, until};
-use portway_tests::vm::{blob, first_word, guest_image, sha256};
+use portway_tests::vm::{blob, first_word, sha256};
 
 /// A guest under TCG takes some seconds to its shell; on a busy machine some more.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long anything else may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What is moved each way, whoever opens the stream.
-const BLOB_LEN: usize = 200_000_000;
+const BLOB_LEN: usize = 50_000_000;
+/// What is moved once each way.
+const GIGABYTE: usize = 1_000_000_000;
 /// Streams at once.
 const MANY: usize = 1000;
 /// The guest's services.
-const SHELL: u32 = 7000;
 const SHA256: u32 = 7001;
 const FILE: u32 = 7002;
 const ECHO: u32 = 7003;
@@ -35,127 +37,36 @@ const GIVES: u32 = 9001;
 const TAKES: u32 = 9002;
 const ECHOES: u32 = 9003;
 
-/// A VM without a network; killed when dropped.
-struct Machine {
-    process: Child,
-    qmp: BufReader<UnixStream>,
+/// A stream to a port of the guest's.
+fn port(dir: &Path, port: u32) -> Result<UnixStream> {
+    machine::port(&dir.join("ports"), port)
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+/// Runs a command in the guest and answers what it printed; the shell is waited for.
+fn guest(dir: &Path, command: &str, patience: Duration) -> Result<String> {
+    let console = || std::fs::read_to_string(dir.join("console")).unwrap_or_default();
+    machine::shell(&dir.join("ports"), command, patience).with_context(console)
 }
 
-impl Machine {
-    /// Boots the demo's guest; `devices` are more arguments of QEMU.
-    fn boot(dir: &Path, devices: &[&str]) -> Result<Self> {
-        let image = guest_image()?;
-        let part = |suffix: &str| format!("{}-{suffix}", image.display());
-        let cmdline = std::fs::read_to_string(part("cmdline")).context("the guest's command line")?;
-        let console = std::fs::File::create(dir.join("console"))?;
-        let qmp = dir.join("qmp");
-        let process = Command::new("qemu-system-x86_64")
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-cpu", "max"])
-            .args(["-machine", "q35,memory-backend=ram", "-smp", "2", "-m", "640M"])
-            .args(["-object", "memory-backend-memfd,id=ram,size=640M,share=on", "-serial", "stdio"])
-            .args(["-kernel", &part("kernel"), "-initrd", &part("initrd.img"), "-append", cmdline.trim()])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
-            .args(devices)
-            .stdin(Stdio::null())
-            .stdout(console.try_clone()?)
-            .stderr(console)
-            .spawn()
-            .context("qemu-system-x86_64")?;
-        let mut stream = None;
-        until(PATIENCE, || {
-            stream = UnixStream::connect(&qmp).ok();
-            stream.is_some()
-        })
-        .with_context(|| std::fs::read_to_string(dir.join("console")).unwrap_or_default())?;
-        let stream = stream.context("no QMP")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut machine = Self { process, qmp: BufReader::new(stream) };
-        machine.command(r#"{"execute":"qmp_capabilities"}"#)?;
-        Ok(machine)
-    }
-
-    /// The next line of QMP that has `key`.
-    fn line(&mut self, key: &str) -> Result<serde_json::Value> {
-        loop {
-            let mut line = String::new();
-            ensure!(self.qmp.read_line(&mut line)? > 0, "QEMU has ended");
-            let said: serde_json::Value = serde_json::from_str(&line)?;
-            ensure!(said.get("error").is_none(), "QEMU: {said}");
-            if said.get(key).is_some() {
-                return Ok(said);
-            }
-        }
-    }
-
-    fn command(&mut self, command: &str) -> Result<()> {
-        writeln!(self.qmp.get_mut(), "{command}")?;
-        self.line("return").map(drop)
-    }
-
-    /// Waits until a device is unplugged.
-    fn unplugged(&mut self, id: &str) -> Result<()> {
-        while self.line("event")?["data"]["device"] != id {}
-        Ok(())
-    }
-}
-
-fn has_qemu() -> bool {
-    let found = Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_ok();
-    if !found {
-        eprintln!("SKIPPED: no qemu-system-x86_64 in PATH (tests/setup.sh says what to install)");
-    }
-    found
-}
+/// The ports that the agent of the guest has published: those of these tests.
+const RULES: &str = "[[auto-publish]]\nguest-address = \"any\"\nguest-ports = \"30000-31999\"\n";
 
 /// The sidecar with the vsock device, and the sockets of the guest's ports in `dir/ports`.
 fn serve(dir: &Path) -> Result<Sidecar> {
+    let rules = dir.join("portway.toml");
+    std::fs::write(&rules, RULES)?;
     let (vsock, ports) = (format!("vhost-user:unix:{}", dir.join("vsock").display()), dir.join("ports"));
     let numbers = [SHELL, SHA256, FILE, ECHO, CLOSED].map(|port| port.to_string()).join(",");
-    let ports = ports.display().to_string();
-    Sidecar::start(dir, &["--vsock", &vsock, "--vsock-ports", &numbers, "--vsock-dir", &ports])
-}
-
-/// The socket of a port of the guest's.
-fn port(dir: &Path, port: u32) -> Result<UnixStream> {
-    let path = dir.join(format!("ports/guest.{port:08x}"));
-    let stream = UnixStream::connect(&path).with_context(|| path.display().to_string())?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    Ok(stream)
+    let (ports, rules) = (ports.display().to_string(), rules.display().to_string());
+    Sidecar::start(
+        dir,
+        &["--vsock", &vsock, "--vsock-ports", &numbers, "--vsock-dir", &ports, "--config", &rules],
+    )
 }
 
 /// Where streams of the guest's to a port of the host arrive.
 fn arrivals(dir: &Path, port: u32) -> Result<UnixListener> {
     Ok(UnixListener::bind(dir.join(format!("ports/00000002.{port:08x}")))?)
-}
-
-/// Runs a command in the guest and answers what it printed; the shell is waited for.
-fn guest(dir: &Path, command: &str, patience: Duration) -> Result<String> {
-    let deadline = Instant::now() + patience;
-    loop {
-        let mut said = String::new();
-        let asked = port(dir, SHELL).and_then(|mut shell| {
-            writeln!(shell, "{command}; echo done")?;
-            shell.shutdown(Shutdown::Write)?;
-            Ok(shell.read_to_string(&mut said)?)
-        });
-        if let (Ok(_), Some(text)) = (&asked, said.strip_suffix("done\n")) {
-            return Ok(text.to_owned());
-        }
-        ensure!(said.is_empty(), "in the guest: {command}: {said}");
-        if Instant::now() > deadline {
-            let console = std::fs::read_to_string(dir.join("console")).unwrap_or_default();
-            bail!("the guest does not answer ({asked:?}):\n{console}");
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
 }
 
 fn sha_of(dir: &Path, stream: &mut impl Read) -> Result<String> {
@@ -198,11 +109,11 @@ fn streams_of_a_real_guest() -> Result<()> {
     let said = guest(dir, &fetch, PATIENCE)?;
     giver.join().expect("no panic")?;
     ensure!(first_word(&said) == sum, "to the guest, which asked: {said}");
-    step("200 MB to the guest, which opened the stream", start);
+    step("50 MB to the guest, which opened the stream", start);
 
     let start = Instant::now();
     ensure!(sha_of(dir, &mut port(dir, FILE)?)? == sum, "to the host, which asked: other bytes");
-    step("200 MB to the host, which opened the stream", start);
+    step("50 MB to the host, which opened the stream", start);
 
     let start = Instant::now();
     let mut stream = port(dir, SHA256)?;
@@ -211,7 +122,7 @@ fn streams_of_a_real_guest() -> Result<()> {
     let mut said = String::new();
     stream.read_to_string(&mut said)?;
     ensure!(first_word(&said) == sum, "to the guest, asked by the host: {said}");
-    step("200 MB to the guest, the host opened the stream", start);
+    step("50 MB to the guest, the host opened the stream", start);
 
     let start = Instant::now();
     let takes = arrivals(dir, TAKES)?;
@@ -227,7 +138,7 @@ fn streams_of_a_real_guest() -> Result<()> {
     let said = guest(dir, &format!("guest-probe vsock-send {TAKES} < /tmp/blob"), PATIENCE)?;
     ensure!(said == "got it\n", "the answer after the end of the other direction: {said:?}");
     ensure!(taker.join().expect("no panic")? == sum, "to the host, asked by the guest: other bytes");
-    step("200 MB to the host, the guest opened the stream", start);
+    step("50 MB to the host, the guest opened the stream", start);
 
     refused(dir)?;
     let start = Instant::now();
@@ -248,6 +159,42 @@ fn streams_of_a_real_guest() -> Result<()> {
     let left: Vec<_> =
         std::fs::read_dir(dir.join("ports"))?.filter_map(|f| Some(f.ok()?.file_name())).collect();
     ensure!(left.len() == 3, "names of sockets that nobody serves: {left:?}");
+    Ok(())
+}
+
+#[test]
+fn a_gigabyte_arrives_as_it_was_sent_each_way() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    let file = dir.join("blob");
+    blob(&file, GIGABYTE)?;
+    let sum = sha256(&file)?;
+    let sidecar = serve(dir)?;
+    let chardev = format!("socket,id=vsock,path={}", dir.join("vsock").display());
+    let device = ["-chardev", &chardev, "-device", "vhost-user-vsock-pci,chardev=vsock,vectors=0"];
+    let _machine = Machine::boot(dir, &device)?;
+    ensure!(guest(dir, "echo hello", BOOT)? == "hello\n");
+    let rate = |start: Instant| 8.0 / start.elapsed().as_secs_f32();
+
+    let start = Instant::now();
+    let mut stream = port(dir, SHA256)?;
+    std::io::copy(&mut std::fs::File::open(&file)?, &mut stream)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    ensure!(first_word(&said) == sum, "to the guest: {said}");
+    eprintln!("vsock: 1 GB to the guest and through its sha256sum: {:.2} Gbit/s", rate(start));
+
+    let start = Instant::now();
+    let mut shell = port(dir, SHELL)?;
+    writeln!(shell, "exec guest-probe give {GIGABYTE}")?;
+    shell.shutdown(Shutdown::Write)?;
+    ensure!(sha_of(dir, &mut shell)? == sum, "to the host: other bytes");
+    eprintln!("vsock: 1 GB to the host, into a file: {:.2} Gbit/s", rate(start));
+    ensure!(sidecar.stop()?.success());
     Ok(())
 }
 
@@ -310,7 +257,15 @@ fn a_sidecar_that_was_killed_comes_back_to_a_running_guest() -> Result<()> {
     held.write_all(b"x")?;
     held.read_exact(&mut [0])?;
 
+    // The agent of the guest is there, with a port of the guest's loopback.
+    let published = 30_000 + u16::try_from(std::process::id() % 1900)?;
+    let listen =
+        format!("guest-probe listen tcp 127.0.0.1:{published} < /dev/null > /dev/null 2>&1 & echo up");
+    ensure!(guest(dir, &listen, PATIENCE)? == "up\n");
+    until(PATIENCE, || echoes(published)).with_context(|| sidecar.log())?;
+
     drop(sidecar);
+    ensure!(!echoes(published), "a listener of a sidecar that was killed");
     ensure!(!matches!(held.read(&mut [0]), Ok(n) if n > 0), "a stream outlives the sidecar");
     let sidecar = serve(dir)?;
     attached(&sidecar)?;
@@ -322,5 +277,32 @@ fn a_sidecar_that_was_killed_comes_back_to_a_running_guest() -> Result<()> {
     machine.unplugged("vsock0")?;
     machine.command(plug)?;
     ensure!(guest(dir, "cat /tmp/mark", BOOT)? == "before\n", "another guest");
+    // The same agent has come again, and the same listener is published again; nothing else is.
+    until(PATIENCE, || echoes(published)).with_context(|| sidecar.log())?;
+    let ports = sidecar.json(&["ports"])?;
+    ensure!(ports.as_array().is_some_and(|p| p.len() == 1), "{ports}");
+
+    // A guest whose machine slept: its clock stood still, and is set; its session and its port go on.
+    let said = sidecar.log().matches("clock was off").count();
+    machine.command(r#"{"execute":"stop"}"#)?;
+    let asleep = Instant::now();
+    until(PATIENCE, || asleep.elapsed() > Duration::from_secs(4))?;
+    machine.command(r#"{"execute":"cont"}"#)?;
+    until(PATIENCE, || sidecar.log().matches("clock was off").count() > said)
+        .with_context(|| sidecar.log())?;
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map(|d| d.as_secs());
+    let before = now()?;
+    let there: u64 = guest(dir, "date +%s", PATIENCE)?.trim().parse()?;
+    ensure!((before - 2..=now()? + 2).contains(&there), "{before} here, {there} in the guest");
+    ensure!(echoes(published) && sidecar.json(&["agents"])?[0]["sessions"] == 1, "{}", sidecar.log());
     Ok(())
+}
+
+/// Whether a byte comes back from a published port.
+fn echoes(port: u16) -> bool {
+    let Ok(mut client) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let mut byte = [0];
+    client.set_read_timeout(Some(Duration::from_secs(10))).is_ok()
+        && client.write_all(b"x").is_ok()
+        && client.read_exact(&mut byte).is_ok()
 }

@@ -53,6 +53,7 @@ pub(crate) fn serve_arguments(config: &LaunchConfig) -> Vec<OsString> {
     let Some(path) = socket(config) else { return Vec::new() };
     let mut place = OsString::from("vhost-user:unix:");
     place.push(path);
+    place.push(format!(",name={}", config.name));
     let mut args: Vec<OsString> = vec!["--vsock".into(), place];
     if !config.vsock_ports.is_empty() {
         let ports: Vec<String> = config.vsock_ports.iter().map(u32::to_string).collect();
@@ -78,7 +79,10 @@ mod tests {
     fn the_sidecar_serves_the_device_and_the_ports() {
         let words: Vec<String> =
             serve_arguments(&config()).iter().map(|w| w.to_string_lossy().into_owned()).collect();
-        assert_eq!(words, ["--vsock", "vhost-user:unix:/run/a-demo-vsock", "--vsock-ports", "2374,62373"]);
+        assert_eq!(
+            words,
+            ["--vsock", "vhost-user:unix:/run/a-demo-vsock,name=demo", "--vsock-ports", "2374,62373"]
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@
 //! | first message of a stream | 4 KiB | closed |
 //! | messages | 64 KiB; [`session::RATE`] a second after [`session::BURST`] | closed; read more slowly |
 //! | messages to it that it does not read | [`shared::OUTGOING`] | the session ends |
-//! | listeners | [`guest::LISTENERS`] | the rest is not seen |
+//! | listeners | [`guest::auto::LISTENERS`] | the rest is not seen |
 //! | published ports | [`guest::PORTS`] | refused |
 //! | carried connections | [`shared::STREAMS`] | the client is reset |
 //! | UDP clients of a port | 256 | the idlest goes |
@@ -154,6 +154,12 @@ impl FromStr for SocketPair {
             format!("{text:?} is not GUEST_PATH:HOST_PATH; an example: /run/ssh-agent.sock:/run/user/1000/ssh-agent.sock")
         })?;
         Ok(Self { guest: guest.to_owned(), host: host.into() })
+    }
+}
+
+impl std::fmt::Display for SocketPair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.guest, self.host.display())
     }
 }
 

@@ -394,6 +394,26 @@ fn a_wish_that_is_not_claimed_again_is_closed() {
 }
 
 #[test]
+fn dockers_two_wishes_for_every_address_share_a_port_until_both_are_taken_back() {
+    let host = Host::start(Vec::new());
+    let mut agent = host.agent();
+    let port = free();
+    let (v4, v6) = (format!("0.0.0.0:{port}:172.17.0.2:80/tcp"), format!("[::]:{port}:172.17.0.2:80/tcp"));
+    let (ports, errors) = agent.publish(&v4);
+    assert!(errors.is_empty() && ports.len() == 1, "{errors:?}");
+    assert_eq!(agent.publish(&v6), (ports, Vec::new()));
+    assert_eq!(host.ports().len(), 1);
+    // Twice, and no more: another container has another port.
+    let (none, errors) = agent.publish(&format!("[::]:{port}:172.17.0.3:80/tcp"));
+    assert!(none.is_empty() && errors.len() == 1, "{none:?}");
+    for (spec, left) in [(&v4, 1), (&v6, 0)] {
+        agent.say(&ToHost::Unpublish { id: 9, spec: spec.clone() });
+        assert!(matches!(agent.hear(), ToGuest::Done { id: 9, ports, .. } if ports.len() == 1));
+        assert_eq!(host.ports().len(), left);
+    }
+}
+
+#[test]
 fn the_operators_own_ports_stay_whatever_the_agent_does() {
     let port = free();
     let host = Host::with(Vec::new(), &[&format!("{port}:127.0.0.1:80")], Vec::new());
@@ -554,7 +574,7 @@ fn listeners_beyond_the_limit_are_not_seen_and_half_a_message_delays_nobody() {
     rogue.say(&ToHost::Ports { id: 1 });
     assert!(matches!(rogue.hear(), ToGuest::Ports { .. }));
     let agents = host.ask(|reply| Request::Agents { reply });
-    assert_eq!(agents[0].listeners, guest::LISTENERS);
+    assert_eq!(agents[0].listeners, guest::auto::LISTENERS);
 }
 
 #[test]

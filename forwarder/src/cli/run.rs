@@ -21,6 +21,7 @@ use portway_launcher::{
 };
 
 use super::{Failure, listing};
+use crate::agent::{GuestBinds, SocketPair};
 use crate::config::{Config, DnsHost, Settings, Switch, UnixPath, runtime_socket};
 use crate::control::client::Client;
 use crate::dns::Upstream;
@@ -56,7 +57,7 @@ struct BootArgs {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// The command line that goes with --kernel [default: console= of the serial port]
-    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
     /// Boot IMAGE-kernel with IMAGE-squashfs.img as its root
     #[arg(long, conflicts_with_all = ["kernel", "iso", "uefi"])]
@@ -157,6 +158,15 @@ struct NetworkArgs {
     /// Ports of the guest's vsock, each a unix socket guest.%08x in the state directory, such as 2374,62373
     #[arg(long, value_name = "PORT,…", value_delimiter = ',', value_parser = |text: &str| number::<u32>(text, 1..=u32::MAX - 1, "2374"))]
     vsock_ports: Vec<u32>,
+    /// A unix socket in the guest that leads to one of this host, GUEST_PATH:HOST_PATH; needs the guest agent; repeatable
+    #[arg(long, value_name = "PATH:PATH")]
+    guest_socket: Vec<SocketPair>,
+    /// On which host addresses the guest may ask to be published
+    #[arg(long, value_enum, value_name = "WHERE")]
+    guest_binds: Option<GuestBinds>,
+    /// More settings of the network, in the file that `serve --config` takes: rules of auto-publish and others
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Start or join the network of this name, which several VMs share [default: a network of its own, called default]
     #[arg(long, value_name = "NAME")]
     network: Option<String>,
@@ -181,6 +191,7 @@ impl NetworkArgs {
             ("--api", self.api.is_some()),
             ("--dns-upstream", !self.dns_upstream.is_empty()),
             ("--dns-host", !self.dns_host.is_empty()),
+            ("--dns-ca", self.dns_ca.is_some()),
             ("--vsock on", self.vsock == Some(Switch::On)),
         ];
         given.into_iter().find_map(|(option, given)| given.then_some(option))
@@ -302,7 +313,7 @@ fn as_typed<T: FromStr>(text: &str) -> Result<String, T::Err> {
 
 /// Looks at the sidecar's command line as the sidecar will, before anything is started.
 fn check_network(config: &LaunchConfig) -> Result<(), Failure> {
-    let Some(words) = config.sidecar_arguments() else { return Ok(()) };
+    let Some(words) = config.sidecar_arguments().map_err(failure)? else { return Ok(()) };
     let line = std::iter::once(OsString::from("portway")).chain(words);
     let cli = super::Cli::try_parse_from(line).map_err(|error| Failure::usage(super::one_line(&error)))?;
     let super::Command::Serve { settings, .. } = cli.command else { return Ok(()) };
@@ -366,6 +377,9 @@ fn image(prefix: Option<PathBuf>, boot: &BootArgs, arch: Arch) -> Result<(PathBu
     if boot.initrd.is_some() && boot.kernel.is_none() && !boot.squashfs {
         return Err(Failure::usage("--initrd goes with --kernel or --squashfs"));
     }
+    if boot.cmdline.is_some() && boot.kernel.is_none() {
+        return Err(Failure::usage("--cmdline goes with --kernel; an image has its own, in IMAGE-cmdline"));
+    }
     match (prefix, &boot.kernel) {
         (_, Some(kernel)) => {
             let cmdline = boot.cmdline.clone().unwrap_or_else(|| format!("console={}", arch.console()));
@@ -390,6 +404,12 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         )));
     }
     let net = network.networking.clone().unwrap_or_else(|| network.net.into());
+    if let Some(path) = network.dns_ca.as_ref().filter(|path| !path.is_file()) {
+        return Err(Failure::usage(format!(
+            "--dns-ca {}: there is no such file: a file of certificates in PEM form is needed",
+            path.display()
+        )));
+    }
     if let Some(option) = network.needs_network().filter(|_| !net.needs_sidecar()) {
         return Err(Failure::usage(format!(
             "{option} goes with a network of Portway's, and the VM has none with this --net or --networking"
@@ -455,6 +475,7 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         config.serve_args = vec!["--network".into(), named.into()];
     }
     config.shared = shared;
+    config.serve_args.extend(network_args(network.config, &network.guest_socket, network.guest_binds)?);
     if let Some(authorities) = network.dns_ca {
         config.serve_args.extend(["--dns-ca".into(), authorities.into()]);
     }
@@ -462,6 +483,27 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         config.serve_args.extend(values.into_iter().flat_map(|value| [option.into(), value.into()]));
     }
     Ok(config)
+}
+
+/// What the network is told as it was told us.
+fn network_args(
+    config: Option<PathBuf>,
+    sockets: &[SocketPair],
+    binds: Option<GuestBinds>,
+) -> Result<Vec<OsString>, Failure> {
+    let mut args: Vec<OsString> = Vec::new();
+    if let Some(file) = config {
+        let file = std::path::absolute(&file)
+            .map_err(|error| Failure::usage(format!("--config {}: {error}", file.display())))?;
+        args.extend(["--config".into(), file.into()]);
+    }
+    for pair in sockets {
+        args.extend(["--guest-socket".into(), pair.to_string().into()]);
+    }
+    if let Some(value) = binds.and_then(|binds| binds.to_possible_value()) {
+        args.extend(["--guest-binds".into(), value.get_name().into()]);
+    }
+    Ok(args)
 }
 
 /// A part of a file's name, and a word of a command line.

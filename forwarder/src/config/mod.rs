@@ -181,6 +181,8 @@ pub enum DoorAddress {
     Unix(PathBuf),
     /// `HOST:PORT`.
     Tcp(String),
+    /// A port of the host's vsock, which guests with a kernel's vsock reach.
+    Vsock(u32),
 }
 
 /// IPv6 of the guests' network.

@@ -52,7 +52,7 @@ impl Paths {
         write.extend(config.agent.rules.iter().filter_map(|rule| parent(rule.socket()?)));
         write.extend(config.doors.iter().filter_map(|door| match &door.address {
             DoorAddress::Unix(path) => parent(path),
-            DoorAddress::Tcp(_) => None,
+            DoorAddress::Tcp(_) | DoorAddress::Vsock(_) => None,
         }));
         write.extend(config.join.as_deref().and_then(parent));
         write.extend(config.vsock_dir.clone());

@@ -111,6 +111,9 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     });
     let watch = watch.ok();
     let dns = Dns::new(dns_config(config)).map_err(|e| anyhow!("{e}"))?;
+    for zone in &config.particulars.zones {
+        dns.add_zone(zone).map_err(|e| anyhow!("dns: {e}"))?;
+    }
     let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
     let mut keeper = match &config.state_dir {
         Some(dir) => {
@@ -146,6 +149,8 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     }
     let _pid = config.pid_file.as_deref().map(write_pid).transpose()?;
 
+    let ssh = config.particulars.ssh.iter().cloned().map(crate::ssh::Bound::new);
+    let ssh = ssh.collect::<Result<Vec<_>, _>>().context("-forward-sock")?;
     let (more, _more) = further_doors(config)?;
 
     // Nothing has been read from a guest yet, and no thread but this one runs: all that start below inherit the sandbox.
@@ -172,6 +177,7 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
         kept,
         guest_api: config.guest_api,
         notification: config.notification.clone(),
+        ssh,
         vsocks,
         join: join.map(|listener| (listener, config.clone())),
         watch,
@@ -303,6 +309,17 @@ fn further_doors(config: &Config) -> anyhow::Result<(FurtherDoors, Vec<RemovedAt
                 listener.set_nonblocking(true).context("-listen")?;
                 DoorListener::Tcp(listener)
             }
+            #[cfg(target_os = "linux")]
+            DoorAddress::Vsock(port) => {
+                let bound = crate::vsock::HostPort::bind(*port);
+                DoorListener::Vsock(
+                    bound.with_context(|| format!("-listen: cannot listen on vsock port {port}"))?,
+                )
+            }
+            #[cfg(not(target_os = "linux"))]
+            DoorAddress::Vsock(port) => {
+                return Err(anyhow!("-listen: vsock port {port}: this system has no AF_VSOCK"));
+            }
         };
         doors.push((listener, door.connect));
     }
@@ -404,6 +421,7 @@ struct Control {
     kept: Option<Arc<KeptPorts>>,
     guest_api: GuestApi,
     notification: Option<std::path::PathBuf>,
+    ssh: Vec<crate::ssh::Bound>,
     vsocks: Vec<GuestVsock>,
     join: Option<(std::os::unix::net::UnixListener, Config)>,
     watch: Option<uplink::Watch>,
@@ -451,6 +469,7 @@ impl Control {
             if let Some(bell) = self.refusals.take() {
                 tokio::spawn(tell_refusals(bell));
             }
+            self.ssh.drain(..).for_each(|bound| app.serve_forward(bound));
             for (listener, connect) in more {
                 app.serve_door(listener, connect);
             }
@@ -524,13 +543,16 @@ impl Control {
                         }
                     });
                 }
-                Slow::HandOver { flow, to, path } => {
+                Slow::HandOver { flow, to, taker } => {
                     let requests = self.requests.clone();
+                    let context = DoorContext {
+                        requests: requests.clone(),
+                        dns: Arc::clone(&self.dns),
+                        allowed: Arc::clone(&self.allowed),
+                    };
                     tokio::spawn(async move {
-                        let stream = crate::personality::vpnkit::dial(&path, to).await;
-                        let stream = stream.inspect_err(
-                            |error| tracing::debug!(%error, path = %path.display(), "not taken"),
-                        );
+                        let stream = taker.take(to, &context).await;
+                        let stream = stream.inspect_err(|error| tracing::debug!(%error, %to, "not taken"));
                         let mut answer = Request::HandedOver { flow, stream: stream.ok() };
                         // A full queue is about to be read; without an answer the guest would wait for ever.
                         while let Err(unsent) = requests.offer(answer) {

@@ -2,7 +2,7 @@
 //!
 //! Four dumps, each filtered by state in the kernel: TCP sockets in LISTEN, and UDP sockets in the state the kernel calls
 //! CLOSE, which is an unconnected one. Only what listens comes back, however many connections there are; the dump of
-//! TCP walks the hash of listeners alone.
+//! TCP walks the hash of listeners alone. Connected UDP sockets come too where somebody asks for them.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -26,6 +26,7 @@ const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
+const TCP_ESTABLISHED: u32 = 1;
 const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
 const INET_DIAG_SKV6ONLY: u16 = 11;
@@ -39,12 +40,24 @@ const READ: usize = 64 * 1024;
 /// Listeners taken of one guest at most; beyond it the rest is not seen. A guest has tens of them.
 pub(crate) const LISTENERS: usize = 4096;
 
+/// One socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) listener: Listener,
+    /// What no other socket has, until the machine reboots (`idiag_cookie`).
+    pub(crate) cookie: u64,
+    /// Whether it has a peer: of UDP alone, and only where such are asked for.
+    pub(crate) connected: bool,
+}
+
 /// The socket to the kernel.
 #[derive(Debug)]
 pub(crate) struct Diag {
     socket: OwnedFd,
     buffer: Vec<u8>,
     sequence: u32,
+    /// Protocols the kernel cannot tell of.
+    missing: Vec<&'static str>,
 }
 
 impl Diag {
@@ -58,24 +71,31 @@ impl Diag {
         )?;
         // The kernel answers inside the call; this only keeps a broken one from stopping the agent.
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(2))?;
-        Ok(Self { socket, buffer: vec![0; READ], sequence: 0 })
+        Ok(Self { socket, buffer: vec![0; READ], sequence: 0, missing: Vec::new() })
     }
 
-    /// Everything that listens now, in no order.
-    pub(crate) fn listeners(&mut self) -> io::Result<Vec<Listener>> {
+    /// Everything that listens now, in no order; `connected`: UDP sockets with a peer too.
+    pub(crate) fn sockets(&mut self, connected: bool) -> io::Result<Vec<Seen>> {
         let mut found = Vec::new();
+        self.missing.clear();
+        let udp = 1 << TCP_CLOSE | u32::from(connected) << TCP_ESTABLISHED;
         for (family, protocol, states) in [
             (AF_INET, IPPROTO_TCP, 1 << TCP_LISTEN),
             (AF_INET6, IPPROTO_TCP, 1 << TCP_LISTEN),
-            (AF_INET, IPPROTO_UDP, 1 << TCP_CLOSE),
-            (AF_INET6, IPPROTO_UDP, 1 << TCP_CLOSE),
+            (AF_INET, IPPROTO_UDP, udp),
+            (AF_INET6, IPPROTO_UDP, udp),
         ] {
             self.dump(family, protocol, states, &mut found)?;
         }
         Ok(found)
     }
 
-    fn dump(&mut self, family: u8, protocol: u8, states: u32, into: &mut Vec<Listener>) -> io::Result<()> {
+    /// The kernel's modules that the last look was without: what listens by such a protocol is not seen.
+    pub(crate) fn missing(&self) -> &[&'static str] {
+        &self.missing
+    }
+
+    fn dump(&mut self, family: u8, protocol: u8, states: u32, into: &mut Vec<Seen>) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
         let request = request(family, protocol, states, self.sequence);
         sendto(self.socket.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
@@ -87,8 +107,11 @@ impl Diag {
             match take(self.buffer.get(..read).unwrap_or_default(), self.sequence, protocol, into) {
                 Taken::More => {}
                 Taken::Done => return Ok(()),
-                // A kernel without IPv6, or without the module of a protocol, has no such sockets.
+                // A kernel without IPv6, or without the module of a protocol, tells of no such sockets.
                 Taken::Failed(nix::libc::ENOENT | nix::libc::EINVAL | nix::libc::EAFNOSUPPORT) => {
+                    if family == AF_INET {
+                        self.missing.push(if protocol == IPPROTO_TCP { "tcp_diag" } else { "udp_diag" });
+                    }
                     return Ok(());
                 }
                 Taken::Failed(errno) => return Err(io::Error::from_raw_os_error(errno)),
@@ -118,7 +141,7 @@ enum Taken {
 }
 
 /// Takes the listeners out of one read.
-fn take(mut bytes: &[u8], sequence: u32, protocol: u8, into: &mut Vec<Listener>) -> Taken {
+fn take(mut bytes: &[u8], sequence: u32, protocol: u8, into: &mut Vec<Seen>) -> Taken {
     while let Some((len, kind, seq)) = header(bytes) {
         let Some(message) = bytes.get(HEADER..len.max(HEADER)) else { break };
         if seq == sequence {
@@ -128,7 +151,7 @@ fn take(mut bytes: &[u8], sequence: u32, protocol: u8, into: &mut Vec<Listener>)
                     let errno = message.first_chunk::<4>().map_or(0, |e| i32::from_ne_bytes(*e));
                     return Taken::Failed(errno.saturating_neg());
                 }
-                SOCK_DIAG_BY_FAMILY if into.len() < LISTENERS => into.extend(listener(message, protocol)),
+                SOCK_DIAG_BY_FAMILY if into.len() < LISTENERS => into.extend(seen(message, protocol)),
                 _ => {}
             }
         }
@@ -148,13 +171,12 @@ const fn aligned(len: usize) -> usize {
 }
 
 /// `inet_diag_msg`: family u8, state u8, timer u8, retrans u8, then the id: source port and destination port, both
-/// big-endian, and source and destination address of 16 bytes each.
-fn listener(message: &[u8], protocol: u8) -> Option<Listener> {
+/// big-endian, source and destination address of 16 bytes each, interface u32 and cookie, two u32.
+fn seen(message: &[u8], protocol: u8) -> Option<Seen> {
     let (fixed, attributes) = message.split_first_chunk::<DIAG>()?;
     let [family, _, _, _, p0, p1, d0, d1, address @ ..] = fixed;
-    if (*d0, *d1) != (0, 0) {
-        return None;
-    }
+    let connected = (*d0, *d1) != (0, 0);
+    let cookie = u64::from_ne_bytes(*address.get(36..)?.first_chunk()?);
     let address = address.first_chunk::<16>()?;
     let address: IpAddr = match *family {
         AF_INET => Ipv4Addr::from(*address.first_chunk::<4>()?).into(),
@@ -168,7 +190,8 @@ fn listener(message: &[u8], protocol: u8) -> Option<Listener> {
     let proto = if protocol == IPPROTO_TCP { Protocol::Tcp } else { Protocol::Udp };
     let v6_only = *family == AF_INET6
         && attribute(attributes, INET_DIAG_SKV6ONLY).is_some_and(|v| v.first() == Some(&1));
-    Some(Listener { proto, address, port: u16::from_be_bytes([*p0, *p1]), v6_only, redirected: false })
+    let port = u16::from_be_bytes([*p0, *p1]);
+    Some(Seen { listener: Listener { proto, address, port, v6_only, redirected: false }, cookie, connected })
 }
 
 /// The value of one netlink attribute.
@@ -190,8 +213,26 @@ mod tests {
 
     use super::*;
 
-    fn has(found: &[Listener], proto: Protocol, at: SocketAddr) -> bool {
-        found.iter().any(|l| (l.proto, l.address, l.port) == (proto, at.ip(), at.port()))
+    fn find(found: &[Seen], proto: Protocol, at: SocketAddr) -> Option<Seen> {
+        let same = |l: &Listener| (l.proto, l.address, l.port) == (proto, at.ip(), at.port());
+        found.iter().find(|s| same(&s.listener)).copied()
+    }
+
+    fn has(found: &[Seen], proto: Protocol, at: SocketAddr) -> bool {
+        find(found, proto, at).is_some()
+    }
+
+    #[test]
+    fn a_udp_socket_that_takes_a_peer_keeps_its_cookie() {
+        let mut diag = Diag::open().expect("sock_diag");
+        let udp = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        let at = udp.local_addr().expect("bound");
+        let before = find(&diag.sockets(false).expect("dump"), Protocol::Udp, at).expect("seen");
+        udp.connect("127.0.0.1:9").expect("connect");
+        let after = find(&diag.sockets(true).expect("dump"), Protocol::Udp, at).expect("seen");
+        assert!(!before.connected && after.connected && before.cookie == after.cookie);
+        assert_ne!(before.cookie, 0);
+        assert!(diag.missing().is_empty());
     }
 
     #[test]
@@ -204,7 +245,7 @@ mod tests {
         connected.connect(udp.local_addr().expect("bound")).expect("connect");
         let at = tcp.local_addr().expect("bound");
         let client = TcpStream::connect(at).expect("connect");
-        let found = diag.listeners().expect("dump");
+        let found = diag.sockets(false).expect("dump");
         assert!(has(&found, Protocol::Tcp, at));
         if let Ok(v6) = &v6 {
             assert!(has(&found, Protocol::Tcp, v6.local_addr().expect("bound")));
@@ -213,15 +254,19 @@ mod tests {
         assert!(!has(&found, Protocol::Udp, connected.local_addr().expect("bound")));
         assert!(!has(&found, Protocol::Tcp, client.local_addr().expect("bound")));
         drop(tcp);
-        assert!(!has(&diag.listeners().expect("dump"), Protocol::Tcp, at));
+        assert!(!has(&diag.sockets(false).expect("dump"), Protocol::Tcp, at));
     }
 
     #[test]
     fn a_socket_of_ipv6_alone_is_told_from_one_of_both() {
         let Ok(both) = TcpListener::bind("[::]:0") else { return eprintln!("skipped: no IPv6 here") };
         let port = both.local_addr().expect("bound").port();
-        let found = Diag::open().expect("sock_diag").listeners().expect("dump");
-        let at = found.iter().find(|l| l.port == port && l.proto == Protocol::Tcp).expect("seen");
+        let found = Diag::open().expect("sock_diag").sockets(false).expect("dump");
+        let at = found
+            .iter()
+            .map(|s| s.listener)
+            .find(|l| l.port == port && l.proto == Protocol::Tcp)
+            .expect("seen");
         assert!(at.address.is_unspecified() && !at.v6_only, "std binds both");
     }
 

@@ -11,12 +11,13 @@
 //! second.
 //!
 //! Left out: what [`Listener::is_private`] names, UDP sockets in the ephemeral range (they are clients that wait for an
-//! answer), connected UDP sockets (the dump has none).
+//! answer), connected UDP sockets. One that was seen without a peer stays a listener when it takes one, as `nc -lu` does with
+//! its first client: else the port would close under that client.
 
 mod diag;
 mod nat;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
@@ -25,8 +26,9 @@ use std::time::{Duration, Instant};
 use portway_api::agent::Listener;
 use portway_api::control::Protocol;
 
-use self::diag::Diag;
+use self::diag::{Diag, Seen};
 pub(crate) use self::nat::Redirections;
+use crate::console::say;
 
 /// Between two looks for a while after something has changed.
 const BUSY: Duration = Duration::from_millis(200);
@@ -50,6 +52,10 @@ pub(crate) struct Watch {
     diag: Diag,
     known: BTreeSet<Listener>,
     redirected: Vec<Listener>,
+    /// UDP sockets of `known`, by cookie.
+    udp: HashMap<u64, Listener>,
+    /// What the kernel cannot tell of, as far as it was said.
+    missing: BTreeSet<&'static str>,
     next: Instant,
     busy_until: Instant,
 }
@@ -61,6 +67,8 @@ impl Watch {
             diag: Diag::open()?,
             known: BTreeSet::new(),
             redirected: Vec::new(),
+            udp: HashMap::new(),
+            missing: BTreeSet::new(),
             next: now,
             busy_until: now,
         })
@@ -80,8 +88,17 @@ impl Watch {
     /// Looks, and tells what has changed since the last look.
     pub(crate) fn look(&mut self, now: Instant) -> io::Result<Delta> {
         self.next = now + CALM;
-        let sockets = self.diag.listeners()?;
-        let seen = wanted(sockets, &self.redirected, &ephemeral());
+        // Connected ones matter only where one of them may have been a listener.
+        let sockets = self.diag.sockets(!self.udp.is_empty())?;
+        for module in self.diag.missing() {
+            if self.missing.insert(module) {
+                say(&format!("some listeners are not seen: this kernel lacks {module}"));
+            }
+        }
+        let ephemeral = ephemeral();
+        self.udp = servers(&sockets, &self.udp, &ephemeral);
+        let tcp = sockets.iter().map(|s| s.listener).filter(|l| l.proto == Protocol::Tcp);
+        let seen = wanted(tcp.chain(self.udp.values().copied()), &self.redirected);
         let delta = Delta {
             added: seen.difference(&self.known).copied().collect(),
             removed: self.known.difference(&seen).copied().collect(),
@@ -112,15 +129,25 @@ fn ephemeral() -> RangeInclusive<u16> {
     }
 }
 
-/// What the host is told of.
-fn wanted(
-    sockets: Vec<Listener>,
-    redirected: &[Listener],
+/// The UDP sockets that serve: those without a peer, and those that had none when they were seen first.
+fn servers(
+    sockets: &[Seen],
+    before: &HashMap<u64, Listener>,
     ephemeral: &RangeInclusive<u16>,
-) -> BTreeSet<Listener> {
-    let client = |l: &Listener| l.proto == Protocol::Udp && ephemeral.contains(&l.port);
-    let mut wanted: BTreeSet<Listener> =
-        sockets.into_iter().filter(|l| !l.is_private() && !client(l)).collect();
+) -> HashMap<u64, Listener> {
+    let serves = |seen: &Seen| {
+        let now = seen.listener;
+        let listener = if seen.connected { *before.get(&seen.cookie)? } else { now };
+        let good =
+            now.proto == Protocol::Udp && !listener.is_private() && !ephemeral.contains(&listener.port);
+        good.then_some((seen.cookie, listener))
+    };
+    sockets.iter().filter_map(serves).collect()
+}
+
+/// What the host is told of.
+fn wanted(sockets: impl Iterator<Item = Listener>, redirected: &[Listener]) -> BTreeSet<Listener> {
+    let mut wanted: BTreeSet<Listener> = sockets.filter(|l| !l.is_private()).collect();
     // A port that has a socket too (docker's proxy) is known by it.
     let others: Vec<Listener> = redirected
         .iter()
@@ -148,26 +175,42 @@ mod tests {
         Listener { proto, address: at.ip(), port: at.port(), v6_only: false, redirected }
     }
 
+    fn seen(proto: Protocol, at: &str, cookie: u64, connected: bool) -> Seen {
+        Seen { listener: listener(proto, at, false), cookie, connected }
+    }
+
     #[test]
-    fn clients_of_udp_are_left_out_and_high_tcp_ports_are_not() {
+    fn clients_of_udp_are_left_out() {
         use Protocol::{Tcp, Udp};
-        let sockets = vec![
-            listener(Udp, "0.0.0.0:40000", false),
-            listener(Tcp, "0.0.0.0:40000", false),
-            listener(Udp, "0.0.0.0:68", false),
-            listener(Udp, "127.0.0.1:9999", false),
+        let sockets = [
+            seen(Udp, "0.0.0.0:40000", 1, false),
+            seen(Tcp, "0.0.0.0:40000", 2, false),
+            seen(Udp, "0.0.0.0:68", 3, false),
+            seen(Udp, "127.0.0.1:9999", 4, false),
+            seen(Udp, "127.0.0.1:9998", 5, true),
         ];
-        let told = wanted(sockets, &[], &(32_768..=60_999));
-        let told: Vec<String> = told.iter().map(ToString::to_string).collect();
-        assert_eq!(told, ["tcp 0.0.0.0:40000", "udp 127.0.0.1:9999"]);
+        let told = servers(&sockets, &HashMap::new(), &(32_768..=60_999));
+        assert_eq!(told, HashMap::from([(4, listener(Udp, "127.0.0.1:9999", false))]));
+    }
+
+    #[test]
+    fn a_udp_server_that_takes_a_peer_stays_where_it_was_until_it_closes() {
+        use Protocol::Udp;
+        let bound = [seen(Udp, "0.0.0.0:9999", 7, false)];
+        let before = servers(&bound, &HashMap::new(), &(1..=1));
+        // connect(2) gives a socket of every address one of its own.
+        let taken = [seen(Udp, "192.168.127.2:9999", 7, true), seen(Udp, "127.0.0.1:5000", 8, true)];
+        let after = servers(&taken, &before, &(1..=1));
+        assert_eq!(after, before);
+        assert!(servers(&[], &after, &(1..=1)).is_empty());
     }
 
     #[test]
     fn a_redirected_port_with_a_socket_of_its_own_is_told_once() {
-        let sockets = vec![listener(Protocol::Tcp, "[::]:8080", false)];
+        let sockets = [listener(Protocol::Tcp, "[::]:8080", false)];
         let rules =
             [listener(Protocol::Tcp, "0.0.0.0:8080", true), listener(Protocol::Tcp, "0.0.0.0:9090", true)];
-        let told = wanted(sockets, &rules, &(1..=1));
+        let told = wanted(sockets.into_iter(), &rules);
         assert_eq!(told.iter().filter(|l| l.port == 8080).count(), 1);
         assert!(told.iter().any(|l| l.port == 9090 && l.redirected));
     }

@@ -154,8 +154,27 @@ struct Agent {
     unwanted: bool,
 }
 
+/// Descriptors: two for each carried connection, and the rest.
+const DESCRIPTORS: u64 = 2 * FLOWS as u64 + 512;
+
+/// Raises the limit of descriptors, which is 1024 where nobody has: too few for [`FLOWS`]. Only root may go beyond the hard one.
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if soft >= DESCRIPTORS || setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS)).is_ok() {
+        return;
+    }
+    if hard < DESCRIPTORS {
+        say(&format!("at most {hard} descriptors: fewer than {FLOWS} connections at once"));
+    }
+    if let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, hard.min(DESCRIPTORS), hard) {
+        say(&format!("the limit of {soft} descriptors stays: {errno}"));
+    }
+}
+
 /// Runs until it is told that nobody wants it.
 pub(crate) fn run(options: Options) -> ExitCode {
+    raise_descriptors();
     let host = options.host.clone();
     match Agent::new(options) {
         Ok(mut agent) => {

@@ -7,7 +7,8 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,10 +19,15 @@ const USAGE: &str = "usage: guest-probe connect ADDR:PORT
        guest-probe dial-many N BLACK-HOLE-ADDR:PORT GOOD-ADDR:PORT
        guest-probe udp-ping ADDR:PORT
        guest-probe udp-echo PORT
+       guest-probe listen tcp|udp|udp-nc ADDR:PORT
+       guest-probe unix-echo PATH
+       guest-probe unix-send PATH
+       guest-probe give LEN
        guest-probe vsock-exec PORT PROGRAM [ARGUMENT…]
        guest-probe vsock-echo PORT
        guest-probe vsock-send PORT
-       guest-probe vsock-dial-many N PORT";
+       guest-probe vsock-dial-many N PORT
+       guest-probe vsock-rogue N PORT";
 
 /// A connect that takes longer is reported as `timeout`.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -38,10 +44,15 @@ fn main() -> ExitCode {
         ["dial-many", count, black_hole, good] => dial_many(count, black_hole, good),
         ["udp-ping", address] => udp_ping(address),
         ["udp-echo", port] => udp_echo(port),
+        ["listen", kind, address] => listen(kind, address),
+        ["unix-echo", path] => unix_echo(path),
+        ["unix-send", path] => unix_send(path),
+        ["give", len] => give(len),
         ["vsock-exec", port, program, arguments @ ..] => vsock_exec(port, program, arguments),
         ["vsock-echo", port] => vsock_echo(port),
         ["vsock-send", port] => vsock_send(port),
         ["vsock-dial-many", count, port] => vsock_dial_many(count, port),
+        ["vsock-rogue", count, port] => vsock_rogue(count, port),
         _ => Err(io::Error::other(USAGE)),
     };
     match done {
@@ -116,15 +127,90 @@ fn udp_ping(address: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Echoes on one address until it is killed. `udp-nc` belongs to its first client, as `nc -lu` does.
+fn listen(kind: &str, address: &str) -> io::Result<()> {
+    let address: SocketAddr = parse(address)?;
+    match kind {
+        "tcp" => {
+            for stream in TcpListener::bind(address)?.incoming() {
+                let stream = stream?;
+                let (mut from, mut to) = (stream.try_clone()?, stream);
+                thread::Builder::new().stack_size(64 * 1024).spawn(move || echo(&mut from, &mut to))?;
+            }
+            Ok(())
+        }
+        "udp" => echo_datagrams(&UdpSocket::bind(address)?),
+        "udp-nc" => {
+            let socket = UdpSocket::bind(address)?;
+            let (_, client) = socket.peek_from(&mut [0])?;
+            socket.connect(client)?;
+            echo_datagrams(&socket)
+        }
+        _ => Err(io::Error::other(USAGE)),
+    }
+}
+
+/// The same on a unix socket.
+fn unix_echo(path: &str) -> io::Result<()> {
+    for stream in UnixListener::bind(path)?.incoming() {
+        let stream = stream?;
+        let (mut from, mut to) = (stream.try_clone()?, stream);
+        thread::Builder::new().stack_size(64 * 1024).spawn(move || echo(&mut from, &mut to))?;
+    }
+    Ok(())
+}
+
+/// Sends its input to a unix socket, and prints what comes back.
+fn unix_send(path: &str) -> io::Result<()> {
+    let mut stream = UnixStream::connect(path)?;
+    io::copy(&mut io::stdin(), &mut stream)?;
+    stream.shutdown(Shutdown::Write)?;
+    io::copy(&mut stream, &mut io::stdout()).map(drop)
+}
+
+/// Prints so many bytes: those of `portway_tests::vm::blob`.
+fn give(len: &str) -> io::Result<()> {
+    let (mut left, mut state) = (parse::<usize>(len)?, 0x9e37_79b9_7f4a_7c15_u64);
+    let (mut bytes, mut output) = (Vec::with_capacity(65_536), io::stdout().lock());
+    while left > 0 {
+        bytes.clear();
+        while bytes.len() < 65_536 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.extend_from_slice(&state.to_ne_bytes());
+        }
+        bytes.truncate(left);
+        output.write_all(&bytes)?;
+        left -= bytes.len();
+    }
+    output.flush()
+}
+
+/// Sends every byte back; the end too, by dropping both. Not `io::copy`: it would try splice and the like, which is not what
+/// is tested.
+fn echo(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = [0; 4096];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            n => to.write_all(buffer.get(..n).unwrap_or_default())?,
+        }
+    }
+}
+
 /// Sends every datagram back to where it came from, for ever.
 fn udp_echo(port: &str) -> io::Result<()> {
-    let socket = UdpSocket::bind(("0.0.0.0", parse(port)?))?;
+    echo_datagrams(&UdpSocket::bind(("0.0.0.0", parse(port)?))?)
+}
+
+fn echo_datagrams(socket: &UdpSocket) -> io::Result<()> {
     let mut buffer = vec![0; 65536];
     loop {
         let (len, from) = socket.recv_from(&mut buffer)?;
         // An error here belongs to one client (ICMP unreachable of an earlier answer), not to the service.
         if let Err(error) = socket.send_to(buffer.get(..len).unwrap_or_default(), from) {
-            eprintln!("guest-probe: udp-echo to {from}: {error}");
+            eprintln!("guest-probe: an echo to {from}: {error}");
         }
     }
 }
@@ -144,18 +230,9 @@ fn vsock_exec(port: &str, program: &str, arguments: &[&str]) -> io::Result<()> {
 fn vsock_echo(port: &str) -> io::Result<()> {
     let listener = vsock::listen(parse(port)?)?;
     loop {
-        let mut stream = File::from(vsock::accept(&listener)?);
-        let echo = move || -> io::Result<()> {
-            // Not `io::copy`: it would try splice and the like, which is not what is tested.
-            let mut buffer = [0; 4096];
-            loop {
-                match stream.read(&mut buffer)? {
-                    0 => return Ok(()),
-                    n => stream.write_all(buffer.get(..n).unwrap_or_default())?,
-                }
-            }
-        };
-        thread::Builder::new().stack_size(64 * 1024).spawn(echo)?;
+        let stream = vsock::accept(&listener)?;
+        let (mut from, mut to) = (File::from(stream.try_clone()?), File::from(stream));
+        thread::Builder::new().stack_size(64 * 1024).spawn(move || echo(&mut from, &mut to))?;
     }
 }
 
@@ -189,6 +266,37 @@ fn vsock_dial_many(count: &str, port: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Opens `count` streams to `port` of the host, one after the other, and keeps the last thousand: silent ones, half messages,
+/// garbage, lengths that lie, a flood. Prints `opened N refused M`.
+fn vsock_rogue(count: &str, port: &str) -> io::Result<()> {
+    let port = parse(port)?;
+    let mut held = std::collections::VecDeque::new();
+    let (mut opened, mut refused) = (0, 0);
+    for n in 0..parse::<usize>(count)? {
+        let Ok(stream) = vsock::connect(vsock::HOST, port) else {
+            refused += 1;
+            continue;
+        };
+        opened += 1;
+        let mut stream = File::from(stream);
+        let said = match n % 5 {
+            0 => Ok(()),
+            1 => stream.write_all(b"\0\0\0\x20{\"type\":\"hel"),
+            2 => stream.write_all(&[0xff; 4096]),
+            3 => stream.write_all(b"\x7f\xff\xff\xff"),
+            _ => (0..64).try_for_each(|_| stream.write_all(b"\0\0\0\x02{}")),
+        };
+        // The host may have closed it at the first word.
+        drop(said);
+        held.push_back(stream);
+        if held.len() > 1000 {
+            held.pop_front();
+        }
+    }
+    println!("opened {opened} refused {refused}");
+    Ok(())
+}
+
 /// AF_VSOCK, which the standard library has not (`vsock(7)`).
 mod vsock {
     use std::io;
@@ -198,7 +306,8 @@ mod vsock {
     pub(super) const HOST: u32 = 2;
     const ANY: u32 = u32::MAX;
     const AF_VSOCK: i32 = 40;
-    const SOCK_STREAM_CLOEXEC: i32 = 1 | 0o2_000_000;
+    const SOCK_CLOEXEC: i32 = 0o2_000_000;
+    const SOCK_STREAM_CLOEXEC: i32 = 1 | SOCK_CLOEXEC;
     const SHUT_WR: i32 = 1;
     const BACKLOG: i32 = 1024;
 
@@ -221,8 +330,7 @@ mod vsock {
         fn bind(fd: i32, address: *const Address, len: u32) -> i32;
         #[link_name = "listen"]
         fn c_listen(fd: i32, backlog: i32) -> i32;
-        #[link_name = "accept"]
-        fn c_accept(fd: i32, address: *mut Address, len: *mut u32) -> i32;
+        fn accept4(fd: i32, address: *mut Address, len: *mut u32, flags: i32) -> i32;
         #[link_name = "connect"]
         fn c_connect(fd: i32, address: *const Address, len: u32) -> i32;
         fn shutdown(fd: i32, how: i32) -> i32;
@@ -253,8 +361,10 @@ mod vsock {
     }
 
     pub(super) fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+        let (fd, none) = (listener.as_raw_fd(), std::ptr::null_mut());
+        // Close-on-exec: what the program of `vsock-exec` leaves behind must not hold its stream.
         // SAFETY: no address is asked for.
-        let fd = unsafe { c_accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
+        let fd = unsafe { accept4(fd, none, std::ptr::null_mut(), SOCK_CLOEXEC) };
         // SAFETY: as in `new`.
         checked(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
     }
