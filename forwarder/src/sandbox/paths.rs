@@ -78,6 +78,10 @@ impl Paths {
         for file in files {
             read.extend(directories_of(file));
         }
+        // Forwards over SSH look there whether a guest is who it was; the file alone, for keys lie beside it.
+        if !config.doors.is_empty() || !config.particulars.ssh.is_empty() {
+            read.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".ssh/known_hosts")));
+        }
         Self { write, live, ours, read }
     }
 
