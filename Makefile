@@ -91,11 +91,13 @@ fuzz: ## as fuzz-smoke, five minutes each
 # Where `make install` puts things; DESTDIR goes before all of them, for packages.
 PREFIX ?= /usr/local
 SYSTEMD_USER ?= $(PREFIX)/lib/systemd/user
+# Of cargo: `dev` builds in a minute and is no program to install for good.
+PROFILE ?= release
 
 .PHONY: install
 install: ## the program, man pages, completions and a systemd user unit (PREFIX=/usr/local, DESTDIR=)
-	@cargo build --release --locked -p portway
-	program=$(TARGET)/release/portway
+	@cargo build --profile $(PROFILE) --locked -p portway
+	program=$(TARGET)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/portway
 	dir() { install -d "$(DESTDIR)$$1"; }
 	dir $(PREFIX)/bin; dir $(PREFIX)/share/man/man1; dir $(SYSTEMD_USER)
 	dir $(PREFIX)/share/bash-completion/completions; dir $(PREFIX)/share/zsh/site-functions; dir $(PREFIX)/share/fish/vendor_completions.d

@@ -13,8 +13,7 @@ wanted=(
   dnsperf:dnsperf dhclient:isc-dhcp-client dhcpcd:dhcpcd-base perfdhcp:kea-admin
   tmux:tmux mksquashfs:squashfs-tools xorriso:xorriso grub-mkrescue:grub-common mformat:mtools qemu-img:qemu-utils sfdisk:fdisk
   qemu-system-aarch64:qemu-system-arm tshark:tshark
-  nft:nftables iptables:iptables
-  traceroute:traceroute rdisc6:ndisc6 dhclient:isc-dhcp-client iperf3:iperf3
+  traceroute:traceroute rdisc6:ndisc6 iperf3:iperf3 nft:nftables iptables:iptables sshd:openssh-server
 )
 packages=()
 for pair in "${wanted[@]}"; do
@@ -48,6 +47,22 @@ if command -v apt-cache > /dev/null && [ "$(id -u)" = 0 ] \
   && ! apt-cache show linux-image-cloud-amd64 linux-image-virtual 2> /dev/null | grep -q .; then
   echo "setup: apt-get update"
   apt-get -qq update
+fi
+
+# The DNS test asks a real systemd-resolved. Where the host has none it is unpacked and not installed: its package would
+# take the host's resolv.conf.
+root=$(cd "$(dirname "$0")/.." && pwd)
+unpacked=${CARGO_TARGET_DIR:-$root/target}/tests
+if [ ! -e /lib/systemd/systemd-resolved ] && [ ! -e "$unpacked/lib/systemd/systemd-resolved" ] \
+  && command -v apt-get > /dev/null; then
+  mkdir -p "$unpacked/debs"
+  if (cd "$unpacked/debs" && apt-get -q -o APT::Sandbox::User=root download systemd-resolved > log 2>&1); then
+    dpkg -x "$unpacked"/debs/systemd-resolved_*.deb "$unpacked"
+    # Where /lib is /usr/lib, packages may say either.
+    [ -e "$unpacked/lib" ] || ln -s usr/lib "$unpacked/lib"
+  else
+    echo "setup: no systemd-resolved from apt: its test is skipped" >&2
+  fi
 fi
 
 # Rust is not taken from apt: stable Debian's is too old.

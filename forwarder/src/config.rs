@@ -335,6 +335,8 @@ pub enum DoorAddress {
     Unix(PathBuf),
     /// `HOST:PORT`.
     Tcp(String),
+    /// A port of the host's vsock, which guests with a kernel's vsock reach.
+    Vsock(u32),
 }
 
 /// IPv6 of the guests' network.
@@ -1126,6 +1128,9 @@ impl TryFrom<Settings> for Config {
         }
         let vsock_dir = s.vsock_dir.or_else(|| s.state_dir.clone());
         crate::vsock::check(&s.vsock, &s.vsock_ports, vsock_dir.is_some())?;
+        if let Some(text) = s.dns_private.iter().find(|text| !crate::dns::is_name(text)) {
+            return Err(bad("--dns-private", format!("{text:?} is not a domain; an example: corp.example")));
+        }
         let network = s.network.unwrap_or_else(|| "default".into());
         if network.is_empty() || network.contains(['/', '\0']) || network.starts_with('.') {
             return Err(bad("--network", format!("{network:?} is not a name")));

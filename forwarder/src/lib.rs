@@ -29,6 +29,7 @@ pub mod publish;
 pub mod request;
 pub mod rings;
 pub mod sidecar;
+pub mod ssh;
 mod unix_path;
 mod uplink;
 #[cfg(target_os = "linux")]

@@ -135,6 +135,8 @@ pub enum Request {
         /// The connection.
         stream: Option<std::os::unix::net::UnixStream>,
     },
+    /// Replace who takes which connections of guests.
+    Outgoing(Vec<crate::personality::vpnkit::Outgoing>),
     /// Replace the ports of the gateway that lead elsewhere.
     GatewayForwards(Vec<portway_netstack::GatewayForward>),
     /// Whether the host has a way to the Internet over IPv6, now; for networks that follow it.

@@ -25,6 +25,7 @@ pub(crate) fn has_ipv6() -> bool {
 }
 
 /// What happened to the host's network.
+#[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "nobody tells it there"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum News {
     /// Routes or addresses: told at once.

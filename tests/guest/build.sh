@@ -30,6 +30,7 @@ busybox=$(need busybox busybox-static)
 if ldd "$busybox" > /dev/null 2>&1; then die "$busybox is not static: apt-get install busybox-static"; fi
 dropbear=$(need dropbear dropbear-bin)
 dropbearkey=$(need dropbearkey dropbear-bin)
+dhclient=$(need dhclient isc-dhcp-client)
 need ssh-keygen openssh-client > /dev/null
 
 # --- the kernel, once -------------------------------------------------------------------------------------------
@@ -95,9 +96,10 @@ cp "$probe" "$r/bin/guest-probe"
 cp "$agent" "$r/init"
 ln -s ../init "$r/bin/portway-agent"
 
-cp "$dropbear" "$r/bin/dropbear"
+# dhclient is for DHCPv6, which busybox may not have.
+cp "$dropbear" "$r/bin/dropbear"; cp "$dhclient" "$r/bin/dhclient"
 # Shared libraries at the paths the loader will look for them.
-ldd "$dropbear" | grep -oE '/[^ ]+' | sort -u | while read -r library; do
+{ ldd "$dropbear"; ldd "$dhclient"; } | grep -oE '/[^ ]+' | sort -u | while read -r library; do
   mkdir -p "$r$(dirname "$library")"; cp -L "$library" "$r$library"
 done
 cp "$dir/host_key" "$r/etc/dropbear/host_key"

@@ -83,13 +83,26 @@ pub struct Guest {
     next_port: u16,
 }
 
+/// A connection to the socket at `path`. Its name is there a moment before anybody listens.
+fn connected(path: &Path) -> Result<UnixStream> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Err(e) if e.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            connected => return connected.with_context(|| path.display().to_string()),
+        }
+    }
+}
+
 impl Guest {
     /// Attaches to the socket at `path`.
     ///
     /// # Errors
     /// When nobody listens there.
     pub fn attach(path: &Path, last: u8) -> Result<Self> {
-        let link = UnixStream::connect(path).with_context(|| path.display().to_string())?;
+        let link = connected(path)?;
         Self::on(link, EthernetAddress([0x52, 0x54, 0, 0, 0, last]), Prefix::Be32)
     }
 
@@ -98,7 +111,7 @@ impl Guest {
     /// # Errors
     /// When nobody listens there, or the answer is no.
     pub fn attach_vpnkit(path: &Path, uuid: &[u8; 36]) -> Result<Self> {
-        let mut link = UnixStream::connect(path).with_context(|| path.display().to_string())?;
+        let mut link = connected(path)?;
         link.set_read_timeout(Some(PATIENCE))?;
         let init = [&b"VMN3T"[..], &22_u32.to_le_bytes(), &[b'0'; 40]].concat();
         link.write_all(&init)?;
@@ -283,6 +296,21 @@ impl Guest {
         });
         self.sockets.remove(handle);
         answer
+    }
+
+    /// Sends one datagram from `port`, `times` times, and waits for nothing.
+    ///
+    /// # Errors
+    /// When smoltcp or the link refuses.
+    pub fn send_udp(&mut self, port: u16, to: SocketAddr, payload: &[u8], times: usize) -> Result<()> {
+        let handle = self.udp(port)?;
+        for _ in 0..times {
+            let socket = self.sockets.get_mut::<udp::Socket<'_>>(handle);
+            socket.send_slice(payload, IpEndpoint::from(to)).map_err(|e| anyhow::anyhow!("{e:?}"))?;
+            self.step();
+        }
+        self.sockets.remove(handle);
+        Ok(())
     }
 
     /// A UDP socket on `port`.

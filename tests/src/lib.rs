@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod agent_lab;
 pub mod guest;
+pub mod host;
 pub mod launch;
 pub mod machine;
 pub mod namespace;

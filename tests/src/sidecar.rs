@@ -36,7 +36,11 @@ impl Sidecar {
         Self::start_by(namespace.command(&portway.display().to_string()), dir, options)
     }
 
-    fn start_by(mut command: Command, dir: &Path, options: &[&str]) -> Result<Self> {
+    /// The same by a command that ends in `portway`.
+    ///
+    /// # Errors
+    /// As of [`Self::start`].
+    pub fn start_by(mut command: Command, dir: &Path, options: &[&str]) -> Result<Self> {
         let (ready, theirs) = nix::unistd::pipe()?;
         let log = std::fs::File::create(dir.join("log"))?;
         let fd = theirs.as_raw_fd();

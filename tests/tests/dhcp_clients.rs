@@ -1,8 +1,9 @@
-//! Leases for real clients: dhclient, udhcpc, dhcpcd and perfdhcp in a network namespace behind the real `portway serve`. It
+//! Leases for real clients: dhclient, udhcpc, dhcpcd, systemd-networkd and perfdhcp in a network namespace behind the real `portway serve`. It
 //! needs root; without, the tests say that they were skipped.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -168,14 +169,75 @@ fn dhcpcd_gets_a_lease_by_rapid_commit_and_its_full_name_is_known() -> Result<()
         .command("dhcpcd")
         .args(["-4", "-B", "-d", "-f", text(&config), "-c", "/bin/true", "--noconfigure", "tap0"])
         .stderr(std::fs::File::create(&log)?)
+        .process_group(0)
         .spawn()?;
     let said = || std::fs::read_to_string(&log).unwrap_or_default();
     let leased = until(PATIENCE, || said().contains("tap0: leased 192.168.127.2"));
-    client.kill()?;
+    // It has helpers, in its process group.
+    let group = nix::unistd::Pid::from_raw(i32::try_from(client.id())?);
+    nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL)?;
     client.wait()?;
     leased.with_context(said)?;
     ensure!(!said().contains("requesting lease"), "one exchange was enough: {}", said());
     assert_eq!(lab.lease()?, Some(("192.168.127.2".into(), Some("fully".into()))));
+    Ok(())
+}
+
+/// A daemon of systemd's in the namespace, on a `/run/systemd` of its own.
+fn systemd(lab: &Lab, program: &str, set_up: &str) -> Result<Option<std::process::Child>> {
+    let found = ["/usr/lib/systemd", "/lib/systemd"].map(|dir| Path::new(dir).join(program));
+    let Some(path) = found.into_iter().find(|path| path.exists()) else {
+        eprintln!("SKIPPED: there is no {program} here");
+        return Ok(None);
+    };
+    // With /sys to be read alone, devices are not waited for udev to have seen.
+    let script = format!(
+        "set -e; mount -t tmpfs none /run/systemd; mount -o remount,ro /sys || mount -t sysfs -o ro sysfs /sys; \
+         {set_up}; exec {}",
+        path.display()
+    );
+    let log = std::fs::File::create(lab.dir.path().join("systemd.log"))?;
+    let mut command = lab.namespace.command("unshare");
+    command.args(["-m", "sh", "-c", &script]).env("SYSTEMD_LOG_LEVEL", "debug");
+    Ok(Some(command.stdin(std::process::Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?))
+}
+
+#[test]
+fn systemd_networkd_configures_the_link_by_dhcp_of_both_versions_and_router_advertisements() -> Result<()> {
+    let Some(lab) = Lab::new(&["--ipv6", "on"])? else { return Ok(()) };
+    let file = "[Match]\\nName=tap0\\n[Network]\\nDHCP=yes\\nIPv6AcceptRA=yes\\n[DHCPv4]\\nHostname=networky\\nUseMTU=yes\\n";
+    let set_up = format!(
+        "mkdir -p /run/systemd/network /run/systemd/netif/links /run/systemd/netif/leases; \
+         printf '{file}' > /run/systemd/network/10-tap.network; chown -R systemd-network: /run/systemd/netif"
+    );
+    let Some(mut daemon) = systemd(&lab, "systemd-networkd", &set_up)? else { return Ok(()) };
+    let ip = |words: &str| lab.namespace.run(words).map(|(_, text)| text).unwrap_or_default();
+    let mut seen = String::new();
+    let configured = until(PATIENCE, || {
+        seen = [
+            ip("ip -4 address show dev tap0"),
+            ip("ip -6 address show dev tap0 scope global -tentative"),
+            ip("ip route"),
+            ip("ip -6 route"),
+        ]
+        .concat();
+        let slaac =
+            seen.lines().any(|l| l.trim().starts_with("inet6 fd6b:420b:1fb5:0:") && l.contains("/64 "));
+        let leased =
+            seen.lines().any(|l| l.trim().starts_with("inet6 fd6b:420b:1fb5::1:") && l.contains("/128 "));
+        seen.contains("inet 192.168.127.2/24")
+            && slaac
+            && leased
+            && seen.contains("default via 192.168.127.1 dev tap0 proto dhcp")
+            && seen.contains("default via fe80::5894:efff:fee4:cdd dev tap0 proto ra")
+    });
+    let leases = lab.sidecar.json(&["leases"])?;
+    daemon.kill()?;
+    daemon.wait()?;
+    let log = || std::fs::read_to_string(lab.dir.path().join("systemd.log")).unwrap_or_default();
+    configured.with_context(|| format!("{seen}\n{}", log()))?;
+    let named = leases.as_array().into_iter().flatten().filter(|l| l["name"] == "networky").count();
+    assert_eq!(named, 2, "a lease of each version: {leases}");
     Ok(())
 }
 

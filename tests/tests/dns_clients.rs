@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use portway_tests::guest::Guest;
 use portway_tests::namespace::Namespace;
 use portway_tests::resolver::Resolver;
+use portway_tests::secure::{self, Authority, SecureResolver};
 use portway_tests::sidecar::{Sidecar, until};
 
 const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 127, 1));
@@ -167,6 +168,135 @@ fn a_domain_has_its_own_resolver_and_inside_addresses_are_kept_from_guests_elsew
     Ok(())
 }
 
+/// systemd-resolved: the host's, or the one tests/setup.sh unpacked, since its package would take the host's resolv.conf.
+fn systemd_resolved() -> Option<std::path::PathBuf> {
+    let unpacked =
+        portway_tests::vm::target_dir().ok().map(|dir| dir.join("tests/lib/systemd/systemd-resolved"));
+    let places = ["/usr/lib/systemd/systemd-resolved", "/lib/systemd/systemd-resolved"].map(Into::into);
+    places.into_iter().chain(unpacked).find(|path| path.exists())
+}
+
+#[test]
+fn systemd_resolved_is_asked_at_127_0_0_53_and_whom_it_asks_instead_is_heard_at_once() -> Result<()> {
+    let (Some(host), Some(world)) = (Namespace::new()?, Namespace::new()?) else { return Ok(()) };
+    let Some(resolved) = systemd_resolved() else {
+        eprintln!("SKIPPED: there is no systemd-resolved here (tests/setup.sh fetches it)");
+        return Ok(());
+    };
+    let dir = tempfile::tempdir()?;
+    // It asks nobody on a host without a network.
+    host.connect(&world, Ipv4Addr::new(203, 0, 113, 1).into(), Ipv4Addr::new(203, 0, 113, 9).into())?;
+    host.ip(&["route", "add", "default", "via", "203.0.113.9"])?;
+    let upstream = |last| {
+        world.ip(&["address", "replace", &format!("203.0.113.{last}/24"), "dev", "cable"])?;
+        world.inside(|| Resolver::start(SocketAddr::from(([203, 0, 113, last], 53)), [198, 51, 100, last]))
+    };
+    let (first, second) = (upstream(9)?, upstream(10)?);
+    // The user it becomes may not be there; its directories are to be its own.
+    let passwd = dir.path().join("passwd");
+    let users =
+        std::fs::read_to_string("/etc/passwd")? + "\nsystemd-resolve:x:64991:64991::/:/usr/sbin/nologin\n";
+    std::fs::write(&passwd, users)?;
+    let group = dir.path().join("group");
+    std::fs::write(&group, std::fs::read_to_string("/etc/group")? + "\nsystemd-resolve:x:64991:\n")?;
+    let settings = dir.path().join("portway.conf");
+    let write = |server: &Resolver| {
+        let text = format!(
+            "[Resolve]\nDNS={}\nDNSSEC=no\nLLMNR=no\nMulticastDNS=no\nFallbackDNS=\n",
+            server.address
+        );
+        std::fs::write(&settings, text)
+    };
+    write(&first)?;
+    let script = format!(
+        "set -e; mount -t tmpfs none /run/systemd; mkdir -p /run/systemd/resolve /run/systemd/resolved.conf.d; \
+         ln -s {0}/portway.conf /run/systemd/resolved.conf.d; mount --bind {0}/passwd /etc/passwd; \
+         mount --bind {0}/group /etc/group; chown systemd-resolve:systemd-resolve /run/systemd/resolve; exec {1}",
+        dir.path().display(),
+        resolved.display()
+    );
+    let log = std::fs::File::create(dir.path().join("resolved.log"))?;
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let start = || -> Result<std::process::Child> {
+        let mut command = host.command("unshare");
+        command.args(["-m", "sh", "-c", &script]);
+        Ok(command
+            .stdin(std::process::Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?)
+            .spawn()?)
+    };
+    let mut daemon = start()?;
+    let resolv = dir.path().join("resolv.conf");
+    std::fs::write(&resolv, "nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch .\n")?;
+    let options = ["--resolv-conf", resolv.to_str().context("path")?, "--hosts-file", "off"];
+    let _sidecar = Sidecar::start_in(&host, dir.path(), &options)?;
+    let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
+    guest.dhcp()?;
+    let ask = |guest: &mut Guest, id: u8, answer: [u8; 4]| -> Result<bool> {
+        let mut query = vec![0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3, b'w', b'w', b'w', 7];
+        query.extend(b"example\x03com\0\0\x01\0\x01");
+        let (_, reply) = guest.ask_udp(5000 + u16::from(id), SocketAddr::new(GATEWAY, 53), &query)?;
+        ensure!(reply[1] == id, "{reply:02x?}");
+        Ok(reply[3] & 15 == 0 && reply.windows(4).any(|w| w == answer))
+    };
+    let mut id = 0;
+    let mut answered = |guest: &mut Guest, answer| {
+        until(Duration::from_secs(20), || {
+            id += 1;
+            ask(guest, id, answer).is_ok_and(|right| right)
+        })
+    };
+    let said = || std::fs::read_to_string(dir.path().join("resolved.log")).unwrap_or_default();
+    let by_first = answered(&mut guest, [198, 51, 100, 9]);
+    // It asks another now, and the host another way, which is what tells us.
+    write(&second)?;
+    daemon.kill()?;
+    daemon.wait()?;
+    let mut daemon = start()?;
+    host.ip(&["route", "replace", "default", "via", "203.0.113.10"])?;
+    let by_second = answered(&mut guest, [198, 51, 100, 10]);
+    daemon.kill()?;
+    daemon.wait()?;
+    by_first.with_context(said)?;
+    by_second.with_context(said)?;
+    ensure!(first.asked() > 0 && second.asked() > 0);
+    Ok(())
+}
+
+#[test]
+fn resolvers_over_tls_and_https_answer_dig_and_one_that_nobody_vouches_for_is_told_nothing() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let authority = Authority::new(dir.path())?;
+    let (tls, https) = (
+        SecureResolver::tls(&authority, [198, 51, 100, 53])?,
+        SecureResolver::https(&authority, [198, 51, 100, 43])?,
+    );
+    let by_tls = format!("secret.test=tls://{}#{}", tls.address, secure::NAME);
+    let by_https = format!("web.test=https://{}/dns-query#{}", https.address, secure::NAME);
+    let ca = authority.file().to_str().context("path")?;
+    let options = ["--dns-upstream", &by_tls, "--dns-upstream", &by_https];
+    let Some(lab) = Lab::new(&[&options[..], &["--dns-ca", ca]].concat())? else { return Ok(()) };
+    for n in 0..10 {
+        assert_eq!(lab.short(&[&format!("n{n}.secret.test")])?, "198.51.100.53");
+        assert_eq!(lab.short(&[&format!("n{n}.web.test")])?, "198.51.100.43");
+    }
+    ensure!(lab.dig(&["nx.web.test"])?.contains("status: NXDOMAIN"));
+    // What a datagram could not carry comes as a whole, and the guest fetches it by TCP.
+    assert_eq!(lab.short(&["big.secret.test"])?.lines().count(), 40);
+    assert_eq!((tls.asked(), tls.connections()), (11, 1));
+    assert_eq!((https.asked(), https.connections()), (11, 1));
+    assert_eq!(lab.resolver.asked(), 0, "nothing of it in clear");
+
+    // The host's own authorities have never heard of this one.
+    let Some(lab) = Lab::new(&options)? else { return Ok(()) };
+    for name in ["www.secret.test", "www.web.test"] {
+        ensure!(lab.dig(&[name])?.contains("status: SERVFAIL"), "{name}");
+    }
+    assert_eq!((tls.asked(), https.asked(), lab.resolver.asked()), (11, 11, 0));
+    Ok(())
+}
+
 #[test]
 fn dnsperf_loses_no_query_at_five_thousand_a_second() -> Result<()> {
     let Some(lab) = Lab::new(&[])? else { return Ok(()) };
@@ -177,17 +307,23 @@ fn dnsperf_loses_no_query_at_five_thousand_a_second() -> Result<()> {
     // First each name once, so that what follows is answered from the cache.
     lab.run("dnsperf", &["-s", "192.168.127.1", "-d", file, "-n", "1", "-c", "4"])?;
     let asked = lab.resolver.asked();
-    let report =
-        lab.run("dnsperf", &["-s", "192.168.127.1", "-d", file, "-l", "5", "-Q", "5000", "-c", "10"])?;
-    let number = |label: &str| -> Result<f64> {
-        let line = report.lines().find(|l| l.trim().starts_with(label)).context(report.clone())?;
-        line.split_whitespace().find_map(|w| w.parse().ok()).context(report.clone())
-    };
-    eprintln!("{report}");
-    assert_eq!(number("Queries lost:")?, 0.0, "{report}");
-    ensure!(number("Queries completed:")? > 15_000.0, "{report}");
-    assert_eq!(lab.resolver.asked(), asked, "answered from the cache");
-    Ok(())
+    let mut report = String::new();
+    // On a machine busy with other things a run may not get at its 5000 a second; none may ever lose one.
+    for _ in 0..5 {
+        report =
+            lab.run("dnsperf", &["-s", "192.168.127.1", "-d", file, "-l", "5", "-Q", "5000", "-c", "10"])?;
+        let number = |label: &str| -> Result<f64> {
+            let line = report.lines().find(|l| l.trim().starts_with(label)).context(report.clone())?;
+            line.split_whitespace().find_map(|w| w.parse().ok()).context(report.clone())
+        };
+        eprintln!("{report}");
+        assert_eq!(number("Queries lost:")?, 0.0, "{report}");
+        assert_eq!(lab.resolver.asked(), asked, "answered from the cache");
+        if number("Queries completed:")? > 20_000.0 {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("not one run of five was at its rate: {report}")
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The program as `gvproxy`: its callers' command lines, its routes, its notifications, its exit codes.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use portway_tests::guest::Guest;
+use portway_tests::host::free_port;
 use portway_tests::sidecar::until;
 use portway_tests::vm::portway;
 
@@ -52,11 +53,6 @@ fn ask(api: &Path, method: &str, route: &str, body: &str) -> Result<(u16, String
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
     Ok((head.get(9..12).context("no status")?.parse()?, body.to_owned()))
-}
-
-/// A host port that was free a moment ago.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// A request of the guest to the gateway's port 80; the whole answer.
@@ -263,5 +259,184 @@ fn exit_codes_are_gvproxys() -> Result<()> {
     let taken = tempfile::NamedTempFile::new()?;
     let (code, said) = run(&["-listen-qemu", &format!("unix://{}", taken.path().display())])?;
     ensure!(code == Some(1) && said.contains("already exists"), "{said}");
+    Ok(())
+}
+
+/// ARP for the gateway from `last`, as an Ethernet frame.
+fn arp(last: u8) -> Vec<u8> {
+    let mac = [0x52, 0x54, 0, 0, 0, last];
+    let mut frame =
+        [&[0xff; 6][..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &mac, &[192, 168, 127, last]].concat();
+    frame.extend([0, 0, 0, 0, 0, 0, 192, 168, 127, 1]);
+    frame
+}
+
+#[test]
+fn podmans_line_for_vfkit_meets_a_vm_on_its_datagrams() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name);
+    let text = |name: &str| path(name).display().to_string();
+    let (ssh, url) = (free_port()?.to_string(), format!("unixgram://{}", text("vm")));
+    let made =
+        Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(path("key")).status()?;
+    ensure!(made.success(), "ssh-keygen");
+    let (sock, key, pid, log) = (text("api"), text("key"), text("pid"), text("log"));
+    let mut line = vec!["-debug", "-mtu", "1500", "-ssh-port", &ssh, "-listen-vfkit", &url];
+    line.extend([
+        "-forward-dest",
+        "/run/podman/podman.sock",
+        "-forward-user",
+        "root",
+        "-forward-identity",
+        &key,
+    ]);
+    line.extend(["-forward-sock", &sock, "-pid-file", &pid, "-log-file", &log]);
+    let mut gvproxy = Gvproxy::start(dir.path(), &line)?;
+    wait_for(&path("pid"))?;
+    wait_for(&path("api"))?;
+    // As vfkit: bound beside it, the magic first, then frames.
+    let vm = std::os::unix::net::UnixDatagram::bind(path("vfkit.sock"))?;
+    vm.set_read_timeout(Some(Duration::from_secs(10)))?;
+    vm.connect(path("vm"))?;
+    vm.send(b"VFKT")?;
+    vm.send(&arp(2))?;
+    let mut reply = [0; 1514];
+    let n = vm.recv(&mut reply)?;
+    ensure!(n >= 42 && reply[20..22] == [0, 2] && reply[28..32] == [192, 168, 127, 1], "{:?}", &reply[..n]);
+    ensure!(TcpStream::connect(("127.0.0.1", ssh.parse()?)).is_ok(), "the port of SSH is there");
+    let id = nix::unistd::Pid::from_raw(i32::try_from(gvproxy.0.id())?);
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM)?;
+    ensure!(gvproxy.0.wait()?.success());
+    ensure!(!path("pid").exists() && !path("api").exists() && !path("vm").exists());
+    Ok(())
+}
+
+#[test]
+fn wsls_line_carries_frames_on_standard_input_and_output() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    // What `gvforwarder -url stdio:GVPROXY?listen-stdio=accept&ssh-port=-1` starts.
+    let mut command = Command::new(portway()?);
+    command.args(["gvproxy", "-listen-stdio=accept", "-ssh-port=-1"]).env("XDG_RUNTIME_DIR", dir.path());
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut input = child.stdin.take().context("no pipe")?;
+    let mut output = child.stdout.take().context("no pipe")?;
+    let frame = arp(2);
+    input.write_all(&[&u16::try_from(frame.len())?.to_le_bytes()[..], &frame].concat())?;
+    let mut reply = [0; 44];
+    output.read_exact(&mut reply)?;
+    ensure!(reply[..2] == [42, 0] && reply[22..24] == [0, 2], "{reply:?}");
+    // The VM's end is the network's.
+    drop(input);
+    ensure!(child.wait()?.success());
+    Ok(())
+}
+
+#[test]
+fn zones_of_the_file_and_of_the_api_are_answered_and_listed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name);
+    let config = format!(
+        "listen:\n  - unix://{}\ninterfaces:\n  qemu: unix://{}\nstack:\n  dns:\n    - name: crc.testing.\n      records:\n        \
+         - {{name: api, ip: 10.0.0.7}}\n        - {{regexp: '^app-.*', ip: 10.0.0.8}}\n    - name: apps.test.\n      defaultIP: 10.0.0.9\n",
+        path("api").display(),
+        path("vm").display()
+    );
+    std::fs::write(path("config.yaml"), config)?;
+    let file = path("config.yaml").display().to_string();
+    let _gvproxy = Gvproxy::start(dir.path(), &["-config", &file])?;
+    wait_for(&path("api"))?;
+    wait_for(&path("vm"))?;
+    let mut guest = Guest::attach(&path("vm"), 1)?;
+    guest.dhcp()?;
+    let mut asked = |name: &str| -> Result<(u8, Option<[u8; 4]>)> {
+        let mut query = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0".to_vec();
+        for label in name.split('.') {
+            query.push(u8::try_from(label.len())?);
+            query.extend(label.bytes());
+        }
+        query.extend([0, 0, 1, 0, 1]);
+        let (_, answer) = guest.ask_udp(5353, "192.168.127.1:53".parse()?, &query)?;
+        let address = (answer[7] == 1).then(|| answer[answer.len() - 4..].try_into()).transpose()?;
+        Ok((answer[3] & 15, address))
+    };
+    for (name, answer) in [
+        ("api.crc.testing", (0, Some([10, 0, 0, 7]))),
+        ("App-1.x.crc.testing", (0, Some([10, 0, 0, 8]))),
+        ("none.crc.testing", (3, None)),
+        ("whatever.apps.test", (0, Some([10, 0, 0, 9]))),
+        ("host.containers.internal", (0, Some([192, 168, 127, 254]))),
+    ] {
+        ensure!(asked(name)? == answer, "{name}: {:?}", asked(name)?);
+    }
+    let zone = r#"{"name":"crc.testing.","records":[{"Name":"none","IP":"10.0.0.1"},{"NAME":"api","ip":"10.0.0.2"}]}"#;
+    ensure!(ask(&path("api"), "POST", "/services/dns/add", zone)? == (200, String::new()));
+    let more =
+        r#"{"Name":"docker.internal.","Records":[{"Name":"kubernetes","IP":"10.0.0.3"}],"DefaultIP":null}"#;
+    ensure!(ask(&path("api"), "POST", "/services/dns/add", more)? == (200, String::new()));
+    for (name, answer) in [
+        ("none.crc.testing", (0, Some([10, 0, 0, 1]))),
+        ("api.crc.testing", (0, Some([10, 0, 0, 2]))),
+        ("app-1.crc.testing", (0, Some([10, 0, 0, 8]))),
+        ("kubernetes.docker.internal", (0, Some([10, 0, 0, 3]))),
+        ("host.docker.internal", (0, Some([192, 168, 127, 254]))),
+    ] {
+        ensure!(asked(name)? == answer, "{name}: {:?}", asked(name)?);
+    }
+    let own = r#"{"Name":"gateway","IP":"192.168.127.1"},{"Name":"host","IP":"192.168.127.254"}"#;
+    let listed = format!(
+        concat!(
+            r#"[{{"Name":"containers.internal.","Records":[{own}],"DefaultIP":""}},"#,
+            r#"{{"Name":"docker.internal.","Records":[{{"Name":"kubernetes","IP":"10.0.0.3"}},{own}],"DefaultIP":""}},"#,
+            r#"{{"Name":"crc.testing.","Records":[{{"Name":"none","IP":"10.0.0.1"}},{{"Name":"api","IP":"10.0.0.2"}},"#,
+            r#"{{"Name":"api","IP":"10.0.0.7"}},{{"Name":"","IP":"10.0.0.8","Regexp":"^app-.*"}}],"DefaultIP":""}},"#,
+            r#"{{"Name":"apps.test.","Records":[],"DefaultIP":"10.0.0.9"}}]"#,
+            "\n"
+        ),
+        own = own
+    );
+    let said = ask(&path("api"), "GET", "/services/dns/all", "")?;
+    ensure!(said == (200, listed.clone()), "{}\n{listed}", said.1);
+    Ok(())
+}
+
+#[test]
+fn a_port_of_the_hosts_vsock_is_listened_on() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let port = 0x7000_0000 + std::process::id() % 0xffff;
+    let url = format!("vsock://:{port}");
+    let mut gvproxy = Gvproxy::start(dir.path(), &["-listen", &url, "-ssh-port=-1"])?;
+    let log = || std::fs::read_to_string(dir.path().join("stderr")).unwrap_or_default();
+    let mut ended = None;
+    until(Duration::from_secs(10), || {
+        ended = gvproxy.0.try_wait().ok().flatten();
+        ended.is_some() || log().contains("ready")
+    })?;
+    if log().contains("no AF_VSOCK") {
+        eprintln!("skipped: this kernel has no AF_VSOCK");
+        return Ok(());
+    }
+    ensure!(ended.is_none(), "{}", log());
+    // A second one cannot have it.
+    let out = Command::new(portway()?).args(["gvproxy", "-listen", &url, "-ssh-port=-1"]).output()?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    ensure!(
+        out.status.code() == Some(1) && said.contains(&format!("cannot listen on vsock port {port}")),
+        "{said}"
+    );
+    // A client, where the kernel has a loopback for vsock.
+    let socket = socket2::Socket::new(nix::libc::AF_VSOCK.into(), socket2::Type::STREAM, None)?;
+    let address = socket2::SockAddr::vsock(1, port);
+    if let Err(error) = socket.connect_timeout(&address, Duration::from_secs(1)) {
+        eprintln!(
+            "left out: no loopback of vsock here ({error}): that it listens has been seen, not what it answers"
+        );
+        return Ok(());
+    }
+    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut stream = TcpStream::from(socket);
+    stream.write_all(b"GET /services/forwarder/all HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    ensure!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("[]\n"), "{answer}");
     Ok(())
 }

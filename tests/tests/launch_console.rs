@@ -39,7 +39,7 @@ fn keys_are_the_guests_and_the_terminal_is_as_it_was_however_the_console_is_left
     }
     let dir = tempfile::tempdir()?;
     let vm = Detached::start(dir.path(), "web", &["--net", "none"])?;
-    vm.await_console("portway-agent: ready")?;
+    vm.await_console("/ # ")?;
     let terminal = Terminal::start(dir.path(), &script(dir.path(), "asked", "web")?)?;
     terminal.shows("Ctrl-] leaves it")?;
 
@@ -54,7 +54,8 @@ fn keys_are_the_guests_and_the_terminal_is_as_it_was_however_the_console_is_left
     // 128 and SIGINT.
     terminal.shows("status-130")?;
     // Ctrl-D is the shell's end of input in the guest: it leaves that shell, and the next one greets.
-    terminal.types(&["exec sh -c 'cat; echo cat-ended-$((40+2)); sh'", "Enter"])?;
+    terminal.types(&["exec sh -c 'echo cat-begun-$((40+2)); cat; echo cat-ended-$((40+2)); sh'", "Enter"])?;
+    terminal.shows("cat-begun-42")?;
     terminal.types(&["C-d"])?;
     terminal.shows("cat-ended-42")?;
 
@@ -92,7 +93,8 @@ fn a_console_without_a_terminal_hands_on_what_comes_in_and_ends_with_the_vm() ->
     }
     let dir = tempfile::tempdir()?;
     let vm = Detached::start(dir.path(), "web", &["--net", "none"])?;
-    vm.await_console("portway-agent: ready")?;
+    // What comes before there is a shell is lost.
+    vm.await_console("/ # ")?;
     let mut console = Command::new(portway()?)
         .args(["console", "web"])
         .env("XDG_RUNTIME_DIR", dir.path())

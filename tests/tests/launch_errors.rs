@@ -91,7 +91,7 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
         (&["--kernel", "/nonexistent/k"], "/nonexistent/k"),
         (&["--kernel", &kernel, image], "cannot be used with"),
         (&["--kernel", &kernel, "--initrd", "/nonexistent/i"], "/nonexistent/i"),
-        (&["--cmdline", "quiet", image], "--kernel"),
+        (&["--cmdline", "quiet", image], "--cmdline goes with --kernel"),
         (&["--initrd", &text, image], "--initrd goes with --kernel"),
         (&["--squashfs", image], "os-squashfs.img"),
         (&["--squashfs", "--iso", image], "cannot be used with"),
@@ -154,7 +154,7 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
     ];
     all_refused(dir.path(), &machine, &[image])?;
 
-    let network: [Case<'_>; 35] = [
+    let network: [Case<'_>; 36] = [
         (&["-publish", "99999:22"], "99999:22"),
         (&["-p", "80:81:junk:x"], "80:81:junk:x"),
         (&["-publish", "2222:22", "-publish", "2222:23"], "given twice"),
@@ -189,6 +189,7 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
         (&["--api", &long], "bytes"),
         (&["--dns-upstream", "resolver"], "\"resolver\" is not IP[:PORT]"),
         (&["--dns-host", "a.test"], "\"a.test\" is not NAME=IP"),
+        (&["--dns-ca", "/nonexistent/ca.pem"], "--dns-ca /nonexistent/ca.pem"),
         (&["--wait", "--net", "none"], "--wait"),
     ];
     all_refused(dir.path(), &network, &[image])?;
@@ -235,9 +236,15 @@ fn a_port_in_use_ends_the_run_before_the_vm_starts() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (image, state) = (guest_image()?.display().to_string(), path(dir.path(), "state"));
     let taken = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
-    let spec = format!("{}:22", taken.local_addr()?.port());
+    let port = taken.local_addr()?.port();
+    let spec = format!("{port}:22");
     let out = cli(dir.path(), &["run", "--state-dir", &state, "-publish", &spec, &image])?;
-    ensure!(out.status.code() == Some(1) && said(&out).contains(&spec), "{}: {}", out.status, said(&out));
+    ensure!(
+        out.status.code() == Some(1) && said(&out).contains(&format!("127.0.0.1:{port}")),
+        "{}: {}",
+        out.status,
+        said(&out)
+    );
     ensure!(!Path::new(&path(dir.path(), "state/vm.log")).exists(), "the VM was started");
     ensure!(processes(dir.path())?.is_empty(), "{:?}", processes(dir.path())?);
     let left = portway_tests::launch::sockets(dir.path())?;

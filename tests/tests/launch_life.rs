@@ -102,10 +102,10 @@ fn a_detached_vm_that_cannot_start_says_why_and_is_not_there() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (image, state) = (guest_image()?.display().to_string(), path(dir.path(), "state"));
     let words =
-        ["run", "--detach", "--net", "none", "--device", "no-such-device", "--state-dir", &state, &image];
+        ["run", "--detach", "--net", "none", "--qemu-arg", "--no-such-option", "--state-dir", &state, &image];
     let out = cli(dir.path(), &words)?;
     ensure!(
-        out.status.code() == Some(1) && said(&out).contains("no-such-device"),
+        out.status.code() == Some(1) && said(&out).contains("--no-such-option"),
         "{}: {}",
         out.status,
         said(&out)
@@ -308,8 +308,9 @@ fn a_launcher_that_is_killed_at_any_moment_leaves_nothing_behind() -> Result<()>
         })?;
         // And the same state can be used again at once.
         if round % 10 == 9 {
-            let out = cli(dir.path(), &["run", "--state-dir", &state, "--device", "no-such-device", &image])?;
-            ensure!(said(&out).contains("no-such-device"), "{}", said(&out));
+            let out =
+                cli(dir.path(), &["run", "--state-dir", &state, "--qemu-arg", "--no-such-option", &image])?;
+            ensure!(said(&out).contains("--no-such-option"), "{}", said(&out));
         }
     }
     Ok(())

@@ -10,7 +10,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use portway_tests::guest::Guest;
-use portway_tests::namespace::Unprivileged;
+use portway_tests::host::free_port;
+use portway_tests::namespace::{Namespace, Unprivileged};
 use portway_tests::program::{PATIENCE, Program, ask, left_out, named, rootlesskit, run};
 
 const UUID: &[u8; 36] = b"d7a1e0c6-8a5c-4b6e-9f0e-0123456789ab";
@@ -42,10 +43,6 @@ fn greeting(at: SocketAddr) -> Option<String> {
     stream.shutdown(std::net::Shutdown::Write).ok()?;
     stream.read_to_string(&mut text).ok()?;
     text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned())
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 /// slirp4netns for `namespace`, ready.
@@ -289,6 +286,44 @@ fn rootlesskit_has_its_network_from_us_as_vpnkit() -> Result<()> {
     Ok(())
 }
 
+/// Debian builds rootlesskit without its vpnkit driver; here is what that driver does, in its order (its `pkg/network/vpnkit`).
+#[test]
+fn what_rootlesskits_driver_does_finds_vpnkit_here() -> Result<()> {
+    let Some(child) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let ethernet = dir.path().join("vpnkit-ethernet.sock");
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let outside = listener.local_addr()?.port();
+    greeter(listener, "outside");
+    // It is killed with its parent; `--host-ip 0.0.0.0` is added when the host's loopback is not to be reached.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(named(dir.path(), "vpnkit")?);
+    command.arg("--ethernet").arg(&ethernet).args(["--mtu", "1500"]);
+    let mut vpnkit = Program::start(&mut command, &dir.path().join("log"))?;
+    vpnkit.until("its socket", || ethernet.exists())?;
+    // A first connection, for the address alone; then the one that stays, under the same UUID.
+    let mut first = Guest::attach_vpnkit(&ethernet, UUID)?;
+    let (address, gateway, resolvers) = first.dhcp()?;
+    ensure!((gateway, &resolvers[..]) == ([192, 168, 65, 1].into(), &[[192, 168, 65, 1].into()][..]));
+    drop(first);
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/guest/vpnkit-tap.py");
+    let mut tap = child.command("python3");
+    tap.arg(script).arg(&ethernet).arg(std::str::from_utf8(UUID)?).arg(address.to_string());
+    let mut tap = Program::start(&mut tap, &dir.path().join("tap"))?;
+    tap.until("the tap", || {
+        std::fs::read_to_string(dir.path().join("tap")).is_ok_and(|t| t.contains("ready"))
+    })?;
+    // The child's resolv.conf says 192.168.65.1.
+    child.resolve_with("192.168.65.1".parse()?)?;
+    for place in ["192.168.65.2", "host.internal"] {
+        let (done, said) = child.run(&format!("curl -sS --max-time 10 http://{place}:{outside}/"))?;
+        ensure!(done && said == "outside 127.0.0.1", "{place}: {said} {}", vpnkit.log());
+    }
+    let (done, said) = child.run("curl -sS --max-time 10 http://192.168.65.1:9/")?;
+    ensure!(!done && said.contains("Failed to connect"), "{said}");
+    Ok(())
+}
+
 /// An HTTP request to the socket at `path`: the status and the body.
 fn http(path: &Path, method: &str, route: &str, body: &str) -> Result<(u16, String)> {
     let head = format!(
@@ -466,5 +501,195 @@ fn vpnkit_hands_connections_to_programs_and_guests_see_who_refuses() -> Result<(
     for refused in ["10.9.9.9:81", "10.1.1.1:80", "172.16.0.1:80"] {
         assert!(guest.connect(refused.parse()?)?.is_none(), "{refused}");
     }
+    Ok(())
+}
+
+/// A proxy of the outside: answers requests with what it was asked, takes CONNECT to one place and greets there.
+fn upstream_proxy(listener: TcpListener) {
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            std::thread::spawn(move || -> Option<()> {
+                loop {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        let mut byte = [0];
+                        stream.read_exact(&mut byte).ok()?;
+                        head.push(byte[0]);
+                    }
+                    let head = String::from_utf8(head).ok()?;
+                    let line = head.lines().next()?;
+                    if line.starts_with("CONNECT 192.0.2.7:443 ") {
+                        return stream.write_all(b"HTTP/1.1 200 Connected\r\n\r\nhello from TLS").ok();
+                    }
+                    let login =
+                        head.lines().find(|l| l.to_lowercase().starts_with("proxy-auth")).unwrap_or("");
+                    let body = format!("{line}|{login}|");
+                    let status = if line.starts_with("CONNECT") { "403 No" } else { "200 OK" };
+                    let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                    stream.write_all(answer.as_bytes()).ok()?;
+                }
+            });
+        }
+    });
+}
+
+/// What comes back for `request` from `at`; `None` when the connection is refused.
+fn requested(guest: &mut Guest, at: &str, request: &str, end: &str) -> Result<Option<String>> {
+    let Some(flow) = guest.connect(at.parse()?)? else { return Ok(None) };
+    let mut said = Vec::new();
+    let mut sent = 0;
+    let done = guest.until("an answer", |g| {
+        let tcp = g.tcp(flow);
+        if sent < request.len() && tcp.can_send() {
+            sent += tcp.send_slice(&request.as_bytes()[sent..]).unwrap_or(0);
+        }
+        while tcp.can_recv() {
+            let taken = tcp.recv(|b| {
+                said.extend_from_slice(b);
+                (b.len(), ())
+            });
+            if taken.is_err() {
+                break;
+            }
+        }
+        (String::from_utf8_lossy(&said).contains(end) || !tcp.may_recv()).then_some(())
+    });
+    guest.tcp(flow).abort();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    done.with_context(|| format!("{request:?}: {said:?}"))?;
+    Ok(Some(said))
+}
+
+#[test]
+fn vpnkits_http_proxies_carry_what_they_are_for_and_change_while_it_runs() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name);
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let proxy = listener.local_addr()?.port();
+    upstream_proxy(listener);
+    let web = TcpListener::bind("127.0.0.1:0")?;
+    let direct = web.local_addr()?.port();
+    greeter(web, "direct");
+    let settings = serde_json::json!({
+        "http": format!("http://me:p%40ss@127.0.0.1:{proxy}"), "https": format!("127.0.0.1:{proxy}"),
+        "exclude": "192.168.65.2 *.local", "transparent_http_ports": [80, direct],
+    });
+    std::fs::write(path("http.json"), settings.to_string())?;
+    let mut command = Command::new(named(dir.path(), "vpnkit")?);
+    command.arg("--ethernet").arg(path("eth")).arg("--http").arg(path("http.json"));
+    command.arg("--http-api-path").arg(path("http.sock"));
+    let mut vpnkit = Program::start(&mut command, &path("log"))?;
+    vpnkit.until("its sockets", || path("eth").exists() && path("http.sock").exists())?;
+    let mut guest = Guest::attach_vpnkit(&path("eth"), UUID)?;
+    guest.dhcp()?;
+
+    // Nobody is at 192.0.2.7: the proxy answers, and knows who the guest meant.
+    let get = "GET /a?b HTTP/1.1\r\nHost: some.test\r\nConnection: close\r\n\r\n";
+    let said = requested(&mut guest, "192.0.2.7:80", get, "==|")?.context("refused")?;
+    ensure!(said.starts_with("HTTP/1.1 200 OK"), "{said}");
+    let asked = "GET http://some.test/a?b HTTP/1.1|proxy-authorization: basic bwu6cebzcw==|";
+    ensure!(said.to_lowercase().ends_with(&asked.to_lowercase()), "{said}");
+    let said =
+        requested(&mut guest, "192.0.2.7:80", "GET / HTTP/1.0\r\n\r\n", "</html>")?.context("refused")?;
+    ensure!(said.contains("400 Bad Request") && said.contains("names no host"), "{said}");
+    // TLS is not opened; what the proxy refuses is refused.
+    let said = requested(&mut guest, "192.0.2.7:443", "", "hello from TLS")?.context("refused")?;
+    ensure!(said == "hello from TLS", "{said}");
+    ensure!(requested(&mut guest, "192.0.2.8:443", "", "x")?.is_none());
+    // Excluded: the connection goes where it wanted to go.
+    let close = "GET / HTTP/1.1\r\nHost: host.internal\r\nConnection: close\r\n\r\n";
+    let said =
+        requested(&mut guest, &format!("192.168.65.2:{direct}"), close, "127.0.0.1")?.context("refused")?;
+    ensure!(said.contains("direct 127.0.0.1"), "{said}");
+    // The gateway's own proxy, for those who know of it.
+    let absolute = "GET http://other.test/x HTTP/1.1\r\nHost: other.test\r\nConnection: close\r\n\r\n";
+    let said = requested(&mut guest, "192.168.65.1:3128", absolute, "|")?.context("refused")?;
+    ensure!(said.contains("GET http://other.test/x HTTP/1.1|"), "{said}");
+    let connect = "CONNECT 192.0.2.7:443 HTTP/1.1\r\nHost: x\r\n\r\n";
+    let said = requested(&mut guest, "192.168.65.1:3129", connect, "hello from TLS")?.context("refused")?;
+    ensure!(said.starts_with("HTTP/1.1 200") && said.ends_with("hello from TLS"), "{said}");
+    // Excluded names are dialled as far as a guest may go itself, and no further.
+    let inside = format!("CONNECT 127.0.0.1:{direct} HTTP/1.1\r\nHost: x\r\n\r\n");
+    let said =
+        requested(&mut guest, "192.168.65.1:3128", &inside.replace("127.0.0.1", "192.168.65.2"), "200 OK")?;
+    ensure!(said.is_some_and(|s| s.contains("200 OK")), "the host alias is excluded, and may be reached");
+
+    // The API shows and changes the settings; what is no setting changes nothing.
+    let shown: serde_json::Value =
+        serde_json::from_str(&http(&path("http.sock"), "GET", "/http_proxy.json", "")?.1)?;
+    ensure!(shown["exclude"] == "192.168.65.2 *.local", "{shown}");
+    for (body, fault) in [("{", "EOF"), ("{\"http\":\"socks5://x\"}", "socks5"), ("[]", "invalid type")] {
+        let (status, said) = http(&path("http.sock"), "POST", "/http_proxy.json", body)?;
+        ensure!(status == 400 && said.contains(fault), "{body}: {status} {said}");
+    }
+    let same: serde_json::Value =
+        serde_json::from_str(&http(&path("http.sock"), "GET", "/http_proxy.json", "")?.1)?;
+    ensure!(same == shown);
+    let allow = r#"{"exclude":"*","allow_enabled":true,"allow":["*.good.test","127.0.0.1"],"allow_error_msg":"no way to %s"}"#;
+    ensure!(http(&path("http.sock"), "POST", "/http_proxy.json", allow)?.0 == 200);
+    let said = requested(&mut guest, "192.0.2.7:80", get, "</html>")?.context("refused")?;
+    ensure!(said.contains("403 Forbidden") && said.contains("no way to some.test"), "{said}");
+    // Allowed by name, and still not where a guest may not go.
+    let said = requested(&mut guest, "192.168.65.1:3128", &inside, "</html>")?.context("refused")?;
+    ensure!(said.contains("503") && said.contains("is not reached from here"), "{said}");
+    ensure!(requested(&mut guest, "192.0.2.7:443", "", "x")?.is_none());
+    // And the file is followed.
+    std::fs::write(path("http.json"), "{}")?;
+    vpnkit.until("the file", || {
+        http(&path("http.sock"), "GET", "/http_proxy.json", "").is_ok_and(|(_, b)| !b.contains("good.test"))
+    })?;
+    Ok(())
+}
+
+#[test]
+fn tshark_reads_vpnkits_pcap_socket_while_it_runs() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (ethernet, pcap) = (dir.path().join("eth"), dir.path().join("pcap"));
+    let mut command = Command::new(named(dir.path(), "vpnkit")?);
+    command.arg("--ethernet").arg(&ethernet).arg("--pcap").arg(&pcap);
+    let mut vpnkit = Program::start(&mut command, &dir.path().join("log"))?;
+    vpnkit.until("its sockets", || ethernet.exists() && pcap.exists())?;
+    let mut stream = std::os::unix::net::UnixStream::connect(&pcap)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut bytes = vec![0; 24];
+    stream.read_exact(&mut bytes)?;
+    let mut guest = Guest::attach_vpnkit(&ethernet, UUID)?;
+    guest.dhcp()?;
+    // DISCOVER, OFFER, REQUEST, ACK at least, and whole.
+    for _ in 0..4 {
+        let mut record = [0; 16];
+        stream.read_exact(&mut record)?;
+        let length = u32::from_le_bytes([record[8], record[9], record[10], record[11]]);
+        let mut frame = vec![0; usize::try_from(length)?];
+        stream.read_exact(&mut frame)?;
+        bytes.extend(record);
+        bytes.extend(frame);
+    }
+    let file = dir.path().join("a.pcap");
+    std::fs::write(&file, bytes)?;
+    let words =
+        ["-r", &file.to_string_lossy(), "-T", "fields", "-e", "dhcp.option.dhcp", "-e", "_ws.malformed"];
+    let out = run(Path::new("tshark"), &words)?;
+    let said = String::from_utf8(out.stdout)?;
+    let kinds: Vec<&str> = said.lines().map(str::trim).collect();
+    ensure!(kinds == ["1", "2", "3", "5"], "{said:?}");
+    Ok(())
+}
+
+#[test]
+fn vpnkits_proxy_ports_refuse_without_settings() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (ethernet, api) = (dir.path().join("eth"), dir.path().join("http.sock"));
+    let mut command = Command::new(named(dir.path(), "vpnkit")?);
+    command.arg("--ethernet").arg(&ethernet).arg("--http-api-path").arg(&api);
+    let mut vpnkit = Program::start(&mut command, &dir.path().join("log"))?;
+    vpnkit.until("its sockets", || ethernet.exists() && api.exists())?;
+    assert_eq!(http(&api, "GET", "/http_proxy.json", "")?, (404, "None set".into()));
+    let mut guest = Guest::attach_vpnkit(&ethernet, UUID)?;
+    guest.dhcp()?;
+    ensure!(guest.connect("192.168.65.1:3128".parse()?)?.is_none());
+    assert_eq!(vpnkit.stop()?.code(), Some(0));
+    ensure!(!api.exists());
     Ok(())
 }

@@ -1,43 +1,19 @@
 //! The real `portway serve` on loopback, with a guest that is smoltcp at the other end of its link. No root needed.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use portway_tests::guest::Guest;
+use portway_tests::host::{echo_server, started};
 use portway_tests::sidecar::{Sidecar, until};
 use portway_tests::vm::portway;
 use smoltcp::socket::tcp::State;
 
 const ALIAS: [u8; 4] = [192, 168, 127, 254];
-
-fn started(options: &[&str]) -> Result<(tempfile::TempDir, Sidecar, Guest)> {
-    let dir = tempfile::tempdir()?;
-    let sidecar = Sidecar::start(dir.path(), options)?;
-    let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
-    guest.dhcp()?;
-    Ok((dir, sidecar, guest))
-}
-
-/// A server of the host that echoes every connection.
-fn echo_server() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            std::thread::spawn(move || {
-                let Ok(mut from) = stream.try_clone() else { return };
-                let mut to = stream;
-                let _ = std::io::copy(&mut from, &mut to);
-                let _ = to.shutdown(Shutdown::Write);
-            });
-        }
-    });
-    Ok(port)
-}
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|n| u8::try_from(n % 251).unwrap_or(0)).collect()
@@ -335,6 +311,38 @@ fn bad_usage_is_one_clear_line_and_nothing_is_started() -> Result<()> {
             !dir.path().join("vm").exists() && !dir.path().join("api").exists(),
             "{args:?} left a socket"
         );
+    }
+    Ok(())
+}
+
+/// The host's ends as the kernel shows them; the guest's are in netstack/tests/rfc9293.rs (section 3.8.4).
+#[test]
+fn the_hosts_end_of_an_idle_connection_is_asked_after_the_time_the_operator_sets_or_never() -> Result<()> {
+    for (seconds, shown) in [("90", true), ("0", false)] {
+        let options = ["--tcp-keepalive", seconds, "--publish", "0:5000"];
+        let (_dir, sidecar, mut guest) = started(&options)?;
+        let echo = echo_server()?;
+        let out = guest.connect(SocketAddr::from((ALIAS, echo)))?.context("refused")?;
+        ensure!(guest.exchange(out, b"x", 1)? == b"x");
+        let port = sidecar.json(&["ports"])?[0]["host_port"].as_u64().context("a port")?;
+        let listener = guest.listen(5000)?;
+        let client = TcpStream::connect(("127.0.0.1", u16::try_from(port)?))?;
+        guest.until("the client", |g| (g.tcp(listener).state() == State::Established).then_some(()))?;
+        // ss(8): `timer:(keepalive,1min29sec,0)`, of the sidecar's own ends.
+        for filter in [format!("dport = :{echo}"), format!("sport = :{port}")] {
+            let timers = || {
+                let out = Command::new("ss").args(["-Htno", "state", "established", &filter]).output();
+                out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default()
+            };
+            let mut seen = String::new();
+            let right = until(Duration::from_secs(5), || {
+                seen = timers();
+                let asked = seen.contains("timer:(keepalive,1min");
+                !seen.trim().is_empty() && asked == shown && (shown || !seen.contains("keepalive"))
+            });
+            right.with_context(|| format!("--tcp-keepalive {seconds}, {filter}: {seen:?}"))?;
+        }
+        drop(client);
     }
     Ok(())
 }

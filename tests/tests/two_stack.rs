@@ -376,6 +376,50 @@ fn traceroute_by_udp_and_icmp_shows_every_hop_and_the_mtu_of_the_path_is_told() 
 }
 
 #[test]
+fn where_the_host_forbids_pings_guests_are_told_so_and_the_log_and_doctor_name_the_sysctl() -> Result<()> {
+    let (Some(guest), Some(host), Some(other)) = (Namespace::new()?, Namespace::new()?, Namespace::new()?)
+    else {
+        return Ok(());
+    };
+    host.cable(
+        "east",
+        ["10.61.1.1/24", "2001:db8:1::1/64"],
+        &other,
+        ["10.61.1.2/24", "2001:db8:1::2/64"],
+        1500,
+    )?;
+    host.sysctl("net.ipv4.ping_group_range", "1 0")?;
+    let dir = tempfile::tempdir()?;
+    let portway = portway_tests::vm::portway()?;
+    // As a user's process: without the capability for raw sockets.
+    let mut command = host.command("setpriv");
+    command.args(["--bounding-set=-net_raw", "--inh-caps=-net_raw"]).arg(&portway);
+    let link = format!("tap:tap0,netns={},name=box", guest.path().display());
+    let options = ["--link", &link, "--subnet6", SUBNET6, "--ipv6", "on"];
+    let sidecar = Sidecar::start_by(command, dir.path(), &options)?;
+    guest.up("tap0")?;
+    address_v4(&guest)?;
+    made_itself(&guest)?;
+    for to in ["10.61.1.2", "2001:db8:1::2"] {
+        let start = Instant::now();
+        let (good, text) = guest.run(&format!("ping -n -c 1 -W 10 {to}"))?;
+        ensure!(!good && start.elapsed() < Duration::from_secs(5), "{to}, {:?}: {text}", start.elapsed());
+        let text = text.to_lowercase();
+        ensure!(text.contains("filtered") || text.contains("prohibited"), "{to}: {text}");
+    }
+    let log = sidecar.log();
+    assert_eq!(log.matches("net.ipv4.ping_group_range").count(), 1, "{log}");
+    // The gateway answers by itself.
+    run(&guest, &format!("ping -n -c 1 -W 5 {}", GATEWAY[0]))?;
+    let mut doctor = host.command("setpriv");
+    doctor.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&portway).arg("doctor");
+    let said = doctor.arg("--api").arg(format!("unix:{}", dir.path().join("api").display())).output()?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    ensure!(said.contains("may not open ping sockets") && said.contains("ping_group_range"), "{said}");
+    Ok(())
+}
+
+#[test]
 fn a_guest_on_a_host_without_ipv6_has_no_default_route_and_follows_when_the_host_gets_one() -> Result<()> {
     let (Some(guest), Some(host), Some(other)) = (Namespace::new()?, Namespace::new()?, Namespace::new()?)
     else {
@@ -410,4 +454,108 @@ fn a_guest_on_a_host_without_ipv6_has_no_default_route_and_follows_when_the_host
     run(&guest, "ping -n -c 1 -W 5 2001:db8:1::2")?;
     host.ip(&["-6", "route", "delete", "default"])?;
     until(PATIENCE, || !default_route()).context("the default route stayed")
+}
+
+/// A name with an address of each version, and a client that would wait a minute before it tried the other.
+#[test]
+fn a_client_goes_on_to_ipv4_at_once_when_ipv6_is_unreachable_or_refused_at_the_host() -> Result<()> {
+    let (Some(guest), Some(host), Some(far)) = (Namespace::new()?, Namespace::new()?, Namespace::new()?)
+    else {
+        return Ok(());
+    };
+    let (near4, far4, far6) = ("10.61.1.1/24", "10.61.1.2", "2001:db8:1::2");
+    let far_ends = [&format!("{far4}/24")[..], &format!("{far6}/64")[..]];
+    host.cable("east", [near4, "2001:db8:1::1/64"], &far, far_ends, 1500)?;
+    let dir = tempfile::tempdir()?;
+    let link = format!("tap:tap0,netns={},name=box", guest.path().display());
+    let mut names = Vec::new();
+    // Nowhere: the host has no route to it. Refused: a host that is there, and serves IPv4 alone.
+    for (name, v6) in [("nowhere.test", "2001:db8:9::1"), ("refused.test", far6)] {
+        names.extend([format!("{name}={v6}"), format!("{name}={far4}")]);
+    }
+    let hosts = names.iter().flat_map(|name| ["--dns-host", name]);
+    // A network whose addresses are global: from one of a ULA, IPv4 goes first (RFC 6724).
+    let fixed = ["--link", &link, "--subnet6", "2001:db8:77::/64", "--ipv6", "on", "--hosts-file", "off"];
+    let options: Vec<&str> = fixed.into_iter().chain(hosts).collect();
+    let _sidecar = Sidecar::start_in(&host, dir.path(), &options)?;
+    guest.up("tap0")?;
+    address_v4(&guest)?;
+    made_itself(&guest)?;
+    guest.resolve_with(GATEWAY[0].parse()?)?;
+    let listener = far.inside(|| Ok(TcpListener::bind((far4, 80))?))?;
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+        }
+    });
+    for name in ["nowhere.test", "refused.test"] {
+        let asked = run(&guest, &format!("dig +short +time=5 {name} AAAA"))?;
+        ensure!(asked.starts_with("2001:db8:"), "{asked}");
+        // -v tells that IPv6 was tried first.
+        let curl = "curl -sS -v -m 30 --happy-eyeballs-timeout-ms 60000 --noproxy *";
+        let start = Instant::now();
+        let text = run(&guest, &format!("{curl} http://{name}/"))?;
+        ensure!(text.contains("hello") && text.contains("2001:db8:"), "{text}");
+        ensure!(start.elapsed() < Duration::from_secs(5), "{name} took {:?}: {text}", start.elapsed());
+        let start = Instant::now();
+        let (good, text) = guest.run(&format!("curl -6 -sS -m 30 --noproxy * http://{name}/"))?;
+        ensure!(!good && start.elapsed() < Duration::from_secs(5), "{name}, {:?}: {text}", start.elapsed());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_drops_five_of_a_hundred_frames_gets_and_sends_every_byte() -> Result<()> {
+    const LEN: usize = 6_000_000;
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar = attach(dir.path(), None, &guest, &["--publish", "0:box:5000"])?;
+    address_v4(&guest)?;
+    // Small frames, so that many are lost; those to the guest are segments of up to 64 KiB all the same.
+    guest.ip(&["link", "set", "dev", "tap0", "gso_max_segs", "1"])?;
+    for (chain, device) in [("INPUT", "-i"), ("OUTPUT", "-o")] {
+        let drop = format!("-A {chain} {device} tap0 -m statistic --mode random --probability 0.05 -j DROP");
+        run(&guest, &format!("iptables {drop}"))?;
+    }
+    let data: Vec<u8> = (0..LEN).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[4]).collect();
+    let port = u16::try_from(sidecar.json(&["ports"])?[0]["host_port"].as_u64().context("a port")?)?;
+    let served = TcpListener::bind("127.0.0.1:0")?;
+    let listener = guest.inside(|| Ok(TcpListener::bind((GUEST, 5000))?))?;
+    let to = SocketAddr::new(HOST[0].parse()?, served.local_addr()?.port());
+    let out = guest.inside(|| Ok(TcpStream::connect(to)?))?;
+    let pairs = [(out, served.accept()?.0), {
+        let client = TcpStream::connect(("127.0.0.1", port))?;
+        (listener.accept()?.0, client)
+    }];
+    // Both ways at once, over the outgoing connection and the published one.
+    let (data, mut ends) = (std::sync::Arc::new(data), Vec::new());
+    for stream in pairs.into_iter().flat_map(|(a, b)| [a, b]) {
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_write_timeout(Some(Duration::from_secs(60)))?;
+        let (mut writer, bytes) = (stream.try_clone()?, std::sync::Arc::clone(&data));
+        let sender = std::thread::spawn(move || {
+            writer.write_all(&bytes)?;
+            writer.shutdown(std::net::Shutdown::Write)
+        });
+        let mut reader = stream;
+        let receiver = std::thread::spawn(move || {
+            let mut got = Vec::new();
+            reader.read_to_end(&mut got).map(|_| got)
+        });
+        ends.push((sender, receiver));
+    }
+    for (sender, receiver) in ends {
+        let got = receiver.join().unwrap().context("a reader")?;
+        ensure!(got == **data, "{} bytes of {LEN}, or others", got.len());
+        sender.join().unwrap().context("a writer")?;
+    }
+    let (_, rules) = guest.run("iptables -L -v -n -x")?;
+    let dropped: u64 = rules
+        .lines()
+        .filter(|l| l.contains("DROP"))
+        .filter_map(|l| l.split_whitespace().next()?.parse::<u64>().ok())
+        .sum();
+    ensure!(dropped > 50, "next to nothing was lost: {rules}");
+    Ok(())
 }

@@ -211,8 +211,36 @@ fn ipv6(vm: &Vm) -> Result<()> {
     // The echo is of 127.0.0.1 alone; the host's loopback is meant, of either version.
     let answer = vm.guest(&format!("guest-probe udp-ping [{PREFIX6}::254]:{echo}"))?;
     ensure!(answer.starts_with("echoed "), "{answer}");
-    let port = vm.published(7001)?;
-    ensure!(std::net::TcpStream::connect(("::1", port)).is_ok(), "the published port on ::1");
+    // The guest's own web server, by way of the host's IPv6 loopback.
+    let mut stream = std::net::TcpStream::connect(("::1", vm.published(80)?))?;
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(20)))?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    let mut page = String::new();
+    stream.read_to_string(&mut page)?;
+    ensure!(page.contains("ask the guest"), "published on ::1: {page:?}");
+    // A stock client of DHCPv6; what it got is what is listed, and has the guest's name.
+    let client =
+        "dhclient -6 -1 -v -sf /bin/true -cf /dev/null -lf /tmp/dhclient6.leases -pf /tmp/dhclient6.pid eth0";
+    let lease =
+        vm.guest(&format!("touch /tmp/dhclient6.leases; {client} 2>&1; cat /tmp/dhclient6.leases"))?;
+    let ip = lease.lines().find_map(|l| l.trim().strip_prefix("iaaddr ")?.split(' ').next());
+    let ip = ip.with_context(|| format!("no lease by DHCPv6: {lease}"))?;
+    ensure!(
+        ip.starts_with(PREFIX6) && lease.contains(&format!("dhcp6.name-servers {PREFIX6}::1")),
+        "{lease}"
+    );
+    let listed = vm.portway(&["leases"])?;
+    ensure!(listed.contains(ip), "{ip} is not listed: {listed}");
+    // What nobody serves is refused at once. What this host has no way to is unreachable at once; where it has one, the
+    // address of no network is silence or unreachable, and no test.
+    let closed = std::net::TcpListener::bind("[::1]:0")?.local_addr()?.port();
+    let answer = vm.guest(&format!("guest-probe connect [{PREFIX6}::254]:{closed}"))?;
+    ensure!(answer.starts_with("refused ") && number(&answer)? < AT_ONCE_MS, "{answer}");
+    if std::net::UdpSocket::bind("[::]:0").and_then(|s| s.connect("[2000::1]:9")).is_err() {
+        let answer = vm.guest("guest-probe connect [2001:db8::1]:80")?;
+        let took = answer.split_whitespace().nth(1).and_then(|ms| ms.parse::<u64>().ok());
+        ensure!(answer.contains("nreachable") && took.is_some_and(|ms| ms < AT_ONCE_MS), "{answer}");
+    }
     Ok(())
 }
 

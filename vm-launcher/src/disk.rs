@@ -163,6 +163,12 @@ impl DiskSpec {
         }
     }
 
+    /// The format it has, or will have; `None` when it cannot be read.
+    pub(crate) fn will_be(&self, n: usize, state_dir: &Path) -> Option<Format> {
+        let path = self.place(n, state_dir);
+        if path.exists() { detect(&path).ok() } else { Some(self.wanted_format(&path)) }
+    }
+
     /// The disk, made if it is not there. The answer's text is a line for the user. It is made under another name, which `half`
     /// is told first, so that a disk that is there is whole.
     pub(crate) fn prepare(

@@ -151,7 +151,7 @@ fn setting<T>(text: String) -> Result<T, LaunchError> {
 }
 
 /// What can be known to be wrong without looking at the machine.
-fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
+pub(crate) fn check(config: &LaunchConfig) -> Result<(), LaunchError> {
     // The name is a DNS label (RFC 1123 §2.1), and a part of --link, where a comma would end it.
     let label = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     let name = &config.name;

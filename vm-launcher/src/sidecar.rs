@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use crate::net::{self, Card};
-use crate::{LaunchConfig, SharedNetwork};
+use crate::{LaunchConfig, LaunchError, SharedNetwork, machine};
 
 /// Where sidecar and VM meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,17 +43,20 @@ impl LaunchConfig {
     /// `None` when the VM needs no sidecar.
     ///
     /// On a network that is shared the address and the ports are for that network to judge.
-    #[must_use]
-    pub fn sidecar_arguments(&self) -> Option<Vec<OsString>> {
+    ///
+    /// # Errors
+    /// When what would become a part of it is wrong by itself, such as the VM's name.
+    pub fn sidecar_arguments(&self) -> Result<Option<Vec<OsString>>, LaunchError> {
+        machine::check(self)?;
         if !self.net.needs_sidecar() {
-            return None;
+            return Ok(None);
         }
         let mut config = self.clone();
         if config.shared.take().is_some() {
             config.ip = None;
         }
         let link = Link::Path(net::socket(&config));
-        Some(settings(&config, &Card::Socket, &link))
+        Ok(Some(settings(&config, &Card::Socket, &link)))
     }
 }
 
@@ -126,13 +129,15 @@ mod tests {
             --dns-upstream 127.0.0.1:5353";
         assert_eq!(words, expected.split(' ').map(OsString::from).collect::<Vec<_>>());
         config.shared = Some(shared);
-        let known = config.sidecar_arguments().expect("it needs one");
+        let known = config.sidecar_arguments().expect("nothing is wrong").expect("it needs one");
         assert_eq!(
             known[2], "qemu:unix:/run/a.sock-demo,name=demo,mtu=65520",
             "the address is the network's to judge"
         );
         config.net = crate::Net::None;
-        assert_eq!(config.sidecar_arguments(), None);
+        assert_eq!(config.sidecar_arguments().expect("nothing is wrong"), None);
+        config.name = "a,mtu=1".into();
+        assert!(config.sidecar_arguments().expect_err("a comma").to_string().contains("--name"));
         let spec = link_spec(&config, &Card::Datagrams, &Link::Inherited(5));
         assert_eq!(spec, "dgram:fd:5,name=demo,mtu=1500,ip=192.168.127.9");
     }

@@ -24,7 +24,7 @@ use crate::net::{self, Card};
 use crate::qemu::Wires;
 use crate::sidecar::Link;
 use crate::state::StateDir;
-use crate::{Accel, Arch, LaunchConfig, LaunchError, Net, http, programs, state, vsock};
+use crate::{Accel, Arch, DiskSpec, LaunchConfig, LaunchError, Net, http, programs, state, vsock};
 
 /// The socket of its REST interface in the state directory.
 const REST: &str = "vfkit.sock";
@@ -88,7 +88,8 @@ impl Hypervisor for Vfkit {
             }
             _ => {}
         }
-        if let Some(disk) = config.disks.iter().find(|disk| disk.format == Some(Format::Qcow2)) {
+        let is_qcow2 = |n: usize, disk: &DiskSpec| disk.will_be(n, &config.state_dir) == Some(Format::Qcow2);
+        if let Some((_, disk)) = config.disks.iter().enumerate().find(|(n, disk)| is_qcow2(*n, disk)) {
             return qcow2(disk.path.as_deref().unwrap_or(Path::new("--disk format=qcow2")));
         }
         let refused = [
@@ -364,6 +365,8 @@ mod tests {
         assert!(refused(|c| c.accel = Accel::Tcg, &kernel()).contains("--accel"));
         assert!(refused(|c| c.net = Net::VhostUser, &kernel()).contains("--net"));
         assert!(refused(|c| c.mtu = Some(9000), &kernel()).contains("--mtu"));
+        let qcow2 = |c: &mut LaunchConfig| c.disks = vec!["/n/d.qcow2,size=1G".parse().expect("a disk")];
+        assert!(refused(qcow2, &kernel()).contains("convert -O raw /n/d.qcow2"));
         let alone = Boot::Kernel { kernel: "/k".into(), initrd: None, cmdline: String::new(), root: None };
         assert!(refused(|_| {}, &alone).contains("--initrd"));
         let boot = Boot::Disk { disk: "/d".into(), format: Format::Qcow2, firmware: Firmware::Default };

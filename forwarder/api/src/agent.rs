@@ -278,6 +278,7 @@ impl Listener {
 
 /// One guest agent, as `GET /v1/agents` lists it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct AgentInfo {
     /// The VM's name; null where the only one has none.
     pub name: Option<String>,

@@ -437,3 +437,11 @@ pub struct JoinAnswer {
     #[serde(default)]
     pub error: Option<String>,
 }
+
+/// What has come of a wait (`GET /v1/wait`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Waited {
+    /// Whether it was not in vain; otherwise ask again.
+    pub ready: bool,
+}

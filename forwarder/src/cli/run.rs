@@ -57,7 +57,7 @@ struct BootArgs {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// The command line that goes with --kernel [default: console= of the serial port]
-    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
     /// Boot IMAGE-kernel with IMAGE-squashfs.img as its root
     #[arg(long, conflicts_with_all = ["kernel", "iso", "uefi"])]
@@ -191,6 +191,7 @@ impl NetworkArgs {
             ("--api", self.api.is_some()),
             ("--dns-upstream", !self.dns_upstream.is_empty()),
             ("--dns-host", !self.dns_host.is_empty()),
+            ("--dns-ca", self.dns_ca.is_some()),
             ("--vsock on", self.vsock == Some(Switch::On)),
         ];
         given.into_iter().find_map(|(option, given)| given.then_some(option))
@@ -312,7 +313,7 @@ fn as_typed<T: FromStr>(text: &str) -> Result<String, T::Err> {
 
 /// Looks at the sidecar's command line as the sidecar will, before anything is started.
 fn check_network(config: &LaunchConfig) -> Result<(), Failure> {
-    let Some(words) = config.sidecar_arguments() else { return Ok(()) };
+    let Some(words) = config.sidecar_arguments().map_err(failure)? else { return Ok(()) };
     let line = std::iter::once(OsString::from("portway")).chain(words);
     let cli = super::Cli::try_parse_from(line).map_err(|error| Failure::usage(super::one_line(&error)))?;
     let super::Command::Serve { settings, .. } = cli.command else { return Ok(()) };
@@ -376,6 +377,9 @@ fn image(prefix: Option<PathBuf>, boot: &BootArgs, arch: Arch) -> Result<(PathBu
     if boot.initrd.is_some() && boot.kernel.is_none() && !boot.squashfs {
         return Err(Failure::usage("--initrd goes with --kernel or --squashfs"));
     }
+    if boot.cmdline.is_some() && boot.kernel.is_none() {
+        return Err(Failure::usage("--cmdline goes with --kernel; an image has its own, in IMAGE-cmdline"));
+    }
     match (prefix, &boot.kernel) {
         (_, Some(kernel)) => {
             let cmdline = boot.cmdline.clone().unwrap_or_else(|| format!("console={}", arch.console()));
@@ -400,6 +404,12 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         )));
     }
     let net = network.networking.clone().unwrap_or_else(|| network.net.into());
+    if let Some(path) = network.dns_ca.as_ref().filter(|path| !path.is_file()) {
+        return Err(Failure::usage(format!(
+            "--dns-ca {}: there is no such file: a file of certificates in PEM form is needed",
+            path.display()
+        )));
+    }
     if let Some(option) = network.needs_network().filter(|_| !net.needs_sidecar()) {
         return Err(Failure::usage(format!(
             "{option} goes with a network of Portway's, and the VM has none with this --net or --networking"

@@ -161,7 +161,7 @@ fn redacted(text: &str) -> String {
     for line in text.split_inclusive('\n') {
         let lower = line.to_ascii_lowercase();
         let found = SECRET_WORDS.iter().filter_map(|w| lower.find(w)).min();
-        let userinfo = lower.find("://").is_some_and(|at| {
+        let userinfo = lower.match_indices("://").any(|(at, _)| {
             let host = lower[at + 3..].split(['/', ' ', '"']).next().unwrap_or_default();
             host.contains('@')
         });

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
+use portway_api::control::Waited;
 
 use super::{Failure, Target, client, vms};
 use crate::control::client::{Client, ClientError};
@@ -30,11 +30,6 @@ pub(super) struct WaitArgs {
     timeout: u64,
     #[command(flatten)]
     at: Target,
-}
-
-#[derive(Deserialize)]
-struct Waited {
-    ready: bool,
 }
 
 pub(super) fn run(args: &WaitArgs) -> Result<ExitCode, Failure> {

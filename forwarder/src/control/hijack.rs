@@ -85,11 +85,20 @@ fn receive(fd: RawFd, into: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
     recv(fd, into, flags | MsgFlags::MSG_DONTWAIT).map_err(io::Error::from)
 }
 
-/// Serves `/connect` (when `connect`) and `/tunnel`; any other connection is given back, untouched.
-pub(super) async fn serve<C: Client>(client: C, connect: bool, app: &App) -> Option<C> {
+/// What a connection may become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Allowed {
+    /// A VM, by `/connect`.
+    pub(super) connect: bool,
+    /// A connection to a guest, by `/tunnel`.
+    pub(super) tunnel: bool,
+}
+
+/// Serves `/connect` and `/tunnel` as far as they are `allowed`; any other connection is given back, untouched.
+pub(super) async fn serve<C: Client>(client: C, allowed: Allowed, app: &App) -> Option<C> {
     let looked = tokio::time::timeout(PATIENCE, look(&client)).await;
     match looked {
-        Ok(Ok(Asks::Connect)) if connect => {
+        Ok(Ok(Asks::Connect)) if allowed.connect => {
             if let Ok(Ok(_)) = tokio::time::timeout(PATIENCE, head(&client)).await
                 && let Ok(end) = client.into_end()
             {
@@ -102,11 +111,11 @@ pub(super) async fn serve<C: Client>(client: C, connect: bool, app: &App) -> Opt
             }
             None
         }
-        Ok(Ok(Asks::Tunnel)) => {
+        Ok(Ok(Asks::Tunnel)) if allowed.tunnel => {
             tunnel(client, app).await;
             None
         }
-        Ok(Ok(Asks::Connect | Asks::Http | Asks::Unclear)) => Some(client),
+        Ok(Ok(Asks::Connect | Asks::Tunnel | Asks::Http | Asks::Unclear)) => Some(client),
         // Silent, or gone.
         Ok(Err(_)) | Err(_) => None,
     }

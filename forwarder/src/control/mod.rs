@@ -10,6 +10,7 @@
 //! from the handlers, and checked in under `docs/reference`.
 
 mod agents;
+mod body;
 pub mod client;
 mod dns;
 mod explain;
@@ -40,6 +41,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Mutex, Semaphore, oneshot};
 
+use self::hijack::Allowed;
 use self::kept::KeptPorts;
 use self::problem::Fault;
 use crate::config::GuestApi;
@@ -47,6 +49,7 @@ use crate::dns::Dns;
 use crate::events::EventLog;
 use crate::publish::spec::PublishSpec;
 use crate::request::{PublishError, Request, Requests};
+use crate::ssh::Forwards;
 
 /// Clients at once; further ones wait to be accepted.
 pub const CONNECTIONS: usize = 64;
@@ -67,6 +70,8 @@ pub struct App {
     dns: Arc<Dns>,
     events: Arc<EventLog>,
     kept: Option<Arc<KeptPorts>>,
+    /// Unix sockets that lead to guests over SSH.
+    ssh: Forwards,
     /// Places of clients, and of those that stay.
     places: Arc<Semaphore>,
     streams: Arc<Semaphore>,
@@ -84,6 +89,9 @@ pub enum DoorListener {
     Unix(std::os::unix::net::UnixListener),
     /// A TCP socket.
     Tcp(std::net::TcpListener),
+    /// A port of the host's vsock. Guests find `/connect` there and nothing else; the host's own programs everything.
+    #[cfg(target_os = "linux")]
+    Vsock(crate::vsock::HostPort),
 }
 
 impl App {
@@ -103,6 +111,7 @@ impl App {
             dns,
             events,
             kept,
+            ssh: Forwards::default(),
             places: Arc::new(Semaphore::new(CONNECTIONS)),
             streams: Arc::new(Semaphore::new(stream::STREAMS)),
             flow_listings: Arc::default(),
@@ -122,20 +131,32 @@ pub async fn serve(listener: UnixListener, app: App) {
 enum Listening {
     Unix(UnixListener),
     Tcp(TcpListener),
+    #[cfg(target_os = "linux")]
+    Vsock(crate::vsock::WatchedPort),
 }
 
 /// Serves the API at one place; `connect`: VMs may come in there.
 async fn serve_at(listener: Listening, connect: bool, app: App) {
-    let router = router(app.clone());
+    let everything = router(app.clone());
+    let allowed = Allowed { connect, tunnel: true };
     loop {
         let Ok(place) = Arc::clone(&app.places).acquire_owned().await else { return };
-        let (router, app) = (router.clone(), app.clone());
+        let (router, app) = (everything.clone(), app.clone());
         let accepted = match &listener {
             Listening::Unix(l) => l.accept().await.map(|(client, _)| {
-                tokio::spawn(serve_caller(client, connect, app, router, place));
+                tokio::spawn(serve_caller(client, allowed, app, router, place));
             }),
             Listening::Tcp(l) => l.accept().await.map(|(client, _)| {
-                tokio::spawn(serve_caller(client, connect, app, router, place));
+                tokio::spawn(serve_caller(client, allowed, app, router, place));
+            }),
+            #[cfg(target_os = "linux")]
+            Listening::Vsock(l) => l.accept().await.map(|(client, cid)| {
+                // Below are the kernel and the host itself (vsock(7)).
+                let (allowed, router) = match cid > crate::vsock::HOST_CID {
+                    false => (allowed, router),
+                    true => (Allowed { tunnel: false, ..allowed }, Router::new().fallback(not_found)),
+                };
+                tokio::spawn(serve_caller(client, allowed, app, router, place));
             }),
         };
         if let Err(error) = accepted {
@@ -144,15 +165,15 @@ async fn serve_at(listener: Listening, connect: bool, app: App) {
     }
 }
 
-/// Serves one client: `/connect` (when `connect`) and `/tunnel`, else HTTP.
+/// Serves one client: `/connect` and `/tunnel` as far as they are `allowed`, else HTTP.
 async fn serve_caller<C: hijack::Client>(
     client: C,
-    connect: bool,
+    allowed: Allowed,
     app: App,
     router: Router,
     place: tokio::sync::OwnedSemaphorePermit,
 ) {
-    if let Some(client) = hijack::serve(client, connect, &app).await {
+    if let Some(client) = hijack::serve(client, allowed, &app).await {
         serve_client(client, router, place).await;
     }
 }
@@ -163,6 +184,8 @@ impl App {
         let listening = match listener {
             DoorListener::Unix(l) => UnixListener::from_std(l).map(Listening::Unix),
             DoorListener::Tcp(l) => TcpListener::from_std(l).map(Listening::Tcp),
+            #[cfg(target_os = "linux")]
+            DoorListener::Vsock(port) => port.watched().map(Listening::Vsock),
         };
         match listening {
             Ok(listening) => drop(tokio::spawn(serve_at(listening, connect, self.clone()))),
@@ -170,12 +193,17 @@ impl App {
         }
     }
 
+    /// Serves a unix socket that leads to a guest over SSH, until the runtime ends.
+    pub(crate) fn serve_forward(&self, bound: crate::ssh::Bound) {
+        self.ssh.serve(bound, None, self.requests.clone());
+    }
+
     /// Serves a guest's connection to the gateway's port 80. Beyond [`GUEST_CLIENTS`] it is closed.
     pub fn serve_guest(&self, stream: tokio::net::UnixStream, guest: std::net::IpAddr) {
         let Ok(place) = Arc::clone(&self.guests).try_acquire_owned() else { return };
         let router = Router::new()
             .merge(gvproxy::guest_routes())
-            .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))
+            .fallback(not_found)
             .layer(axum::Extension(gvproxy::Guest(guest)))
             .layer(DefaultBodyLimit::max(BODY))
             .layer(middleware::from_fn(patient))
@@ -238,13 +266,17 @@ where
 
 fn router(app: App) -> Router {
     Router::new()
-        .merge(agents::routes())
         .merge(v1::routes())
         .merge(gvproxy::routes())
-        .fallback(async || (StatusCode::NOT_FOUND, gvproxy::text("404 page not found")))
+        .fallback(not_found)
         .layer(DefaultBodyLimit::max(BODY))
         .layer(middleware::from_fn(patient))
         .with_state(app)
+}
+
+/// What there is not, in gvproxy's words.
+async fn not_found() -> impl IntoResponse {
+    (StatusCode::NOT_FOUND, gvproxy::text("404 page not found"))
 }
 
 async fn patient(request: HttpRequest, next: Next) -> Result<Response, Infallible> {

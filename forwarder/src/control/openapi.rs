@@ -4,7 +4,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
-use super::{dns, explain, stream, v1};
+use super::{agents, dns, explain, stream, v1};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -22,6 +22,8 @@ use super::{dns, explain, stream, v1};
         v1::publish,
         v1::unpublish,
         v1::leases,
+        agents::agents,
+        agents::wait,
         dns::list,
         dns::add,
         dns::remove,

@@ -85,6 +85,7 @@ fn data_thread(requests: &Receiver<Request>, mut events: EventQueue) {
             | Request::Join { .. }
             | Request::Leave(_)
             | Request::HandedOver { .. }
+            | Request::Outgoing(_)
             | Request::GatewayForwards(_)
             | Request::Ipv6Uplink(_)
             | Request::Search { .. }

@@ -15,9 +15,9 @@ use portway_api::control::{
 
 use super::problem::{self, Fault};
 use super::query::Query;
-use super::{App, dns, metrics, openapi, stream};
+use super::{App, agents, body, dns, metrics, openapi, stream};
 use crate::publish::spec::{PublishSpec, SpecError};
-use crate::request::Request;
+use crate::request::{PublishError, Request};
 
 pub(super) fn routes() -> Router<App> {
     let v1 = Router::new()
@@ -26,6 +26,8 @@ pub(super) fn routes() -> Router<App> {
         .route("/links/{name}", get(link))
         .route("/ports", get(ports).post(publish).delete(unpublish))
         .route("/leases", get(leases))
+        .route("/agents", get(agents::agents))
+        .route("/wait", get(agents::wait))
         .route("/dns", get(dns::list).post(dns::add).delete(dns::remove))
         .route("/flows", get(flows))
         .route("/stats", get(stats))
@@ -185,20 +187,7 @@ impl App {
 
 /// The specs of a body; a bad one refuses the whole request, and nothing is changed.
 fn specs(body: &Bytes) -> Result<Vec<PublishSpec>, Fault> {
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let request: PortsRequest = serde_path_to_error::deserialize(&mut json).map_err(|e| {
-        let path = e.path().to_string();
-        let inner = e.into_inner();
-        if inner.is_data() {
-            let fault =
-                Fault::bad("bad_field", inner.to_string()).hint("send {\"specs\": [\"2222:22/tcp\"]}");
-            if path == "." { fault } else { fault.field(path) }
-        } else {
-            Fault::bad("bad_json", inner.to_string()).hint("send {\"specs\": [\"2222:22/tcp\"]}")
-        }
-    })?;
-    json.end()
-        .map_err(|e| Fault::bad("bad_json", e.to_string()).hint("one JSON object and nothing behind it"))?;
+    let request: PortsRequest = body::read(body, "{\"specs\": [\"2222:22/tcp\"]}")?;
     if request.specs.is_empty() {
         let detail = "specs: one at least is needed, such as \"2222:22/tcp\"";
         return Err(Fault::bad("bad_spec", detail).field("specs"));
@@ -218,17 +207,7 @@ pub(super) async fn publish(
     RawQuery(query): RawQuery,
     body: Bytes,
 ) -> Result<Response, Fault> {
-    Query::parse(query.as_deref(), &[])?;
-    let mut done = PortsResponse::default();
-    for (n, spec) in specs(&body)?.into_iter().enumerate() {
-        for result in app.publish(spec).await? {
-            match result {
-                Ok(port) => done.published.push(port),
-                Err(error) => fail(&mut done, n, &error),
-            }
-        }
-    }
-    Ok(answer(done))
+    change_ports(&app, query.as_deref(), &body, Change::Publish).await
 }
 
 /// Stop publishing ports; open connections stay
@@ -240,23 +219,43 @@ pub(super) async fn unpublish(
     RawQuery(query): RawQuery,
     body: Bytes,
 ) -> Result<Response, Fault> {
-    Query::parse(query.as_deref(), &[])?;
+    change_ports(&app, query.as_deref(), &body, Change::Unpublish).await
+}
+
+/// What is done with ports.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    Publish,
+    Unpublish,
+}
+
+/// Does it with every spec of a body, and tells what came of each.
+async fn change_ports(
+    app: &App,
+    query: Option<&str>,
+    body: &Bytes,
+    change: Change,
+) -> Result<Response, Fault> {
+    Query::parse(query, &[])?;
     let mut done = PortsResponse::default();
-    for (n, spec) in specs(&body)?.into_iter().enumerate() {
-        match app.unpublish(spec).await? {
-            Ok(mut ports) => done.published.append(&mut ports),
-            Err(error) => fail(&mut done, n, &error),
+    for (n, spec) in specs(body)?.into_iter().enumerate() {
+        let results: Vec<Result<PortInfo, PublishError>> = match change {
+            Change::Publish => app.publish(spec).await?,
+            Change::Unpublish => match app.unpublish(spec).await? {
+                Ok(gone) => gone.into_iter().map(Ok).collect(),
+                Err(error) => vec![Err(error)],
+            },
+        };
+        for result in results {
+            match result {
+                Ok(port) => done.published.push(port),
+                Err(error) => {
+                    done.errors.push(error.to_string());
+                    done.problems.push(Fault::from(&error).field(format!("specs[{n}]")).into_problem());
+                }
+            }
         }
     }
-    Ok(answer(done))
-}
-
-fn fail(done: &mut PortsResponse, n: usize, error: &crate::request::PublishError) {
-    done.errors.push(error.to_string());
-    done.problems.push(Fault::from(error).field(format!("specs[{n}]")).into_problem());
-}
-
-fn answer(done: PortsResponse) -> Response {
     let status = if done.errors.is_empty() { StatusCode::OK } else { StatusCode::CONFLICT };
-    (status, Json(done)).into_response()
+    Ok((status, Json(done)).into_response())
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! UDP 53 (a datagram the stack hands out) ─┐           ┌─ localhost            the guest itself (RFC 6761)
+//!                                          │           ├─ patterns             zones of gvproxy's file and API
 //!                                          ├─► parse ──┼─ zones                gateway. host. <vm>. and their PTRs
 //! TCP 53 (socketpair, `serve_stream`) ─────┘    │      ├─ --dns-host records, hosts file
 //!                                               │      ├─ cache
@@ -23,6 +24,8 @@ mod cache;
 mod flights;
 mod health;
 mod hosts;
+mod lookup;
+mod patterns;
 mod places;
 mod rebind;
 mod records;
@@ -52,6 +55,8 @@ use self::ask::{Question, Transport};
 use self::cache::{Cache, Key};
 use self::flights::Flights;
 use self::hosts::{HostsFile, LoopbackAlias};
+use self::patterns::Patterns;
+pub use self::patterns::{GivenRecord, GivenZone, ZONES_MAX};
 use self::places::{Place, Places};
 use self::records::own_records;
 pub use self::records::{Known, Origin};
@@ -77,6 +82,12 @@ pub const RECORDS_MAX: usize = 4096;
 /// Where systemd-resolved listens. Its resolv.conf never changes; the servers it asks are told elsewhere.
 const SYSTEMD_RESOLVED: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53)), IpAddr::V4(Ipv4Addr::new(127, 0, 0, 54))];
+
+/// Whether `text` is a domain name.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    Name::from_text(text).is_some()
+}
 
 /// What the DNS service is made of.
 #[derive(Debug, Clone)]
@@ -139,6 +150,12 @@ pub enum DnsError {
     /// There are `RECORDS_MAX` records.
     #[error("{0}: there are {RECORDS_MAX} records already")]
     TooManyRecords(String),
+    /// There are `ZONES_MAX` zones of patterns.
+    #[error("{0}: there are {ZONES_MAX} zones already")]
+    TooManyZones(String),
+    /// A pattern that is none, or too large.
+    #[error("error parsing regexp: {0}")]
+    BadPattern(String),
     /// Resolvers over TLS or HTTPS cannot be checked.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -206,6 +223,7 @@ pub struct Dns {
     book: Mutex<Book>,
     zones: RwLock<Arc<Zones>>,
     records: RwLock<Arc<HostsFile>>,
+    patterns: RwLock<Patterns>,
     loopback: LoopbackAlias,
     source: Source,
     hosts: Option<Watched<HostsFile>>,
@@ -282,6 +300,7 @@ impl Dns {
         let dns = Self {
             zones: RwLock::new(Arc::new(Zones::build(&book))),
             records: RwLock::new(Arc::new(own_records(&book))),
+            patterns: RwLock::default(),
             book: Mutex::new(book),
             loopback,
             source,
@@ -443,6 +462,14 @@ impl Dns {
             return Some(answer);
         }
         let zones = Arc::clone(&self.zones.read().unwrap_or_else(PoisonError::into_inner));
+        let given = {
+            let patterns = self.patterns.read().unwrap_or_else(PoisonError::into_inner);
+            patterns.answer(query, |zone| zones.contain(zone), &self.source)
+        };
+        if given.is_some() {
+            count(&self.counters.from_zones);
+            return given;
+        }
         if !zones.names(&query.name) {
             let from_file = || {
                 let (file, _) = self.hosts.as_ref()?.current(Instant::now());

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::PoisonError;
 
 use super::hosts::HostsFile;
 use super::wire::Name;
 use super::zones::{Book, OwnRecord};
-use super::{Dns, DnsError, GUESTS_MAX, RECORDS_MAX, lock};
+use super::{Dns, DnsError, GUESTS_MAX, GivenRecord, GivenZone, RECORDS_MAX, lock};
 
 /// Where a name comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,6 +108,39 @@ impl Dns {
         book.records = all;
         self.publish(&mut book);
         Ok(())
+    }
+
+    /// Adds a zone whose names may be patterns ([`super::patterns`]); it is tried before all that is known.
+    ///
+    /// # Errors
+    /// A name or pattern that is none, or a limit; then nothing has changed.
+    pub fn add_zone(&self, zone: &GivenZone) -> Result<(), DnsError> {
+        self.patterns.write().unwrap_or_else(PoisonError::into_inner).add(zone)
+    }
+
+    /// The zones as gvproxy's clients know them: the domain's aliases with gateway and host, and those of [`Self::add_zone`].
+    #[must_use]
+    pub fn given_zones(&self) -> Vec<GivenZone> {
+        let mut given: Vec<GivenZone> =
+            self.patterns.read().unwrap_or_else(PoisonError::into_inner).list().collect();
+        let book = lock(&self.book);
+        let record = |name: &str, addresses: &[IpAddr]| {
+            let address = addresses.iter().find(|a| a.is_ipv4()).copied();
+            address.map(|_| GivenRecord { name: name.to_owned(), address, pattern: None })
+        };
+        let own = [record("gateway", &book.gateway), record("host", &book.host)];
+        let mut all = Vec::new();
+        for alias in book.origins.iter().skip(1) {
+            let name = format!("{}.", alias.text());
+            let at = given.iter().position(|zone| zone.name == name);
+            let mut zone =
+                at.map(|at| given.remove(at)).unwrap_or_else(|| GivenZone { name, ..GivenZone::default() });
+            let hidden: Vec<String> = zone.records.iter().map(|r| r.name.to_ascii_lowercase()).collect();
+            zone.records.extend(own.iter().flatten().filter(|r| !hidden.contains(&r.name)).cloned());
+            all.push(zone);
+        }
+        all.append(&mut given);
+        all
     }
 
     /// Every name that is ours to answer, by name; aliases of the domain are not repeated.

@@ -51,8 +51,8 @@ impl Driver {
 
     pub(super) fn connect(&mut self, flow: FlowId, to: SocketAddr) {
         if let Some(taker) = self.outgoing.iter().find(|o| o.takes(to)) {
-            let path = taker.path.clone();
-            if self.slow.try_send(Slow::HandOver { flow, to, path }).is_ok() {
+            let taker = taker.taker().clone();
+            if self.slow.try_send(Slow::HandOver { flow, to, taker }).is_ok() {
                 self.handing.push(flow);
             } else {
                 let error = portway_netstack::ConnectError::Exhausted;

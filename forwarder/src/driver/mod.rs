@@ -55,15 +55,15 @@ pub enum Slow {
     DnsStream(PortId, std::os::unix::net::UnixStream),
     /// A guest's connection to the gateway's port 80, and the guest.
     ApiStream(std::os::unix::net::UnixStream, std::net::IpAddr),
-    /// A guest's connection that a program behind a unix socket is to take; the answer comes back as
+    /// A guest's connection that a program or a proxy is to take; the answer comes back as
     /// [`Request::HandedOver`].
     HandOver {
         /// The flow.
         flow: FlowId,
         /// Its destination.
         to: std::net::SocketAddr,
-        /// The program's socket.
-        path: std::path::PathBuf,
+        /// Who is to take it.
+        taker: crate::personality::vpnkit::Taker,
     },
 }
 

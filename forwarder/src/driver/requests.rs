@@ -68,6 +68,7 @@ impl Driver {
                     drop(reply.send(Err(PublishError::NoAgent("waiting".into()))))
                 }
                 Request::HandedOver { flow, stream } => self.handed_over(flow, stream),
+                Request::Outgoing(rules) => self.outgoing = rules,
                 Request::GatewayForwards(forwards) => self.stack.set_gateway_forwards(forwards),
                 Request::Join { link, publish, reply } => {
                     // One who has gone meanwhile does not stay.

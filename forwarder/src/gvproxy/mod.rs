@@ -24,7 +24,9 @@ use self::yaml::File;
 use crate::config::{
     Config, Door, DoorAddress, GuestApi, LinkAddress, LinkConfig, LinkKind, LogLevel, Settings,
 };
+use crate::dns::{GivenRecord, GivenZone};
 use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
+use crate::ssh::{Forward, Key, Login};
 
 /// The VM that gvproxy's callers configure: its MAC has the second address.
 const DEVICE_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee]);
@@ -97,10 +99,21 @@ fn door(flag: &str, url: &str, connect: bool) -> Result<Door, String> {
         DoorAddress::Unix(path_of(flag, url, "unix")?)
     } else if let Some(host) = url.strip_prefix("tcp://") {
         DoorAddress::Tcp(host.trim_end_matches('/').to_owned())
+    } else if let Some(place) = url.strip_prefix("vsock://") {
+        DoorAddress::Vsock(vsock_port(flag, url, place)?)
     } else {
-        return Err(format!("{flag}: {url:?}: unix://PATH or tcp://HOST:PORT is needed"));
+        return Err(format!("{flag}: {url:?}: unix://PATH, tcp://HOST:PORT or vsock://[CID]:PORT is needed"));
     };
     Ok(Door { address, connect })
+}
+
+/// The port of `vsock://[CID]:PORT`. The CID is whom gvproxy listens as, and the host has one alone.
+fn vsock_port(flag: &str, url: &str, place: &str) -> Result<u32, String> {
+    let (cid, port) = place.trim_end_matches('/').rsplit_once(':').unwrap_or(("?", ""));
+    if !cid.is_empty() && cid.parse::<u32>().is_err() {
+        return Err(format!("{flag}: {url:?}: vsock://[CID]:PORT is needed, such as vsock://:1024"));
+    }
+    port.parse().map_err(|_| format!("{flag}: {url:?}: {port:?} is not a port, such as vsock://:1024"))
 }
 
 /// The file and the flags together: the file wins where gvproxy lets it.
@@ -110,8 +123,7 @@ fn merge(flags: &Flags) -> Result<(File, bool), String> {
         None => File::default(),
         Some(path) => {
             let text = std::fs::read_to_string(path).map_err(|e| format!("config: {path}: {e}"))?;
-            // JSON is the part of YAML that this version reads.
-            serde_json::from_str(&text).map_err(|e| format!("config: {path}: {e} (it is read as JSON)"))?
+            File::parse(&text).map_err(|e| format!("config: {path}: {e}"))?
         }
     };
     let over = |field: &mut String, flag: &str| {
@@ -230,19 +242,14 @@ fn plan(flags: &Flags) -> Result<Config, String> {
         (None, true) => Some(Vec::new()),
         (None, false) => None,
     };
-    config.dns_host.extend(records(&file)?);
+    config.particulars.zones = zones(&file)?;
     leases_and_macs(&file, from_file, addresses.device, &mut config)?;
     config.publish = forwards(&file)?;
     if !from_file {
         config.publish.extend(ssh_port(flags, addresses.device)?);
     }
     check_nat(&file, &addresses)?;
-    if !file.forwards.is_empty() {
-        return Err(
-            "-forward-sock: forwarding unix sockets over SSH is not in this version (docs/guide/gvproxy.md)"
-                .into(),
-        );
-    }
+    config.particulars.ssh = ssh_forwards(&file, addresses.device)?;
     Ok(config)
 }
 
@@ -362,23 +369,55 @@ fn notification(text: &str, plain: bool) -> Result<Option<PathBuf>, String> {
     }
 }
 
-/// The names of the file's zones. Zones with regular expressions or a default address need more than a table of names.
-fn records(file: &File) -> Result<Vec<(String, IpAddr)>, String> {
-    let mut records = Vec::new();
-    for zone in &file.stack.dns {
-        if !zone.default_ip.is_empty() || zone.records.iter().any(|r| !r.regexp.is_empty()) {
-            return Err(format!("dns: {}: defaultIP and regexp are not in this version", zone.name));
+/// The file's zones.
+fn zones(file: &File) -> Result<Vec<GivenZone>, String> {
+    let address = |zone: &str, text: &str| match text {
+        "" => Ok(None),
+        text => text.parse().map(Some).map_err(|_| format!("dns: {zone}: {text:?} is not an address")),
+    };
+    let zone = |zone: &yaml::Zone| {
+        let record = |record: &yaml::Record| {
+            Ok(GivenRecord {
+                name: record.name.clone(),
+                address: address(&zone.name, &record.ip)?,
+                pattern: Some(record.regexp.clone()).filter(|p| !p.is_empty()),
+            })
+        };
+        Ok(GivenZone {
+            name: zone.name.clone(),
+            records: zone.records.iter().map(record).collect::<Result<_, String>>()?,
+            default: address(&zone.name, &zone.default_ip)?,
+        })
+    };
+    file.stack.dns.iter().map(zone).collect()
+}
+
+/// The unix sockets that lead to the VM over SSH. Their keys are read here: without a key that can be used nothing starts.
+fn ssh_forwards(file: &File, device: Ipv4Addr) -> Result<Vec<Forward>, String> {
+    let mut forwards: Vec<Forward> = Vec::new();
+    for forward in &file.forwards {
+        let yaml::SshForward { socket, dest, user, identity } = forward;
+        if [socket, dest, user, identity].into_iter().any(String::is_empty) {
+            return Err(
+                "-forward-sock, -forward-dest, -forward-user, and -forward-identity must all be specified together"
+                    .into(),
+            );
         }
-        for record in &zone.records {
-            let ip = record
-                .ip
-                .parse()
-                .map_err(|_| format!("dns: {}: {:?} is not an address", zone.name, record.ip))?;
-            let name = format!("{}.{}", record.name, zone.name);
-            records.push((name.trim_matches('.').to_ascii_lowercase(), ip));
+        if socket.starts_with("npipe:") {
+            return Err(format!("-forward-sock {socket}: named pipes are not supported by this platform"));
         }
+        let socket = match socket.contains("://") {
+            true => path_of("-forward-sock", socket, "unix")?,
+            false => std::path::absolute(socket).map_err(|e| format!("-forward-sock {socket}: {e}"))?,
+        };
+        if forwards.iter().any(|f| f.socket == socket) {
+            return Err(format!("-forward-sock {}: given twice", socket.display()));
+        }
+        let key = Key::read(identity.as_ref(), None).map_err(|e| format!("-forward-identity: {e}"))?;
+        let login = Login { server: (device, 22).into(), user: user.clone(), key, known_host: false };
+        forwards.push(Forward { socket, dest: dest.clone(), login });
     }
-    Ok(records)
+    Ok(forwards)
 }
 
 fn leases_and_macs(

@@ -39,8 +39,9 @@ fn what_cannot_be_is_told_and_nothing_is_opened() {
         ("-listen-bess unix:///tmp/x".into(), "is not unixpacket://PATH"),
         ("-listen-vfkit unix:///tmp/x".into(), "is not unixgram://PATH"),
         ("-listen-qemu unix:///nx/a -listen-bess unixpacket:///nx/b".into(), "qemu and bess protocol"),
-        ("-listen ftp://x".into(), "unix://PATH or tcp://HOST:PORT"),
-        ("-listen vsock://a:1".into(), "unix://PATH or tcp://HOST:PORT"),
+        ("-listen ftp://x".into(), "unix://PATH, tcp://HOST:PORT or vsock://[CID]:PORT"),
+        ("-listen vsock://a:1".into(), "vsock://[CID]:PORT is needed"),
+        ("-listen vsock://:99999999999".into(), "is not a port"),
         ("-listen unix:///nx/a -mtu 99999999".into(), "576 to 65535"),
         ("-listen unix:///nx/a -mtu -1".into(), "576 to 65535"),
         ("-listen unix:///nx/a -ssh-port 22".into(), "between 1024 and 65535"),
@@ -76,12 +77,16 @@ fn a_file_is_read_and_a_key_that_is_none_is_told() {
     .unwrap();
     assert_eq!((good.gateway, good.host_alias), (Ipv4Addr::new(10, 1, 2, 1), Ipv4Addr::new(10, 1, 2, 254)));
     assert_eq!(good.particulars.gateway_mac, Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xaa]));
-    assert_eq!(good.dns_host, [("db.test".to_owned(), IpAddr::from([10, 1, 2, 9]))]);
+    let db = GivenRecord { name: "db".into(), address: Some([10, 1, 2, 9].into()), pattern: None };
+    assert_eq!(
+        good.particulars.zones,
+        [GivenZone { name: "test.".into(), records: vec![db], default: None }]
+    );
     assert_eq!(good.dns_search, Some(vec!["a.test".to_owned()]));
     assert_eq!((good.publish.len(), good.static_lease.len(), good.attached_mtu), (2, 1, 4000));
     for (text, fault) in [
         (r#"{"listn": []}"#, "listn"),
-        (r#"{"listen": ["unix:///nx/a"], "stack": {"mtu": "x"}}"#, "invalid type"),
+        (r#"{"listen": ["unix:///nx/a"], "stack": {"mtu": "x"}}"#, "line 1 column 47: invalid i64"),
         (r#"{"listen": ["unix:///nx/a"], "stack": {"nat": {"1.2.3.4": "5.6.7.8"}}}"#, "nat: 1.2.3.4"),
         (r#"{"listen": ["unix:///nx/a"], "stack": {"forwards": {"x": "y"}}}"#, "forwards: \"x\""),
         (
@@ -89,12 +94,84 @@ fn a_file_is_read_and_a_key_that_is_none_is_told() {
             "dhcpStaticLeases",
         ),
         (
-            r#"{"listen": ["unix:///nx/a"], "stack": {"dns": [{"name": "a.", "defaultIP": "1.1.1.1"}]}}"#,
-            "defaultIP",
+            r#"{"listen": ["unix:///nx/a"], "stack": {"dns": [{"name": "a.", "defaultIP": "1.1.1"}]}}"#,
+            "dns: a.: \"1.1.1\" is not an address",
         ),
         ("[", "config.yaml"),
     ] {
         let error = config(text).expect_err(text);
+        assert!(error.contains(fault), "{text}: {error}");
+    }
+}
+
+/// A file as gvproxy's own documentation writes it, with an anchor, comments and keys without a value.
+const YAML: &str = r#"
+# what podman's tests use
+listen:
+  - unix:///nx/api
+log-level: debug
+pid-file: /nx/pid
+interfaces: {vfkit: "unixgram:///nx/vfkit.sock"}
+forwards:
+  - socket: /nx/podman.sock
+    dest: /run/podman/podman.sock
+    user: core
+    identity: IDENTITY
+stack: &stack
+  mtu: 4000
+  subnet: 10.1.2.0/24
+  gatewayMacAddress: 5a:94:ef:e4:0c:aa
+  dns:
+    - name: crc.testing.
+      records:
+        - {name: api, ip: 10.1.2.2}
+        - regexp: "^app-.*"
+          ip: 10.1.2.9
+      defaultIP: 10.1.2.3
+  dnsSearchDomains:
+  forwards:
+    "127.0.0.1:2200": 10.1.2.2:22
+    udp:0.0.0.0:5353: "10.1.2.2:53"
+  vpnKitUUIDMacAddresses:
+    c3d68012-0208-11ea-9fd7-f2189899ab08: 5a:94:ef:e4:0c:ee
+"#;
+
+#[test]
+fn a_file_is_yaml_and_its_forwards_lead_to_the_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, key) = (dir.path().join("config.yaml"), dir.path().join("key"));
+    let made = std::process::Command::new("ssh-keygen")
+        .args(["-q", "-t", "ecdsa", "-N", "", "-f"])
+        .arg(&key)
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let planned_from = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        planned(&format!("-config {}", file.display()))
+    };
+    let good = planned_from(&YAML.replace("IDENTITY", &key.display().to_string())).unwrap();
+    let [forward] = &good.particulars.ssh[..] else { panic!("{:?}", good.particulars.ssh) };
+    assert_eq!(
+        (forward.login.server, forward.dest.as_str()),
+        (([10, 1, 2, 2], 22).into(), "/run/podman/podman.sock")
+    );
+    assert_eq!((forward.socket.to_str(), forward.login.user.as_str()), (Some("/nx/podman.sock"), "core"));
+    let [zone] = &good.particulars.zones[..] else { panic!("{:?}", good.particulars.zones) };
+    assert_eq!((zone.records.len(), zone.default), (2, Some([10, 1, 2, 3].into())));
+    assert_eq!((good.publish.len(), good.vpnkit_macs.len(), good.attached_mtu), (2, 1, 4000));
+    assert_eq!((good.log_level, good.links[0].kind.name()), (LogLevel::Debug, "dgram"));
+    assert_eq!(good.dns_search, Some(Vec::new()));
+    for (text, fault) in [
+        ("", "no VM can come"),
+        ("listen: [unix:///nx/a]\nlistn: 1\n", "listn"),
+        ("listen: unix:///nx/a\n", "line 1"),
+        ("listen: [unix:///nx/a]\nstack: {mtu: many}\n", "line 2"),
+        ("listen: [\n", "config.yaml"),
+        ("a: &a [*a, *a]\n", "config.yaml"),
+        (&YAML.replace("IDENTITY", "/nx/key"), "-forward-identity: /nx/key"),
+    ] {
+        let error = planned_from(text).expect_err(text);
         assert!(error.contains(fault), "{text}: {error}");
     }
 }

@@ -1,4 +1,4 @@
-//! gvproxy's configuration file, in the part of YAML that is JSON.
+//! gvproxy's configuration file, in YAML. A key without a value is as if it were not there, and so is an empty file.
 
 use std::collections::BTreeMap;
 
@@ -22,6 +22,20 @@ pub(super) struct File {
     pub(super) interfaces: Interfaces,
     pub(super) forwards: Vec<SshForward>,
     pub(super) stack: Stack,
+}
+
+impl File {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// What is wrong, and where.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let read: Result<Option<Self>, _> = serde_saphyr::from_str(text);
+        // Behind the first line is a picture of the place, which that line has in numbers.
+        let first =
+            |text: String| text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        Ok(read.map_err(|e| first(e.to_string()))?.unwrap_or_default())
+    }
 }
 
 /// Where VMs are met.

@@ -40,6 +40,10 @@ pub struct Particulars {
     pub outgoing: Vec<vpnkit::Outgoing>,
     /// The host's address outgoing connections and datagrams leave from.
     pub outbound: Option<Ipv4Addr>,
+    /// Unix sockets of the host that lead to guests' over SSH.
+    pub ssh: Vec<crate::ssh::Forward>,
+    /// Zones whose names may be patterns.
+    pub zones: Vec<crate::dns::GivenZone>,
 }
 
 impl Default for Particulars {
@@ -53,6 +57,8 @@ impl Default for Particulars {
             services: Services::default(),
             outgoing: Vec::new(),
             outbound: None,
+            ssh: Vec::new(),
+            zones: Vec::new(),
         }
     }
 }
@@ -80,6 +86,20 @@ fn called(args: &[OsString]) -> Option<(&str, &[OsString])> {
     let name = args.get(1)?.to_str()?;
     let known = NAMES.into_iter().find(|n| *n == name)?;
     Some((known, args.get(1..)?))
+}
+
+/// Reads the options of `name`. Without any to go on with, what was asked for has been shown, or what is wrong been said, and the exit
+/// code is the answer.
+fn parsed<A: clap::Parser>(name: &str, args: &[OsString]) -> Result<A, ExitCode> {
+    A::try_parse_from(args).map_err(|error| {
+        let text = error.render().to_string();
+        if !error.use_stderr() {
+            say(&text);
+            return ExitCode::SUCCESS;
+        }
+        let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        fail(name, &format!("{line} (see {name} --help)"))
+    })
 }
 
 /// Runs the network `config` describes with `doors` until it is told to end; then `sockets` are removed. `name` stands

@@ -80,6 +80,9 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     });
     let watch = watch.ok();
     let dns = Dns::new(dns_config(config)).map_err(|e| anyhow!("{e}"))?;
+    for zone in &config.particulars.zones {
+        dns.add_zone(zone).map_err(|e| anyhow!("dns: {e}"))?;
+    }
     let mut driver = Driver::new(config, poll, incoming, slow, dns.search(), seed)?;
     let keeper = match &config.state_dir {
         Some(dir) => {
@@ -115,6 +118,8 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     }
     let _pid = config.pid_file.as_deref().map(write_pid).transpose()?;
 
+    let ssh = config.particulars.ssh.iter().cloned().map(crate::ssh::Bound::new);
+    let ssh = ssh.collect::<Result<Vec<_>, _>>().context("-forward-sock")?;
     let control = Control {
         requests: requests.clone(),
         dns,
@@ -125,6 +130,7 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
         kept,
         guest_api: config.guest_api,
         notification: config.notification.clone(),
+        ssh,
         vsocks,
         join: join.map(|listener| (listener, config.clone())),
         watch,
@@ -240,6 +246,17 @@ fn further_doors(config: &Config) -> anyhow::Result<(FurtherDoors, Vec<RemovedAt
                 listener.set_nonblocking(true).context("-listen")?;
                 DoorListener::Tcp(listener)
             }
+            #[cfg(target_os = "linux")]
+            DoorAddress::Vsock(port) => {
+                let bound = crate::vsock::HostPort::bind(*port);
+                DoorListener::Vsock(
+                    bound.with_context(|| format!("-listen: cannot listen on vsock port {port}"))?,
+                )
+            }
+            #[cfg(not(target_os = "linux"))]
+            DoorAddress::Vsock(port) => {
+                return Err(anyhow!("-listen: vsock port {port}: this system has no AF_VSOCK"));
+            }
         };
         doors.push((listener, door.connect));
     }
@@ -336,6 +353,7 @@ struct Control {
     kept: Option<Arc<KeptPorts>>,
     guest_api: GuestApi,
     notification: Option<std::path::PathBuf>,
+    ssh: Vec<crate::ssh::Bound>,
     vsocks: Vec<GuestVsock>,
     join: Option<(std::os::unix::net::UnixListener, Config)>,
     watch: Option<uplink::Watch>,
@@ -379,6 +397,7 @@ impl Control {
                 let followed = log.follow(0);
                 tokio::spawn(crate::gvproxy::notify::run(path, followed.1, app.clone()));
             }
+            self.ssh.drain(..).for_each(|bound| app.serve_forward(bound));
             for (listener, connect) in more {
                 app.serve_door(listener, connect);
             }
@@ -443,13 +462,12 @@ impl Control {
                         }
                     });
                 }
-                Slow::HandOver { flow, to, path } => {
+                Slow::HandOver { flow, to, taker } => {
                     let requests = self.requests.clone();
+                    let context = DoorContext { requests: requests.clone(), dns: Arc::clone(&self.dns) };
                     tokio::spawn(async move {
-                        let stream = crate::personality::vpnkit::dial(&path, to).await;
-                        let stream = stream.inspect_err(
-                            |error| tracing::debug!(%error, path = %path.display(), "not taken"),
-                        );
+                        let stream = taker.take(to, &context).await;
+                        let stream = stream.inspect_err(|error| tracing::debug!(%error, %to, "not taken"));
                         let mut answer = Request::HandedOver { flow, stream: stream.ok() };
                         // A full queue is about to be read; without an answer the guest would wait for ever.
                         while let Err(unsent) = requests.offer(answer) {

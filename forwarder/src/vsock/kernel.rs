@@ -85,6 +85,52 @@ impl Kernel {
     }
 }
 
+/// A port of the host for every guest of the kernel's, and for the host's own programs.
+#[derive(Debug)]
+pub struct HostPort(OwnedFd);
+
+impl HostPort {
+    /// Listens on `port`.
+    ///
+    /// # Errors
+    /// When the kernel has no vsock, or the port is taken.
+    pub fn bind(port: u32) -> io::Result<Self> {
+        let fd = new_socket()
+            .map_err(|e| io::Error::new(e.kind(), format!("this kernel has no AF_VSOCK: {e}")))?;
+        bind(fd.as_raw_fd(), &VsockAddr::new(VMADDR_CID_ANY, port))?;
+        listen(&fd, Backlog::new(i32::try_from(BACKLOG).unwrap_or(1))?)?;
+        Ok(Self(fd))
+    }
+
+    /// The port on tokio, whose runtime has to be entered.
+    ///
+    /// # Errors
+    /// When it cannot be watched.
+    pub(crate) fn watched(self) -> io::Result<WatchedPort> {
+        // SAFETY: the descriptor is owned by what is registered, which neither closes nor changes it before it goes.
+        Ok(WatchedPort(unsafe { AsyncFd::register(self.0) }?))
+    }
+}
+
+/// A [`HostPort`] on tokio.
+#[derive(Debug)]
+pub(crate) struct WatchedPort(AsyncFd<OwnedFd>);
+
+impl WatchedPort {
+    /// The next stream, and the CID it comes from.
+    ///
+    /// # Errors
+    /// Those of accepting.
+    pub(crate) async fn accept(&self) -> io::Result<(UnixStream, u32)> {
+        loop {
+            let mut guard = self.0.readable().await?;
+            if let Ok(accepted) = guard.try_io(|fd| from_anybody(fd.get_ref())) {
+                return accepted.and_then(|(fd, cid)| Ok((wrapped(fd)?, cid)));
+            }
+        }
+    }
+}
+
 /// What the kernel says of a guest, in our words: it resets what nobody listens for, and knows no device for a CID
 /// that no VM has.
 fn said(error: io::Error) -> io::Error {
@@ -97,14 +143,20 @@ fn said(error: io::Error) -> io::Error {
     io::Error::new(kind, error)
 }
 
-/// The next stream of the guest `cid`.
-fn next(listener: &OwnedFd, cid: u32) -> io::Result<Option<UnixStream>> {
+/// The next stream, and the CID it comes from.
+fn from_anybody(listener: &OwnedFd) -> io::Result<(OwnedFd, u32)> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: the kernel has made the descriptor in the line above, and nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let peer: VsockAddr = getpeername(fd.as_raw_fd())?;
-    if peer.cid() != cid {
-        tracing::debug!(cid = peer.cid(), "a stream of another guest's was closed");
+    Ok((fd, peer.cid()))
+}
+
+/// The next stream of the guest `cid`.
+fn next(listener: &OwnedFd, cid: u32) -> io::Result<Option<UnixStream>> {
+    let (fd, from) = from_anybody(listener)?;
+    if from != cid {
+        tracing::debug!(cid = from, "a stream of another guest's was closed");
         return Ok(None);
     }
     wrapped(fd).map(Some)

@@ -39,6 +39,10 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+#[cfg(target_os = "linux")]
+pub use self::kernel::HostPort;
+#[cfg(target_os = "linux")]
+pub(crate) use self::kernel::WatchedPort;
 pub(crate) use self::ports::PortSockets;
 pub(crate) use self::spec::check;
 pub use self::spec::{Transport, VsockSpec};

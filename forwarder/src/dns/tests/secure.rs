@@ -80,13 +80,10 @@ impl Secure {
         Self::start(authority.acceptor(b"h2"), over_https).await
     }
 
-    async fn start<F: Future<Output = ()> + Send>(
+    async fn start<F: Future<Output = ()> + Send + 'static>(
         acceptor: TlsAcceptor,
         serve: impl Fn(TlsStream<TcpStream>, Arc<Mutex<Seen>>) -> F + Clone + Send + 'static,
-    ) -> Self
-    where
-        F: 'static,
-    {
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let seen: Arc<Mutex<Seen>> = Arc::default();

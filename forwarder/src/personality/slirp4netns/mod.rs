@@ -153,17 +153,9 @@ impl Plan {
 
 /// Runs slirp4netns with `args`, its name first. Whatever is wrong ends with 1, usage included, as callers know it.
 pub(super) fn main(args: &[OsString]) -> ExitCode {
-    let args = match Args::try_parse_from(args) {
+    let args: Args = match super::parsed(NAME, args) {
         Ok(args) => args,
-        Err(error) if !error.use_stderr() => {
-            super::say(&error.render().to_string());
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            let text = error.render().to_string();
-            let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-            return super::fail(NAME, &format!("{line} (see slirp4netns --help)"));
-        }
+        Err(code) => return code,
     };
     if args.version {
         super::say(&format!("slirp4netns version {VERSION}\nportway: {}\n", env!("CARGO_PKG_VERSION")));

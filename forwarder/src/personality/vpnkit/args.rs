@@ -28,9 +28,9 @@ pub(super) struct Args {
     /// Not served: accepted with a warning
     #[arg(long, value_name = "ADDRESS")]
     introspection: Vec<String>,
-    /// Not served: accepted with a warning
+    /// Send the frames that pass to each connection to this socket, as a pcap file without end; repeatable
     #[arg(long, value_name = "ADDRESS")]
-    pcap: Vec<String>,
+    pub(super) pcap: Vec<String>,
     #[arg(long, hide = true)]
     pcap_snaplen: Option<u32>,
     /// TCP connections at a time; each VM has as many [default: 65536; 2000 through --vsock-path]
@@ -51,12 +51,12 @@ pub(super) struct Args {
     /// Names of the first VM, at --lowest-ip
     #[arg(long, value_name = "NAMES", default_value = "vm.internal", value_delimiter = ',')]
     vm_names: Vec<String>,
-    /// HTTP proxies: refused, unless the file names none
+    /// HTTP proxies, in a JSON file that is followed
     #[arg(long, value_name = "FILE")]
-    http: Option<PathBuf>,
-    /// Refused
-    #[arg(long, value_name = "PATH", hide = true)]
-    http_api_path: Option<PathBuf>,
+    pub(super) http: Option<PathBuf>,
+    /// Show and change the HTTP proxies on this socket: GET and POST /http_proxy.json
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) http_api_path: Option<PathBuf>,
     /// The gateway: router and resolver
     #[arg(long, value_name = "IP", default_value = "192.168.65.1")]
     pub(super) gateway_ip: Ipv4Addr,
@@ -158,21 +158,9 @@ impl Args {
     /// # Errors
     /// For those that would be wrong to ignore.
     pub(super) fn check(&self) -> Result<Vec<String>, String> {
-        if let Some(path) = &self.http
-            && super::files::names_a_proxy(path)?
-        {
-            return Err(format!(
-                "--http {}: HTTP proxies are not in this release, and connections would go past the one that is named",
-                path.display()
-            ));
-        }
-        if self.http_api_path.is_some() {
-            return Err("--http-api-path: HTTP proxies are not in this release".into());
-        }
         let mut warnings = Vec::new();
         let mut say = |given: bool, text: &str| warnings.extend(given.then(|| text.to_owned()));
         say(!self.introspection.is_empty(), "--introspection is not served: --diagnostics has the same");
-        say(!self.pcap.is_empty(), "--pcap is not served: `portway capture` with --portway-api does more");
         say(
             self.pcap_snaplen.is_some(),
             "--pcap-snaplen has no effect: nothing is captured before somebody asks",

@@ -7,6 +7,7 @@ use std::time::Duration;
 use portway_netstack::{GatewayForward, Transport};
 use serde::Deserialize;
 
+use crate::dns::Upstream;
 use crate::request::{Request, Requests};
 
 /// How often a file that is followed is looked at.
@@ -14,7 +15,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Bytes of a file.
 const SIZE: u64 = 1 << 20;
 
-fn read(option: &str, path: &Path) -> Result<String, String> {
+/// The text of a file that an option names.
+pub(super) fn read(option: &str, path: &Path) -> Result<String, String> {
     let fault = |e: &dyn std::fmt::Display| format!("{option} {}: {e}", path.display());
     let size = std::fs::metadata(path).map_err(|e| fault(&e))?.len();
     if size > SIZE {
@@ -26,8 +28,8 @@ fn read(option: &str, path: &Path) -> Result<String, String> {
 /// What a `--dns` file says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Resolvers {
-    /// Whom to ask.
-    pub(super) servers: Vec<SocketAddr>,
+    /// Whom to ask, about everything or one domain.
+    pub(super) upstreams: Vec<Upstream>,
     /// Domains to search.
     pub(super) search: Vec<String>,
     /// What of it has no effect.
@@ -37,30 +39,41 @@ pub(super) struct Resolvers {
 /// Reads a `--dns` file: `nameserver IP[#PORT]`, `search`; a server with `zone` is for those domains alone.
 pub(super) fn resolvers(path: &Path) -> Result<Resolvers, String> {
     let known = parse_resolvers(&read("--dns", path)?);
-    if known.servers.is_empty() {
-        return Err(format!("--dns {}: no nameserver is in it that is asked for every name", path.display()));
+    if known.upstreams.is_empty() {
+        return Err(format!("--dns {}: no nameserver is in it", path.display()));
     }
     Ok(known)
 }
 
 fn parse_resolvers(text: &str) -> Resolvers {
     let mut known = Resolvers::default();
+    // The server the lines are about, and the domains it is for.
+    let mut server: Option<(SocketAddr, Vec<String>)> = None;
+    let finish = |server: Option<(SocketAddr, Vec<String>)>, known: &mut Resolvers| {
+        let Some((address, zones)) = server else { return };
+        let upstream = |domain| Upstream { domain, server: address.into() };
+        if zones.is_empty() {
+            known.upstreams.push(upstream(None));
+        }
+        known.upstreams.extend(zones.into_iter().map(|zone| upstream(Some(zone))));
+    };
     for line in text.lines() {
         let mut words = line.split_whitespace().take_while(|w| !w.starts_with(['#', ';']));
         let mut say = |text: String| known.warnings.push(format!("--dns: {text}"));
         match words.next() {
-            Some("nameserver") => match words.next().and_then(server) {
-                Some(server) => known.servers.push(server),
-                None => say(format!("{line:?} names no server")),
-            },
-            // The lines after a nameserver are about it.
-            Some("zone") => {
-                if let Some(server) = known.servers.pop() {
-                    say(format!(
-                        "{server} is left out: servers for some domains alone are not in this release"
-                    ));
+            Some("nameserver") => {
+                let next = words.next().and_then(parse_server);
+                if next.is_none() {
+                    say(format!("{line:?} names no server"));
                 }
+                finish(std::mem::replace(&mut server, next.map(|a| (a, Vec::new()))), &mut known);
             }
+            Some("zone") => match &mut server {
+                Some((_, zones)) => {
+                    zones.extend(words.map(|w| w.trim_end_matches('.').to_ascii_lowercase()));
+                }
+                None => say(format!("{line:?} stands behind no nameserver")),
+            },
             Some("search") => known.search.extend(words.map(|w| w.trim_end_matches('.').to_owned())),
             Some(other @ ("timeout" | "order" | "assume-offline-after")) => {
                 say(format!("{other} has no effect: servers are asked by how fast they answer"));
@@ -68,10 +81,11 @@ fn parse_resolvers(text: &str) -> Resolvers {
             _ => {}
         }
     }
+    finish(server, &mut known);
     known
 }
 
-fn server(word: &str) -> Option<SocketAddr> {
+fn parse_server(word: &str) -> Option<SocketAddr> {
     let (ip, port) = word.split_once('#').map_or((word, Some(53)), |(ip, port)| (ip, port.parse().ok()));
     Some(SocketAddr::new(ip.parse::<IpAddr>().ok()?, port.filter(|p| *p > 0)?))
 }
@@ -90,15 +104,6 @@ pub(super) struct Dhcp {
 pub(super) fn dhcp(path: &Path) -> Result<Dhcp, String> {
     let text = read("--dhcp-path", path)?;
     serde_json::from_str(&text).map_err(|e| format!("--dhcp-path {}: {e}", path.display()))
-}
-
-/// Whether an `--http` file has anything in it that would have to be obeyed.
-pub(super) fn names_a_proxy(path: &Path) -> Result<bool, String> {
-    let text = read("--http", path)?;
-    let fault = |e: serde_json::Error| format!("--http {}: {e}", path.display());
-    let settings: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).map_err(fault)?;
-    let set = |key: &str| settings.get(key).is_some_and(|v| !v.is_null() && v != "" && v != false);
-    Ok(["http", "https", "allow_enabled"].into_iter().any(set))
 }
 
 /// Reads a `--forwards` file.
@@ -191,14 +196,24 @@ mod tests {
     #[test]
     fn a_dns_file_is_read_and_what_has_no_effect_is_said() {
         let known = parse_resolvers(
-            "# ours\nnameserver 192.0.2.1#5353\nnameserver 192.0.2.2 # office\ntimeout 500\nnameserver 10.0.0.1\nzone corp.test\n\
-             nameserver nowhere\nsearch corp.test. lab.test\n",
+            "# ours\nnameserver 192.0.2.1#5353\nnameserver 192.0.2.2 # office\ntimeout 500\nnameserver 10.0.0.1\nzone Corp.test. lab.test\n\
+             nameserver nowhere\nzone lost.test\nsearch corp.test. lab.test\n",
         );
-        assert_eq!(known.servers, ["192.0.2.1:5353".parse().unwrap(), "192.0.2.2:53".parse().unwrap()]);
+        let shown = |u: &Upstream| (u.domain.clone().unwrap_or_default(), u.server.to_string());
+        assert_eq!(
+            known.upstreams.iter().map(shown).collect::<Vec<_>>(),
+            [
+                ("", "192.0.2.1:5353"),
+                ("", "192.0.2.2:53"),
+                ("corp.test", "10.0.0.1:53"),
+                ("lab.test", "10.0.0.1:53")
+            ]
+            .map(|(domain, server)| (domain.to_owned(), server.to_owned()))
+        );
         assert_eq!(known.search, ["corp.test", "lab.test"]);
         assert_eq!(known.warnings.len(), 3, "{:?}", known.warnings);
-        assert_eq!(server("::1"), Some("[::1]:53".parse().unwrap()));
-        assert_eq!(server("192.0.2.1#0"), None);
+        assert_eq!(parse_server("::1"), Some("[::1]:53".parse().unwrap()));
+        assert_eq!(parse_server("192.0.2.1#0"), None);
     }
 
     #[test]
@@ -219,22 +234,5 @@ mod tests {
         ] {
             assert!(parse_forwards(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn an_http_file_matters_when_it_names_a_proxy() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("http.json");
-        for (text, names) in [
-            ("{}", Ok(false)),
-            (r#"{"http":"","https":null,"exclude":"*.local"}"#, Ok(false)),
-            (r#"{"http":"proxy:3128"}"#, Ok(true)),
-            (r#"{"allow_enabled":true}"#, Ok(true)),
-        ] {
-            std::fs::write(&path, text).unwrap();
-            assert_eq!(names_a_proxy(&path), names, "{text}");
-        }
-        std::fs::write(&path, "[]").unwrap();
-        assert!(names_a_proxy(&path).is_err());
     }
 }

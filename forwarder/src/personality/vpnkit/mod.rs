@@ -16,9 +16,11 @@ mod diagnostics;
 mod expose;
 mod files;
 pub mod forward;
+mod http;
 pub mod mux;
 pub mod ninep;
 mod outgoing;
+mod pcap;
 mod plane;
 
 use std::ffi::OsString;
@@ -28,17 +30,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
 use portway_netstack::{Duration, Services, Subnet};
 
 use self::args::{Args, Door as Socket};
 use self::expose::Exposer;
-pub use self::outgoing::Outgoing;
-pub(crate) use self::outgoing::dial;
+pub use self::http::{Proxied, Settings as HttpSettings};
+pub use self::outgoing::{Outgoing, Taker};
 use self::plane::{CHANNELS, Plane};
 use super::Particulars;
 use crate::config::{Config, GuestApi, LogLevel, Settings, UnixPath};
-use crate::dns::Upstream;
 use crate::sidecar::Door;
 
 const NAME: &str = "vpnkit";
@@ -49,17 +49,9 @@ const NEVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// Runs vpnkit with `args`, its name first.
 pub(super) fn main(args: &[OsString]) -> ExitCode {
-    let args = match Args::try_parse_from(args) {
+    let args: Args = match super::parsed(NAME, args) {
         Ok(args) => args,
-        Err(error) if !error.use_stderr() => {
-            super::say(&error.render().to_string());
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            let text = error.render().to_string();
-            let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-            return super::fail(NAME, &format!("{line} (see vpnkit --help)"));
-        }
+        Err(code) => return code,
     };
     if args.version {
         super::say(&format!("{VERSION}\nportway: {}\n", env!("CARGO_PKG_VERSION")));
@@ -159,8 +151,7 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
     config.ipv6 = None;
     // Its guests never had a say in ports.
     config.guest_api = GuestApi::Off;
-    let everywhere = |server: &std::net::SocketAddr| Upstream { domain: None, server: (*server).into() };
-    config.dns_upstream = resolvers.servers.iter().map(everywhere).collect();
+    config.dns_upstream = resolvers.upstreams;
     config.dns_host = args.names(&plan);
     if let Some(seconds) = args.port_max_idle_time {
         config.limits.tcp_idle =
@@ -169,7 +160,10 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
     if let Some(most) = args.max_connections {
         (config.limits.flows, config.limits.udp_bindings) = (most, config.limits.udp_bindings.min(most));
     }
-    let fixed = [args.forwards_of("--tcpv4-forwards")?, args.forwards_of("--udpv4-forwards")?].concat();
+    let programs = args.forwards.as_deref().map(files::forwards).transpose()?.unwrap_or_default();
+    let proxies = Proxies::of(args, &plan, &programs)?;
+    let mut fixed = [args.forwards_of("--tcpv4-forwards")?, args.forwards_of("--udpv4-forwards")?].concat();
+    fixed.extend(proxies.iter().flat_map(|_| http::gateway_forwards(plan.gateway)));
     let watched =
         args.gateway_forwards.as_deref().map(|path| files::GatewayForwards::read(path, fixed.clone()));
     let watched = watched.transpose()?;
@@ -178,7 +172,7 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         gateway_mac: args.server_macaddr,
         domain: args.domain.clone().or(dhcp.domain_name).unwrap_or_else(|| "localdomain".into()),
         search: [dhcp.search_domains, resolvers.search].concat(),
-        outgoing: args.forwards.as_deref().map(files::forwards).transpose()?.unwrap_or_default(),
+        outgoing: proxies.as_ref().map_or_else(|| programs.clone(), |p| p.outgoing.clone()),
         services: Services {
             pool: Some(plan.pool),
             forwards: watched.as_ref().map_or(fixed, |w| w.all().to_vec()),
@@ -186,7 +180,7 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         },
         ..Particulars::default()
     };
-    let (doors, sockets) = doors(args, &plan, watched)?;
+    let (doors, sockets) = doors(args, &plan, watched, proxies)?;
     Ok(Prepared { config, doors, sockets, warnings: [warnings, resolvers.warnings].concat() })
 }
 
@@ -195,6 +189,7 @@ fn doors(
     args: &Args,
     plan: &Plan,
     watched: Option<files::GatewayForwards>,
+    proxies: Option<Proxies>,
 ) -> Result<(Vec<Door>, Vec<PathBuf>), String> {
     let (mut doors, mut sockets): (Vec<Door>, Vec<PathBuf>) = Default::default();
     let channels = args.max_connections.unwrap_or(CHANNELS);
@@ -202,6 +197,7 @@ fn doors(
     let plane = plane.map(|p| data_socket(p).map(|path| Plane::new(path, channels))).transpose()?;
     let ports = listen_all("--port", &args.port, &mut sockets)?;
     let diagnostics = listen_all("--diagnostics", &args.diagnostics, &mut sockets)?;
+    let pcaps = listen_all("--pcap", &args.pcap, &mut sockets)?;
     let (subnet, allowed) = (plan.subnet, args.allowed_bind_addresses.clone());
     doors.push(Box::new(move |context| {
         let exposer = Arc::new(Exposer::new(context.requests.clone(), subnet, allowed, plane));
@@ -211,11 +207,50 @@ fn doors(
         for listener in diagnostics.into_iter().filter_map(watch) {
             tokio::spawn(diagnostics::serve(listener, context.requests.clone(), Arc::clone(&exposer)));
         }
+        for listener in pcaps.into_iter().filter_map(watch) {
+            tokio::spawn(pcap::serve(listener, context.requests.clone()));
+        }
     }));
     if let Some(watched) = watched {
         doors.push(Box::new(move |context| drop(tokio::spawn(watched.follow(context.requests.clone())))));
     }
+    if let Some(Proxies { live, file, .. }) = proxies {
+        let api = args.http_api_path.as_deref().map(|path| path.to_string_lossy().into_owned());
+        let api = listen_all("--http-api-path", api.as_slice(), &mut sockets)?;
+        doors.push(Box::new(move |context| {
+            for listener in api.into_iter().filter_map(watch) {
+                tokio::spawn(http::serve_api(listener, Arc::clone(&live), context.clone()));
+            }
+            if let Some((path, text)) = file {
+                tokio::spawn(live.follow(path, text, context.clone()));
+            }
+        }));
+    }
     Ok((doors, sockets))
+}
+
+/// What `--http` and `--http-api-path` ask for.
+struct Proxies {
+    live: Arc<http::Live>,
+    /// The file and its text, to be followed.
+    file: Option<(PathBuf, String)>,
+    /// Whose connections are taken at first.
+    outgoing: Vec<Outgoing>,
+}
+
+impl Proxies {
+    /// `None` when neither is given. `programs`: those of `--forwards`, which come first.
+    fn of(args: &Args, plan: &Plan, programs: &[Outgoing]) -> Result<Option<Self>, String> {
+        if args.http.is_none() && args.http_api_path.is_none() {
+            return Ok(None);
+        }
+        let read = args.http.as_deref().map(http::read).transpose()?;
+        let (text, settings) = read.map_or((None, None), |(text, s)| (Some(text), Some(Arc::new(s))));
+        let at = http::Addresses { gateway: plan.gateway, host: plan.host };
+        let outgoing = [programs.to_vec(), http::rules(settings.as_ref(), at)].concat();
+        let live = Arc::new(http::Live::new(programs.to_vec(), at, settings));
+        Ok(Some(Self { live, file: args.http.clone().zip(text), outgoing }))
+    }
 }
 
 /// The path of hyperkit's `connect` socket.

@@ -18,6 +18,9 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use super::http::Proxied;
+use crate::sidecar::DoorContext;
+
 /// How long the program may take to accept.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of its answer.
@@ -26,19 +29,51 @@ const ANSWER: u16 = 4096;
 /// Destinations that are handed over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outgoing {
-    /// Their network.
-    pub prefix: Subnet,
+    /// Their network; `None`: every IPv4 address.
+    pub(super) prefix: Option<Subnet>,
     /// Their port; 0: any.
-    pub port: u16,
-    /// The program's socket.
-    pub path: PathBuf,
+    pub(super) port: u16,
+    /// To whom.
+    pub(super) taker: Taker,
+}
+
+/// Who takes a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Taker {
+    /// The program behind this socket.
+    Program(PathBuf),
+    /// An HTTP proxy.
+    Http(Proxied),
+    /// It is refused.
+    Nobody,
+}
+
+impl Taker {
+    /// Has it take a connection to `to`; the answer is the other end of its bytes.
+    ///
+    /// # Errors
+    /// When it is not there, or does not accept in time.
+    pub(crate) async fn take(&self, to: SocketAddr, context: &DoorContext) -> io::Result<StdUnixStream> {
+        match self {
+            Self::Program(path) => dial(path, to).await,
+            Self::Http(proxied) => proxied.take(to, context).await,
+            Self::Nobody => Err(io::ErrorKind::ConnectionRefused.into()),
+        }
+    }
 }
 
 impl Outgoing {
     /// Whether a connection to `to` is handed over.
     #[must_use]
     pub fn takes(&self, to: SocketAddr) -> bool {
-        self.prefix.contains(to.ip()) && (self.port == 0 || self.port == to.port())
+        self.prefix.map_or(to.is_ipv4(), |prefix| prefix.contains(to.ip()))
+            && (self.port == 0 || self.port == to.port())
+    }
+
+    /// Who takes it.
+    #[must_use]
+    pub fn taker(&self) -> &Taker {
+        &self.taker
     }
 }
 
@@ -70,7 +105,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<Outgoing>, String> {
             return Err(format!("protocol {:?}: tcp is needed", e.protocol));
         }
         let path = std::path::absolute(&e.path).map_err(|f| format!("path {}: {f}", e.path.display()))?;
-        Ok(Outgoing { prefix: e.dst_prefix.0, port: e.dst_port, path })
+        Ok(Outgoing { prefix: Some(e.dst_prefix.0), port: e.dst_port, taker: Taker::Program(path) })
     };
     entries.into_iter().map(one).collect()
 }
@@ -79,7 +114,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<Outgoing>, String> {
 ///
 /// # Errors
 /// When it is not there, or does not accept in time.
-pub(crate) async fn dial(path: &Path, to: SocketAddr) -> io::Result<StdUnixStream> {
+async fn dial(path: &Path, to: SocketAddr) -> io::Result<StdUnixStream> {
     tokio::time::timeout(PATIENCE, accepted(path, to)).await?
 }
 
@@ -114,9 +149,9 @@ mod tests {
     fn destinations_are_told_by_network_and_port() {
         let text = r#"[{"protocol":"tcp","dst_prefix":"10.0.0.0/8","path":"/a"},{"protocol":"tcp","dst_prefix":"192.0.2.7/32","dst_port":443,"path":"/b"}]"#;
         let known = parse(text).unwrap();
-        let taken = |to: &str| known.iter().find(|o| o.takes(to.parse().unwrap())).map(|o| o.path.clone());
-        assert_eq!(taken("10.9.9.9:1"), Some("/a".into()));
-        assert_eq!(taken("192.0.2.7:443"), Some("/b".into()));
+        let taken = |to: &str| known.iter().find(|o| o.takes(to.parse().unwrap())).map(|o| o.taker.clone());
+        assert_eq!(taken("10.9.9.9:1"), Some(Taker::Program("/a".into())));
+        assert_eq!(taken("192.0.2.7:443"), Some(Taker::Program("/b".into())));
         assert_eq!((taken("192.0.2.7:80"), taken("[fd00::1]:443")), (None, None));
         for bad in [
             "{}",

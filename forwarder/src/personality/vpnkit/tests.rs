@@ -1,5 +1,7 @@
 //! Command lines of vpnkit's callers, and those that are wrong.
 
+use clap::Parser;
+
 use super::*;
 
 fn prepared(line: &str) -> Result<Prepared, String> {
@@ -46,11 +48,11 @@ fn the_command_lines_of_callers_are_understood() {
     std::fs::write(at("dhcp.json"), r#"{"searchDomains":["corp.test"],"domainName":"lan.test"}"#).unwrap();
     std::fs::write(at("http.json"), "{}").unwrap();
     let desktop = prepared(&format!(
-        "--ethernet {} --port {} --diagnostics {} --pcap fd:5 --vsock-path vms/0/connect --host-names host.docker.internal,docker.for.mac.localhost \
+        "--ethernet {} --port {} --diagnostics {} --pcap {} --vsock-path vms/0/connect --host-names host.docker.internal,docker.for.mac.localhost \
          --gateway-names gateway.docker.internal --vm-names docker-for-desktop --listen-backlog 32 --mtu 1500 --allowed-bind-addresses 0.0.0.0 \
          --http {} --dhcp {} --port-max-idle-time 300 --max-connections 2000 --gateway-ip 192.168.65.1 --highest-ip 192.168.65.254 \
          --udpv4-forwards 123:127.0.0.1:1123 --gc-compact-interval 1800",
-        at("eth2"), at("port"), at("diag"), at("http.json"), at("dhcp.json")
+        at("eth2"), at("port"), at("diag"), at("pcap"), at("http.json"), at("dhcp.json")
     ))
     .unwrap();
     let Config { particulars, limits, dns_host, .. } = &desktop.config;
@@ -59,8 +61,9 @@ fn the_command_lines_of_callers_are_understood() {
         ("lan.test", &["corp.test".to_owned()][..])
     );
     assert_eq!((limits.tcp_idle, limits.flows), (Duration::from_secs(300), 2000));
-    assert_eq!((particulars.services.forwards.len(), dns_host.len()), (1, 4));
-    assert_eq!(desktop.warnings.len(), 3, "{:?}", desktop.warnings);
+    // One of the line, and the two ports of the proxies.
+    assert_eq!((particulars.services.forwards.len(), dns_host.len()), (3, 4));
+    assert_eq!(desktop.warnings.len(), 2, "{:?}", desktop.warnings);
     let never = prepared(&format!("--ethernet {} --port-max-idle-time -1", at("eth3"))).unwrap();
     assert_eq!(never.config.limits.tcp_idle, NEVER);
 }
@@ -69,7 +72,7 @@ fn the_command_lines_of_callers_are_understood() {
 fn what_is_wrong_is_said_before_anything_starts() {
     let dir = tempfile::tempdir().unwrap();
     let http = dir.path().join("http.json");
-    std::fs::write(&http, r#"{"http":"proxy:3128"}"#).unwrap();
+    std::fs::write(&http, r#"{"http":"socks5://proxy:3128"}"#).unwrap();
     let http = format!("--ethernet /tmp/x --http {}", http.display());
     for (line, fault) in [
         ("--debug", "--ethernet is needed"),
@@ -88,8 +91,9 @@ fn what_is_wrong_is_said_before_anything_starts() {
         ("--ethernet /tmp/x --max-connections 0", "1 to 1000000"),
         ("--ethernet /tmp/x --mtu 100", "576"),
         ("--ethernet /tmp/x --forwards /nonexistent", "--forwards /nonexistent"),
-        ("--ethernet /tmp/x --http-api-path /tmp/h", "--http-api-path"),
-        (&http, "HTTP proxies are not in this release"),
+        ("--ethernet /tmp/x --http /nonexistent", "/nonexistent"),
+        ("--ethernet /tmp/x --http-api-path http://x", "--http-api-path"),
+        (&http, "a proxy is asked by http, not by socks5"),
         ("--ethernet /tmp/x --bogus", "--bogus"),
     ] {
         let Err(error) = prepared(line) else { panic!("{line}") };

@@ -1,62 +1,32 @@
-//! gvproxy's routes, with its bodies, status codes and texts, so that its callers find what they know.
+//! `/services/forwarder/*`: the ports of gvproxy's callers, and unix sockets of the host.
 //!
-//! On the host's side all of them; inside the guest, on the gateway's port 80, `/services/forwarder/*` alone and with limits:
-//! a guest publishes and takes away ports of its own address, at most [`GUEST_PORTS`], on the host's loopback (in the gvproxy
-//! personality also on every address, by `:PORT`), and no unix sockets. `/connect` and `/tunnel` are in `hijack`.
-//!
-//! Answers are `text/plain` even where they are JSON, and end with a newline. Where gvproxy fails without an answer (a
-//! guest that is a name), ours is 500 with a text.
+//! A guest that asks publishes and takes away ports of its own address, at most [`GUEST_PORTS`], on the host's loopback (in the
+//! gvproxy personality also on every address, by `:PORT`), and no unix sockets.
+//! ```text
+//!  unix:PATH ─┬─ tcp://GUEST:PORT ─► a published port whose listener is a unix socket
+//!             └─ ssh-tunnel://… ───► `ssh`
+//! ```
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::{HeaderName, Method, StatusCode, header};
+use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::routing::any;
-use axum::{Extension, Router};
 use portway_api::control::{PortInfo, Protocol};
 use serde::{Deserialize, Serialize};
 
-use super::problem::Fault;
-use super::{App, publish_one};
+use super::super::problem::Fault;
+use super::super::{App, publish_one};
+use super::{Guest, body, fail, json};
 use crate::config::GuestApi;
 use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::{PublishError, Request};
+use crate::ssh::{ForwardError, Remote};
 
 /// Ports one guest may publish by itself.
 const GUEST_PORTS: usize = 256;
-
-/// The guest who asks, when one does.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Guest(pub(super) IpAddr);
-
-pub(super) fn routes() -> Router<App> {
-    guest_routes()
-        .route("/services/dhcp/leases", any(leases))
-        .route("/leases", any(leases))
-        .route("/cam", any(cam))
-        .route("/stats", any(stats))
-}
-
-/// What a guest may ask.
-pub(super) fn guest_routes() -> Router<App> {
-    Router::new()
-        .route("/services/forwarder/all", any(all))
-        .route("/services/forwarder/expose", any(expose))
-        .route("/services/forwarder/unexpose", any(unexpose))
-}
-
-/// A line as Go's `http.Error` writes it.
-pub(super) fn text(line: &str) -> impl IntoResponse + use<> {
-    let nosniff = (HeaderName::from_static("x-content-type-options"), "nosniff");
-    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8"), nosniff], format!("{line}\n"))
-}
-
-fn fail(status: StatusCode, line: &str) -> Response {
-    (status, text(line)).into_response()
-}
 
 #[derive(Serialize)]
 struct Exposed {
@@ -84,44 +54,6 @@ fn local_of(port: &PortInfo) -> String {
     }
 }
 
-fn json(value: &impl Serialize) -> Response {
-    let json = serde_json::to_string(value).unwrap_or_else(|_| "null".into());
-    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], json + "\n").into_response()
-}
-
-/// Every lease, the gateway's own address among them.
-async fn leases(State(app): State<App>) -> Result<Response, Fault> {
-    let leases = app.ask(|reply| Request::Leases { reply }).await?;
-    let mut map: BTreeMap<String, String> = leases.into_iter().map(|l| (l.ip, l.mac)).collect();
-    map.insert(app.network.gateway.clone(), app.network.gateway_mac.clone());
-    Ok(json(&map))
-}
-
-/// Which Ethernet address is behind which port of the switch.
-async fn cam(State(app): State<App>) -> Result<Response, Fault> {
-    let macs = app.macs().await.map_err(|_| Fault::unavailable())?;
-    Ok(json(&macs.into_iter().collect::<BTreeMap<_, _>>()))
-}
-
-/// The counters gvproxy's callers look at, under its names; what is not counted here is left out.
-async fn stats(State(app): State<App>) -> Result<Response, Fault> {
-    let stats = app.stats().await?;
-    let sum = |of: fn(&portway_api::control::LinkStats) -> u64| stats.links.iter().map(of).sum::<u64>();
-    let empty = || serde_json::json!({});
-    Ok(json(&serde_json::json!({
-        "ARP": empty(),
-        "BytesReceived": sum(|l| l.bytes_from_guest),
-        "BytesSent": sum(|l| l.bytes_to_guest),
-        "DroppedPackets": stats.drops.values().sum::<u64>(),
-        "ICMP": empty(),
-        "IGMP": empty(),
-        "IP": { "PacketsReceived": sum(|l| l.frames_from_guest), "PacketsSent": sum(|l| l.frames_to_guest) },
-        "NICs": empty(),
-        "TCP": { "CurrentEstablished": stats.tcp_flows.saturating_sub(stats.tcp_dialing) },
-        "UDP": empty(),
-    })))
-}
-
 /// A host end as [`local_of`] shows its port.
 fn local_text(host: &HostEnd) -> String {
     match host {
@@ -134,9 +66,9 @@ fn local_text(host: &HostEnd) -> String {
     }
 }
 
-async fn all(State(app): State<App>, asker: Option<Extension<Guest>>) -> Result<Response, Fault> {
+pub(super) async fn all(State(app): State<App>, asker: Option<Extension<Guest>>) -> Result<Response, Fault> {
     let mut ports = app.ask(|reply| Request::Ports { reply }).await?;
-    if let Some(Extension(Guest(ip))) = asker {
+    if let Some(Extension(Guest(ip))) = &asker {
         ports.retain(|p| p.guest == ip.to_string());
     }
     let mut list: Vec<Exposed> = ports
@@ -151,26 +83,12 @@ async fn all(State(app): State<App>, asker: Option<Extension<Guest>>) -> Result<
             },
         })
         .collect();
+    if asker.is_none() {
+        let sockets = app.ssh.list().into_iter();
+        list.extend(sockets.map(|(local, remote)| Exposed { local, remote, protocol: "unix".into() }));
+    }
     list.sort_by(|a, b| (&a.local, &a.protocol).cmp(&(&b.local, &b.protocol)));
     Ok(json(&list))
-}
-
-/// The body of a POST.
-#[expect(clippy::result_large_err, reason = "the error is the HTTP answer")]
-fn body(method: &Method, bytes: &Bytes) -> Result<Body, Response> {
-    if method != Method::POST {
-        return Err(fail(StatusCode::BAD_REQUEST, "post only"));
-    }
-    let text = if bytes.is_empty() {
-        Err("EOF".into())
-    } else {
-        serde_json::from_slice(bytes).map_err(|e| go_text(&e))
-    };
-    text.map_err(|text: String| fail(StatusCode::BAD_REQUEST, &text))
-}
-
-fn go_text(error: &serde_json::Error) -> String {
-    if error.is_eof() { "unexpected EOF".into() } else { error.to_string() }
 }
 
 /// Splits at the last colon, as Go's `net.SplitHostPort` does.
@@ -213,25 +131,36 @@ fn protocol(name: &str) -> Option<(Protocol, &'static str)> {
     }
 }
 
-async fn expose(
+pub(super) async fn expose(
     State(app): State<App>,
     asker: Option<Extension<Guest>>,
     method: Method,
     bytes: Bytes,
 ) -> Result<Response, Fault> {
     let asker = asker.map(|Extension(Guest(ip))| ip);
-    let body = match body(&method, &bytes) {
+    let body: Body = match body(&method, &bytes) {
         Ok(body) => body,
         Err(response) => return Ok(response),
     };
-    let internal = |text: &str| Ok(fail(StatusCode::INTERNAL_SERVER_ERROR, text));
+    let internal_text = |text: &str| fail(StatusCode::INTERNAL_SERVER_ERROR, text);
+    let internal = |text: &str| Ok(internal_text(text));
     let Some((proto, name)) = protocol(&body.protocol) else {
         return internal(&match body.protocol.as_str() {
             "npipe" => "named pipes are not supported by this platform".to_owned(),
             other => format!("unknown protocol {other}"),
         });
     };
-    let remote = if name == "unix" { body.remote.trim_start_matches("tcp://") } else { &body.remote };
+    let mut remote = body.remote.as_str();
+    if name == "unix"
+        && let Some((scheme, rest)) = remote.split_once("://")
+    {
+        // What a guest may not at all, it is told below.
+        if scheme != "tcp" && asker.is_none() {
+            return Ok(tunnel(&app, &body)
+                .map_or_else(|text| internal_text(&text), |()| StatusCode::OK.into_response()));
+        }
+        remote = rest;
+    }
     let own = asker.map(|ip| ip.to_string());
     let (guest, port) = match split(remote) {
         Ok(("", port)) if own.is_some() => (own.as_deref().unwrap_or_default(), port),
@@ -274,6 +203,21 @@ async fn expose(
     }
 }
 
+/// Makes the unix socket `body` names lead over SSH to one of a guest.
+///
+/// # Errors
+/// What gvproxy says.
+fn tunnel(app: &App, body: &Body) -> Result<(), String> {
+    let remote: Remote = body.remote.parse().map_err(|e: crate::ssh::RemoteError| e.to_string())?;
+    let socket = std::path::absolute(&body.local).map_err(|e| format!("listen unix {}: {e}", body.local))?;
+    let forward = remote.forward(socket).map_err(|e| e.to_string())?;
+    app.ssh.add(forward, remote.shown(), app.requests.clone()).map_err(|error| match error {
+        ForwardError::Taken => format!("proxy already running for unix on {}", body.local),
+        ForwardError::Limit => format!("limit reached: {} unix sockets over SSH", crate::ssh::FORWARDS),
+        ForwardError::Socket(why) => format!("listen unix {}: bind: {why}", body.local),
+    })
+}
+
 /// Why the guest `ip` may not publish `spec`.
 async fn forbidden(app: &App, ip: IpAddr, spec: &PublishSpec) -> Result<Option<String>, Fault> {
     if spec.guest != GuestName::Address(ip) {
@@ -296,13 +240,13 @@ async fn forbidden(app: &App, ip: IpAddr, spec: &PublishSpec) -> Result<Option<S
         .then(|| format!("limit reached: a guest exposes {GUEST_PORTS} ports at the most")))
 }
 
-async fn unexpose(
+pub(super) async fn unexpose(
     State(app): State<App>,
     asker: Option<Extension<Guest>>,
     method: Method,
     bytes: Bytes,
 ) -> Result<Response, Fault> {
-    let body = match body(&method, &bytes) {
+    let body: Body = match body(&method, &bytes) {
         Ok(body) => body,
         Err(response) => return Ok(response),
     };
@@ -311,6 +255,11 @@ async fn unexpose(
     let Ok(host) = host_end(&body.local, name) else { return Ok(unknown) };
     if matches!(host, HostEnd::Ports { first: 0, .. }) {
         return Ok(unknown);
+    }
+    if let (HostEnd::Unix(path), None) = (&host, &asker)
+        && std::path::absolute(path).is_ok_and(|path| app.ssh.remove(&path))
+    {
+        return Ok(StatusCode::OK.into_response());
     }
     if let Some(Extension(Guest(ip))) = asker {
         let ports = app.ask(|reply| Request::Ports { reply }).await?;
