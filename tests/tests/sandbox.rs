@@ -61,7 +61,8 @@ fn anybodys() -> Result<(tempfile::TempDir, PathBuf)> {
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777))?;
     let program = dir.path().join("portway");
     // A link would do, were the way to the target open to everybody.
-    std::fs::copy(portway()?, &program)?;
+    // By another process: one of ours that was forked meanwhile would keep it open for writing, and then it cannot be run.
+    ensure!(Command::new("cp").arg(portway()?).arg(&program).status()?.success());
     Ok((dir, program))
 }
 
