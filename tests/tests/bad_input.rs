@@ -164,7 +164,7 @@ fn gvproxys_routes_refuse_what_is_none_in_its_words_and_nothing_changes() -> Res
         let (status, _, said) = curl(dir.path(), &[&format!("http://unix/{route}")])?;
         ensure!((status, said.as_str()) == (400, "post only\n"), "{route}: {status} {said:?}");
     }
-    let used = tempfile::NamedTempFile::new()?;
+    let used = tempfile::NamedTempFile::new_in(dir.path())?;
     let unix = format!(
         r#"{{"local":"{}","remote":"tcp://192.168.127.2:22","protocol":"unix"}}"#,
         used.path().display()

@@ -190,6 +190,9 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
         (&["--dns-upstream", "resolver"], "\"resolver\" is not IP[:PORT]"),
         (&["--dns-host", "a.test"], "\"a.test\" is not NAME=IP"),
         (&["--dns-ca", "/nonexistent/ca.pem"], "--dns-ca /nonexistent/ca.pem"),
+        (&["--guest-socket", "/only-one"], "--guest-socket"),
+        (&["--guest-binds", "nowhere"], "--guest-binds"),
+        (&["--config", "/nonexistent/config.toml"], "/nonexistent/config.toml"),
         (&["--wait", "--net", "none"], "--wait"),
     ];
     all_refused(dir.path(), &network, &[image])?;

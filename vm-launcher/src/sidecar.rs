@@ -138,6 +138,7 @@ mod tests {
         assert_eq!(config.sidecar_arguments().expect("nothing is wrong"), None);
         config.name = "a,mtu=1".into();
         assert!(config.sidecar_arguments().expect_err("a comma").to_string().contains("--name"));
+        config.name = "demo".into();
         let spec = link_spec(&config, &Card::Datagrams, &Link::Inherited(5));
         assert_eq!(spec, "dgram:fd:5,name=demo,mtu=1500,ip=192.168.127.9");
     }

@@ -85,6 +85,21 @@ pub(crate) fn offered() -> [(&'static str, bool); 2] {
     [("Landlock", paths::landlock_is_there()), ("seccomp filters", filter::is_there())]
 }
 
+/// Looks at `--runas` before anything starts.
+///
+/// # Errors
+/// When it names nobody, or there is no sandbox to enter as somebody else.
+pub(crate) fn check_user(runas: Option<&str>, mode: Mode) -> Result<(), ConfigError> {
+    let Some(name) = runas else { return Ok(()) };
+    if mode == Mode::Off {
+        return Err(ConfigError::new("--runas", "with --sandbox off nobody becomes another user"));
+    }
+    #[cfg(target_os = "linux")]
+    return privileges::known(name).map(drop);
+    #[cfg(not(target_os = "linux"))]
+    Err(ConfigError::new("--runas", format!("{name:?}: not on this system")))
+}
+
 /// Goes into the sandbox; there is no way back.
 ///
 /// # Errors
@@ -131,10 +146,7 @@ fn every_part(config: &Config, paths: &paths::Paths) -> Result<Vec<SandboxPart>,
 }
 
 #[cfg(not(target_os = "linux"))]
-fn every_part(config: &Config, _: &paths::Paths) -> Result<Vec<SandboxPart>, ConfigError> {
-    if config.runas.is_some() {
-        return Err(ConfigError::new("--runas", "not on this system"));
-    }
+fn every_part(_: &Config, _: &paths::Paths) -> Result<Vec<SandboxPart>, ConfigError> {
     Ok(PARTS.iter().map(|name| part(name, Err("not on this system".into()))).collect())
 }
 

@@ -27,9 +27,7 @@ pub(super) fn threads() -> usize {
 pub(super) fn become_user(wanted: Option<&str>, paths: &Paths) -> Result<String, ConfigError> {
     let fault = |text: String| ConfigError::new("--runas", text);
     let (me, my_group) = (geteuid(), getegid());
-    let named =
-        wanted.map(|name| user_called(name).ok_or_else(|| fault(format!("{name:?} is no user here"))));
-    let named = named.transpose()?;
+    let named = wanted.map(known).transpose()?;
     if !me.is_root() {
         return match named {
             Some((uid, _)) if uid != me => {
@@ -66,6 +64,11 @@ pub(super) fn become_user(wanted: Option<&str>, paths: &Paths) -> Result<String,
         return Err(fault(format!("the kernel did not make this process user {uid}")));
     }
     Ok(format!("uid {uid}"))
+}
+
+/// The user whom `--runas` names.
+pub(super) fn known(name: &str) -> Result<(Uid, Gid), ConfigError> {
+    user_called(name).ok_or_else(|| ConfigError::new("--runas", format!("{name:?} is no user here")))
 }
 
 fn user_called(name: &str) -> Option<(Uid, Gid)> {

@@ -209,12 +209,14 @@ fn what_is_absent_has_no_option_and_the_users_arguments_come_last() {
 }
 
 #[test]
-fn a_missing_qemu_says_what_to_install() {
+fn a_missing_qemu_says_which_setting_named_it_or_what_to_install() {
     let mut config = config();
     config.qemu = Some("/nonexistent/qemu".into());
     let error = Qemu::find(&config).expect_err("it is not there").to_string();
-    assert!(error.contains("apt-get install qemu-system-x86"), "{error}");
-    config.arch = Arch::Aarch64;
-    let error = Qemu::find(&config).expect_err("it is not there").to_string();
-    assert!(error.contains("apt-get install qemu-system-arm"), "{error}");
+    assert!(error.starts_with("--qemu: /nonexistent/qemu: "), "{error}");
+    for (arch, package) in [(Arch::X86_64, "qemu-system-x86"), (Arch::Aarch64, "qemu-system-arm")] {
+        let error =
+            LaunchError::NoQemu { why: "no qemu in PATH".into(), package: arch.package() }.to_string();
+        assert!(error.contains(&format!("apt-get install {package}")), "{error}");
+    }
 }
