@@ -154,7 +154,7 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
     ];
     all_refused(dir.path(), &machine, &[image])?;
 
-    let network: [Case<'_>; 36] = [
+    let network: [Case<'_>; 39] = [
         (&["-publish", "99999:22"], "99999:22"),
         (&["-p", "80:81:junk:x"], "80:81:junk:x"),
         (&["-publish", "2222:22", "-publish", "2222:23"], "given twice"),

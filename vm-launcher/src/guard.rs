@@ -55,14 +55,20 @@ impl Guard {
         let failed = |error: io::Error| LaunchError::system("cannot start the guard", error);
         let (read, write) = sys::pipe().map_err(failed)?;
         let mut command = Command::new(program);
-        command.arg(GUARD).stdin(Stdio::from(read)).stderr(Stdio::null());
-        // Its stdout is the terminal to put back; it writes nothing there.
-        match terminal.duplicate().map_err(failed)? {
-            Some(terminal) => command.stdout(terminal),
-            None => command.stdout(Stdio::null()),
-        };
+        command.arg(GUARD).stdin(Stdio::from(read)).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut ready = None;
+        if let Some(terminal) = terminal.duplicate().map_err(failed)? {
+            let (read, write) = sys::pipe().map_err(failed)?;
+            // Its stdout is the terminal to put back; it writes nothing there.
+            command.stdout(terminal).stderr(Stdio::from(write));
+            ready = Some(File::from(read));
+        }
         sys::prepare_session(&mut command, lock.into_iter().collect());
         let process = Process::start(command)?;
+        if let Some(mut ready) = ready {
+            // Until it has seen the terminal as it is, nobody may change it.
+            ready.read_exact(&mut [0]).map_err(failed)?;
+        }
         Ok(Self { pipe: Some(write.into()), process: Some(process) })
     }
 
@@ -153,6 +159,10 @@ pub fn guard() -> ExitCode {
     let _ = SigSet::all().thread_set_mask();
     let stdout = io::stdout();
     let terminal = if stdout.is_terminal() { tcgetattr(&stdout).ok() } else { None };
+    if stdout.is_terminal() {
+        // Whoever waited for that is gone when this fails.
+        let _ = io::stderr().write_all(b".");
+    }
     let mut told = Told::default();
     let mut watched: Vec<(Watched, bool)> = Vec::new();
     let mut partial = Vec::new();

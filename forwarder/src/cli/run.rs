@@ -316,8 +316,11 @@ fn check_network(config: &LaunchConfig) -> Result<(), Failure> {
     let Some(words) = config.sidecar_arguments().map_err(failure)? else { return Ok(()) };
     let line = std::iter::once(OsString::from("portway")).chain(words);
     let cli = super::Cli::try_parse_from(line).map_err(|error| Failure::usage(super::one_line(&error)))?;
-    let super::Command::Serve { settings, .. } = cli.command else { return Ok(()) };
-    let settings = settings.over(Settings::from_env(std::env::vars_os()).map_err(Failure::usage)?);
+    let super::Command::Serve { settings, config: file, .. } = cli.command else { return Ok(()) };
+    let mut settings = settings.over(Settings::from_env(std::env::vars_os()).map_err(Failure::usage)?);
+    if let Some(path) = file {
+        settings = settings.over(Settings::from_file(&path).map_err(Failure::usage)?);
+    }
     Config::try_from(settings).map(drop).map_err(|error| {
         let text = error.to_string();
         // The user knows the link's address by another name.

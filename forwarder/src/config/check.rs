@@ -119,6 +119,9 @@ impl TryFrom<Settings> for Config {
         if let Some(text) = s.dns_private.iter().find(|text| !crate::dns::is_name(text)) {
             return Err(bad("--dns-private", format!("{text:?} is not a domain; an example: corp.example")));
         }
+        if let Some(path) = s.allow_path.iter().map(|d| &d.0).find(|path| !path.is_dir()) {
+            return Err(bad("--allow-path", format!("{} is no directory: make it first", path.display())));
+        }
         crate::sandbox::check_user(s.runas.as_deref(), s.sandbox.unwrap_or_default())?;
         let network = s.network.unwrap_or_else(|| "default".into());
         if network.is_empty() || network.contains(['/', '\0']) || network.starts_with('.') {
