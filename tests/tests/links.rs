@@ -89,6 +89,25 @@ fn a_namespace_moves_megabytes_both_ways_in_frames_much_larger_than_its_mtu() ->
 }
 
 #[test]
+fn megabytes_cross_both_ways_over_ipv6_too() -> Result<()> {
+    let Some(namespace) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let link = format!("tap:tap0,netns={},name=box", namespace.path().display());
+    let _sidecar = Sidecar::start(dir.path(), &["--link", &link, "--subnet6", "2001:db8:77::/64"])?;
+    namespace.configure("tap0", BOX, GATEWAY, 1500)?;
+    namespace.ip(&["address", "add", "2001:db8:77::77/64", "dev", "tap0", "nodad"])?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let host: IpAddr = "2001:db8:77::254".parse()?;
+    let to = SocketAddr::new(host, listener.local_addr()?.port());
+    let server = echo(listener);
+    let bytes = pattern(BULK);
+    let got = namespace.inside(|| exchange(to, &bytes))?;
+    ensure!(got == bytes, "{} bytes came back, or others", got.len());
+    assert_eq!(server.join().unwrap()?, BULK as u64);
+    Ok(())
+}
+
+#[test]
 fn a_namespaces_port_is_published_and_its_datagrams_find_their_way() -> Result<()> {
     let Some(namespace) = Namespace::new()? else { return Ok(()) };
     let dir = tempfile::tempdir()?;
