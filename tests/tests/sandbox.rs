@@ -148,7 +148,7 @@ fn runas_names_the_user_and_hands_our_directory_over() -> Result<()> {
         .stdin(std::os::unix::net::UnixStream::pair().map(|(a, _)| std::os::fd::OwnedFd::from(a))?)
         .output()?;
     let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
-    ensure!(unknown.status.code() == Some(1) && said.contains("no-such-user"), "{said}");
+    ensure!(unknown.status.code() == Some(2) && said.contains("no-such-user"), "{said}");
     ensure!(!dir.path().join("other").exists());
     Ok(())
 }
