@@ -8,7 +8,7 @@
 //!    └─ where the VMM is met: listener, connect and connect again, descriptor, device
 //! ```
 //! A [`Link`] knows how its VMM comes and goes; the [`Carrier`] knows how frames cross once it is there. Carriers read
-//! and write in batches, hand frames to the stack in place and are the [`FrameSink`] it writes into. None ever drops
+//! and write in batches, hand frames to the stack in place and are the `FrameSink` it writes into. None ever drops
 //! a TCP segment of ours: when the VMM does not read, the sink has no room, and the stack waits.
 
 mod carrier;
