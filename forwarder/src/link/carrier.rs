@@ -5,7 +5,6 @@ use std::os::fd::RawFd;
 
 use portway_netstack::{FrameSink, Offload, Offloads};
 
-#[cfg(target_os = "linux")]
 use super::packets::Packets;
 use super::stream::Stream;
 #[cfg(target_os = "linux")]
@@ -37,7 +36,6 @@ pub enum Carrier {
     #[cfg(target_os = "linux")]
     VhostUser(Box<VhostUser>),
     /// A socket that keeps frames apart.
-    #[cfg(target_os = "linux")]
     Packets(Box<Packets>),
     /// Any of these, while a capture looks at its frames.
     Tapped(Box<Tapped>),
@@ -70,7 +68,6 @@ impl Carrier {
             Self::Tap(t) => t.wants_receive(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.wants_receive(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.wants_receive(),
         }
     }
@@ -83,7 +80,6 @@ impl Carrier {
             Self::Tap(t) => t.receive(handle),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.receive(handle),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.receive(|frame| handle(frame, Offload::default())),
         }
     }
@@ -96,7 +92,6 @@ impl Carrier {
             Self::Tap(t) => t.flush(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.flush(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.flush(),
         }
     }
@@ -109,7 +104,6 @@ impl Carrier {
             Self::Tap(t) => t.is_blocked(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.is_blocked(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.is_blocked(),
         }
     }
@@ -124,7 +118,6 @@ impl Carrier {
             Self::Tap(t) => t.written(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.written(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.written(),
         }
     }
@@ -138,7 +131,6 @@ impl Carrier {
             Self::Tap(t) => t.offloads(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.offloads(),
-            #[cfg(target_os = "linux")]
             Self::Packets(_) => Offloads::default(),
         }
     }
@@ -151,7 +143,6 @@ impl Carrier {
             Self::Tap(t) => (t.fd(), None),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => (v.control_fd(), None),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => (p.fd(), None),
         }
     }
@@ -165,7 +156,6 @@ impl Carrier {
             // Its news are messages and kicks: see `Link::note`.
             #[cfg(target_os = "linux")]
             Self::VhostUser(_) => {}
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.note(readable, writable, closed),
         }
     }
@@ -180,7 +170,6 @@ impl FrameSink for Carrier {
             Self::Tap(t) => t.has_room(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.has_room(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.has_room(),
         }
     }
@@ -194,7 +183,6 @@ impl FrameSink for Carrier {
             Self::Tap(t) => t.frame(len, offload, fill),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.frame(len, offload, fill),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.frame(len, offload, fill),
         }
     }
