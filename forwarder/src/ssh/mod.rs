@@ -36,6 +36,10 @@ use crate::request::Requests;
 use crate::sandbox::paths::Paths;
 use crate::unix_path::Removed;
 
+/// What the sandbox lets forwards do: russh keeps its secrets in memory that is not swapped out.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![SYS_mlock, SYS_munlock];
+
 /// Forwards of one network.
 pub const FORWARDS: usize = 256;
 /// Clients of one forward at once.
