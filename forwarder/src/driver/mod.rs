@@ -24,6 +24,7 @@ mod udp;
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::mpsc;
 use std::time::Instant as Clock;
 
@@ -92,7 +93,12 @@ const READS: usize = 8;
 /// keeps the others waiting for no more than these.
 const FRAMES: u64 = 512;
 
-/// Turns of the pump before events are looked at again.
+/// Flows and bindings one link may open in one turn: each costs the host a socket, a dozen system calls. The frames behind them
+/// wait, none is lost.
+pub(crate) const OPENINGS: u64 = 32;
+
+/// Turns of the pump before events are looked at again. A link that had all its share ends them: what it has more comes
+/// after the others have been heard.
 const TURNS: usize = 8;
 
 /// VMs beyond the first that the listeners of `vpnkit` links may have together.
@@ -128,6 +134,15 @@ fn kind_of(token: Token) -> Option<(Kind, usize)> {
 pub const WAKER: Token = token(Kind::Waker, 0);
 /// The token of the [`Alarm`].
 const ALARM: Token = token(Kind::Waker, 1);
+
+/// What one link may bring in one turn; the counts at which it is over.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    /// Of frames of the link.
+    frames: u64,
+    /// Of [`Netstack::opened`].
+    opened: u64,
+}
 
 /// One socket of a published port.
 struct Entrance {
@@ -418,15 +433,21 @@ impl Driver {
     fn pump(&mut self) -> bool {
         let mut busy = true;
         for _ in 0..TURNS {
-            let mut moved = false;
+            let (mut moved, mut crowded) = (false, false);
             for n in 0..self.links.len() {
-                let enough = self.links[n].counters().frames_from_guest + FRAMES;
+                let share = Share {
+                    frames: self.links[n].counters().frames_from_guest + FRAMES,
+                    opened: self.stack.opened() + OPENINGS,
+                };
                 for _ in 0..READS {
-                    if !self.receive(n) {
+                    if !self.receive(n, share) {
                         break;
                     }
                     moved = true;
-                    if self.links[n].counters().frames_from_guest >= enough {
+                    if self.links[n].counters().frames_from_guest >= share.frames
+                        || self.stack.opened() >= share.opened
+                    {
+                        crowded = true;
                         break;
                     }
                 }
@@ -449,6 +470,9 @@ impl Driver {
                 busy = false;
                 break;
             }
+            if crowded {
+                break;
+            }
             self.tick();
         }
         if self.stack.leases_changed() {
@@ -458,7 +482,7 @@ impl Driver {
     }
 
     /// One batch of frames of link `n`.
-    fn receive(&mut self, n: usize) -> bool {
+    fn receive(&mut self, n: usize, share: Share) -> bool {
         if !self.links[n].wants_receive() {
             return false;
         }
@@ -499,10 +523,13 @@ impl Driver {
                     }
                 }
             }
+            if stack.opened() >= share.opened { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let state = link.receive(|frame, offload| {
             // What such a frame left half done is this link's, and goes with it; so do the frames behind it.
-            panicked = panicked || crate::last_net::caught(|| take(frame, offload)).is_none();
+            let taken = (!panicked).then(|| crate::last_net::caught(|| take(frame, offload))).flatten();
+            panicked = taken.is_none();
+            taken.unwrap_or(ControlFlow::Break(()))
         });
         udp.flush();
         self.tell_faults();

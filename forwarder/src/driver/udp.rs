@@ -9,6 +9,7 @@
 //! What the network says of a guest's packet, or the kernel when it is sent, goes back to the guest as ICMP. A host that gives
 //! no sockets, or sockets that only fail (after a sleep, say), are not asked in a loop: [`Backoff`], [`FAILURES`].
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant as Clock};
@@ -27,6 +28,8 @@ use crate::publish::Listener;
 
 /// Batches taken from one socket before the next has its turn.
 const TURN: usize = 4;
+/// Sockets that have a turn before links are heard again.
+const SOCKETS: usize = 64;
 /// Calls that fail one after the other before a socket is given up; the guest's next packet makes another.
 const FAILURES: u8 = 16;
 /// Ports of a socket for which 127.0.0.1 stands in for ::1; beyond it the first is tried anew.
@@ -72,6 +75,8 @@ struct BindingSocket {
     dont_fragment: bool,
     /// Whether its error queue may have something.
     errors: bool,
+    /// Whether it is among those that are ready.
+    queued: bool,
     /// Ports where nobody listens on ::1, and 127.0.0.1 is tried: the guest means the host's loopback, of either version.
     only_v4: Vec<u16>,
     /// Calls that failed since one did not.
@@ -244,8 +249,8 @@ impl Segments {
 pub(super) struct UdpSockets {
     /// By binding slot.
     sockets: Vec<Option<BindingSocket>>,
-    /// Slots with datagrams to read.
-    ready: Vec<usize>,
+    /// Slots with datagrams to read, none twice.
+    ready: VecDeque<usize>,
     receiver: Receiver,
     /// The address datagrams leave from.
     outbound: Option<Ipv4Addr>,
@@ -261,7 +266,7 @@ impl UdpSockets {
     pub(super) fn new(outbound: Option<Ipv4Addr>) -> Self {
         Self {
             sockets: Vec::new(),
-            ready: Vec::new(),
+            ready: VecDeque::new(),
             receiver: Receiver::new(),
             outbound,
             waiting: None,
@@ -273,11 +278,11 @@ impl UdpSockets {
     }
 
     pub(super) fn note(&mut self, slot: usize, error: bool) {
-        if error && let Some(Some(at)) = self.sockets.get_mut(slot) {
-            at.errors = true;
-        }
-        if !self.ready.contains(&slot) {
-            self.ready.push(slot);
+        // News of a binding that is gone is of no interest.
+        let Some(Some(at)) = self.sockets.get_mut(slot) else { return };
+        at.errors |= error;
+        if !std::mem::replace(&mut at.queued, true) {
+            self.ready.push_back(slot);
         }
     }
 
@@ -486,6 +491,7 @@ impl BindingSocket {
             hop_limit,
             dont_fragment,
             errors: false,
+            queued: false,
             only_v4: Vec::new(),
             failures: 0,
         }
@@ -503,10 +509,11 @@ impl Driver {
         }
     }
 
-    /// Takes datagrams from every socket that has some. True when there may be more.
+    /// Takes datagrams of the sockets that have some, [`SOCKETS`] of them at the most. True when there may be more.
     pub(super) fn receive_datagrams(&mut self) -> bool {
-        let mut moved = false;
-        for slot in std::mem::take(&mut self.udp.ready) {
+        let mut moved = self.udp.ready.len() > SOCKETS;
+        for _ in 0..self.udp.ready.len().min(SOCKETS) {
+            let Some(slot) = self.udp.ready.pop_front() else { break };
             moved |= self.receive_binding(slot);
         }
         if moved || !self.udp.faults.is_empty() {
@@ -518,6 +525,7 @@ impl Driver {
     fn receive_binding(&mut self, slot: usize) -> bool {
         let UdpSockets { sockets, receiver, ready, faults, .. } = &mut self.udp;
         let Some(Some(at)) = sockets.get_mut(slot) else { return false };
+        at.queued = false;
         let told = faults.len();
         if at.errors {
             at.drain(|_| {}, faults);
@@ -552,7 +560,9 @@ impl Driver {
                 }
             }
         }
-        ready.push(slot);
+        if !std::mem::replace(&mut at.queued, true) {
+            ready.push_back(slot);
+        }
         true
     }
 

@@ -526,6 +526,11 @@ impl Tcp {
         self.table.ids().filter_map(move |id| self.table.get(id)).map(move |flow| flow.report(now))
     }
 
+    /// Flows since the start.
+    pub(crate) const fn opened_total(&self) -> u64 {
+        self.opened_total
+    }
+
     pub(crate) fn counts(&self) -> (usize, usize, u64) {
         let dialing = self.ports.iter().flatten().map(|p| p.dialing + p.dialing_loopback).sum();
         (self.table.len(), dialing, self.opened_total)
