@@ -95,7 +95,7 @@ const FRAMES: u64 = 512;
 
 /// Flows and bindings one link may open in one turn: each costs the host a socket, a dozen system calls. The frames behind them
 /// wait, none is lost.
-pub(crate) const OPENINGS: u64 = 32;
+pub(crate) const OPENINGS: u32 = 32;
 
 /// Turns of the pump before events are looked at again. A link that had all its share ends them: what it has more comes
 /// after the others have been heard.
@@ -437,7 +437,7 @@ impl Driver {
             for n in 0..self.links.len() {
                 let share = Share {
                     frames: self.links[n].counters().frames_from_guest + FRAMES,
-                    opened: self.stack.opened() + OPENINGS,
+                    opened: self.stack.opened() + u64::from(OPENINGS),
                 };
                 for _ in 0..READS {
                     if !self.receive(n, share) {
