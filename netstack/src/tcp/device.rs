@@ -22,8 +22,9 @@ fn capabilities(mtu: u16, offload: bool) -> DeviceCapabilities {
     let mut caps = DeviceCapabilities::default();
     caps.medium = Medium::Ip;
     caps.max_transmission_unit = usize::from(mtu);
-    // Not verified on the way in: see `wire`. IPv4's header was, before smoltcp sees the packet.
-    caps.checksum.tcp = if offload { Checksum::None } else { Checksum::Tx };
+    // Not verified on the way in: see `wire`. IPv4's header was, before smoltcp sees the packet. On the way out `sum` does it,
+    // where the link does not.
+    caps.checksum.tcp = Checksum::None;
     caps.checksum.ipv4 = Checksum::Tx;
     if offload {
         caps.segmentation.tcpv4 = std::num::NonZeroUsize::new(65_535);
@@ -75,6 +76,14 @@ impl Out {
     }
 }
 
+/// Writes the checksum of the segment behind the IP header of `ip` bytes, or the part of it that is left to a link.
+fn sum(packet: &mut [u8], ip: usize, partial: bool) {
+    wire::partial_checksum(packet, ip, ipv4::TCP, 16);
+    if !partial {
+        wire::finish_checksum(packet, ip, 16);
+    }
+}
+
 /// One packet from the guest; what smoltcp answers at once (RST, challenge ACK) goes into the port's outbox.
 pub(super) struct Ingress<'a> {
     packet: Option<&'a [u8]>,
@@ -114,11 +123,8 @@ impl TxToken for Reply<'_> {
         let Self { outbox, out, window } = self;
         outbox.frame(&out.header, len, |packet| {
             let result = f(packet);
-            if out.offload {
-                // smoltcp left the checksum to the link; frames of the outbox are whole.
-                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
-                wire::finish_checksum(packet, out.ip(), 16);
-            }
+            // Frames of the outbox are whole, whatever the link could do.
+            sum(packet, out.ip(), false);
             if let (Some(window), Some(segment)) = (window, packet.get_mut(out.ip()..)) {
                 window.advertised.curb(window.share, segment, true);
             }
@@ -199,9 +205,7 @@ impl<S: FrameSink> TxToken for Slot<'_, S> {
             let (head, packet) = frame.split_at_mut(ethernet::HEADER);
             head.copy_from_slice(&out.header);
             let result = f.take().map(|f| f(packet));
-            if out.offload {
-                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
-            }
+            sum(packet, out.ip(), out.offload);
             if let Some(segment) = packet.get_mut(out.ip()..) {
                 advertised.note_sent(segment);
                 advertised.curb(share, segment, !out.offload);
