@@ -27,7 +27,7 @@ pub fn checksum(parts: &[&[u8]]) -> u16 {
             sum += u64::from(u32::from_ne_bytes(*word));
         }
         let mut last = [0; 4];
-        last[..rest.len()].copy_from_slice(rest);
+        last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
         sum += u64::from(u32::from_ne_bytes(last));
     }
     while sum > 0xffff {
