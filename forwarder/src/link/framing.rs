@@ -130,7 +130,14 @@ impl Framing {
                     "a frame of {length} bytes was announced, {LONGEST} are the most"
                 )));
             }
-            let Some(frame) = rest.get(..length) else { break };
+            if rest.len() < length {
+                break;
+            }
+            let at = self.start + self.prefix.size();
+            let frame = &mut self.bytes[at..at + length];
+            if self.prefix == Prefix::Le16 {
+                super::vpnkit::finish_header(frame);
+            }
             flow = handle(frame);
             self.start += self.prefix.size() + length;
             batch.frames += 1;

@@ -460,7 +460,8 @@ impl Control {
                 Arc::clone(&log),
                 self.kept.clone(),
                 self.guest_api,
-            );
+            )
+            .within(Arc::clone(&self.allowed));
             if let Some(path) = self.notification.clone() {
                 let followed = log.follow(0);
                 tokio::spawn(crate::gvproxy::notify::run(path, followed.1, app.clone()));
