@@ -7,7 +7,7 @@
 use std::fs;
 use std::io::Read;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::unix::fs::{chown, symlink};
+use std::os::unix::fs::{DirBuilderExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -104,7 +104,12 @@ fn runs_as(dir: &Path, script: &str, ssh: Option<u16>, user: Option<u32>) -> Res
         shell.env(variable, dir);
     }
     if let Some(user) = user {
-        chown(dir, Some(user), Some(user))?;
+        // Whoever of us looks first makes the directory of control sockets, and it has to be that user's.
+        let sockets = dir.join("portway");
+        fs::DirBuilder::new().mode(0o700).create(&sockets)?;
+        for directory in [dir, &sockets] {
+            chown(directory, Some(user), Some(user))?;
+        }
         shell.uid(user).gid(user);
     }
     let _shell = Shell(shell.stdout(log.try_clone()?).stderr(log).spawn()?);
