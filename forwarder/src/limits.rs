@@ -112,6 +112,7 @@ fn fixed() -> Vec<Limit> {
         ("vsock: resets", vsock::device::streams::RESETS, "resets that wait for buffers of the guest's", "No more packets are taken from it."),
         #[cfg(target_os = "linux")]
         ("vsock: streams", crate::vsock::device::streams::STREAMS, "streams of one guest's vsock device", "Further ones are reset."),
+        ("driver: openings", driver::pump::OPENINGS as usize, "flows and bindings that one link opens in one turn", "What it sent behind them waits until the other links were heard."),
         ("driver: slow", driver::SLOW_LIMIT, "queries that wait for the control thread", "They are dropped, and the guest asks again."),
         ("driver: ports", driver::PORTS, "published ports", "Publishing fails and says so."),
         ("driver: joined", driver::join::JOINED, "VMs that have joined (`--join`)", "A further one is told so."),

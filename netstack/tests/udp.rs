@@ -6,12 +6,11 @@ mod lab;
 
 use std::net::SocketAddr;
 
-use lab::{Lab, Seen, addr, ms};
+use lab::{Lab, Seen, Unfinished, addr, ms};
 use portway_netstack::icmp::{Fault, Unreachable};
 use portway_netstack::udp::BindingId;
 use portway_netstack::{
-    Datagram, DropReason, FrameSink, Handled, HostCommand, Limits, Offload, Offloads, SegmentKind, UdpPath,
-    segments,
+    Datagram, DropReason, Handled, HostCommand, Limits, Offload, Offloads, SegmentKind, UdpPath, segments,
 };
 
 const GUEST: &str = "192.168.127.2:5000";
@@ -195,22 +194,6 @@ fn rfc_791_dont_fragment_is_handed_on() {
         frame[24..26].copy_from_slice(&sum);
         let Handled::Datagram(d) = lab.frame(0, &frame) else { panic!() };
         assert_eq!(d.dont_fragment, expected);
-    }
-}
-
-/// A link that keeps what came with each frame.
-#[derive(Default)]
-struct Unfinished(Vec<(Vec<u8>, Offload)>);
-
-impl FrameSink for Unfinished {
-    fn has_room(&self) -> bool {
-        true
-    }
-    fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
-        let mut frame = vec![0xa5; len];
-        let result = fill(&mut frame);
-        self.0.push((frame, offload));
-        Some(result)
     }
 }
 

@@ -149,6 +149,8 @@ pub(crate) struct Bindings {
     limits: [usize; 3],
     config: UdpConfig,
     bindings: usize,
+    /// Of all kinds, since the start.
+    pub(crate) opened_total: u64,
 }
 
 impl Bindings {
@@ -165,6 +167,7 @@ impl Bindings {
             limits: [limits.udp_bindings, limits.udp_bindings, limits.pings],
             config,
             bindings: 0,
+            opened_total: 0,
         }
     }
 
@@ -423,6 +426,7 @@ impl Bindings {
         };
         self.by_key.insert(key, slot);
         self.bindings += usize::from(matches!(key, Key::Guest(..)));
+        self.opened_total += 1;
         let mut age = *self.ages(port, &key);
         self.lru.push_newest(&mut age, slot);
         *self.ages(port, &key) = age;
