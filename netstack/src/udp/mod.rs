@@ -8,7 +8,7 @@
 //! The mapping is endpoint-independent (RFC 4787 REQ-1): one host socket for each address and port of a guest, for
 //! every destination. The filter is address-dependent (§5) unless [`crate::UdpFilter`] says otherwise: any port of an address the
 //! guest has sent to may answer. A binding lives 5 min (or [`UdpConfig::idle`]) after the last datagram *from the guest*
-//! (REQ-5, REQ-6), 30 s when it has only ever spoken to port 53 (REQ-5a allows it there). At most `Limits::udp_bindings` per
+//! (REQ-5, REQ-6), or until the guest says that nobody has the port any more; 30 s when it has only ever spoken to port 53 (REQ-5a allows it there). At most `Limits::udp_bindings` per
 //! port of each kind; the idlest goes. Each remembers the [`PEERS`] it sent to last, or up to twice as many.
 //!
 //! Echo requests are bindings too (RFC 5508 §3): the identifier stands for the port, they live [`IDLE_ECHO`], and
@@ -256,6 +256,15 @@ impl Bindings {
         let filter = self.config.filter;
         let entry = self.known(id).filter(|e| e.peers.admit(filter, remote)).ok_or(DropReason::Filtered)?;
         Ok((entry.target(), matches!(entry.key, Key::Echo(..))))
+    }
+
+    /// Nobody has the `guest`'s port any more, says the guest about a datagram of `remote`.
+    pub(crate) fn refused(&mut self, port: PortId, guest: SocketAddr, remote: SocketAddr) {
+        if let Some(slot) = self.by_key.get(&Key::Guest(port, guest)).copied()
+            && self.entry(slot).is_some_and(|e| e.remote == remote)
+        {
+            self.remove(slot);
+        }
     }
 
     fn known(&mut self, id: BindingId) -> Option<&mut Entry> {
