@@ -138,7 +138,12 @@ impl Vm {
     /// What the console and the launcher said so far.
     #[must_use]
     pub fn console(&self) -> String {
-        String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned()
+        let read = |file: &Path| String::from_utf8_lossy(&fs::read(file).unwrap_or_default()).into_owned();
+        let said = read(&self.console);
+        // vfkit's, where it is no terminal.
+        let place = said.split_once("the console is in ").and_then(|(_, rest)| rest.split_once(": "));
+        let logged = place.map(|(file, _)| read(Path::new(file))).unwrap_or_default();
+        said + &logged
     }
 
     /// Runs `portway COMMAND… --api …` against this network and answers what it printed.

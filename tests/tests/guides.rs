@@ -7,7 +7,7 @@
 use std::fs;
 use std::io::Read;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -37,17 +37,22 @@ fn block(mark: &str) -> Result<String> {
         .replace("console=ttyS0", "console=ttyS0 no_timer_check"))
 }
 
-/// A shell and all it has started; killed when dropped.
+/// A shell and all it has started; asked to end when dropped, for the traps it has set, and killed.
 struct Shell(Child);
 
 impl Drop for Shell {
     fn drop(&mut self) {
         if let Ok(group) = i32::try_from(self.0.id()) {
+            let _ = killpg(Pid::from_raw(group), Signal::SIGTERM);
+            let _ = until(Duration::from_secs(5), || self.0.try_wait().is_ok_and(|ended| ended.is_some()));
             let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
         }
         let _ = self.0.wait();
     }
 }
+
+/// Who is nobody, for programs that are not themselves as root.
+const NOBODY: u32 = 65_534;
 
 /// Programs that have a stand-in.
 const STAND_INS: [&str; 7] =
@@ -77,6 +82,11 @@ fn greets(port: u16) -> bool {
 /// Runs a script beside the guest's files, with `portway` and the stand-ins in its path, and waits until the guest has its lease
 /// and its ssh server greets on the published port; on `ssh`, where that is known before.
 fn runs(dir: &Path, script: &str, ssh: Option<u16>) -> Result<()> {
+    runs_as(dir, script, ssh, None)
+}
+
+/// The same as another user.
+fn runs_as(dir: &Path, script: &str, ssh: Option<u16>, user: Option<u32>) -> Result<()> {
     let image = guest_image()?;
     let image =
         fs::canonicalize(image.parent().context("a directory")?)?.join(image.file_name().context("a name")?);
@@ -87,19 +97,17 @@ fn runs(dir: &Path, script: &str, ssh: Option<u16>) -> Result<()> {
     let bin = program.parent().context("a directory")?.display().to_string();
     let path = format!("{}:{bin}:{}", stand_ins(dir)?, std::env::var("PATH").unwrap_or_default());
     let log = fs::File::create(dir.join("log"))?;
-    let _shell = Shell(
-        Command::new("bash")
-            .args(["-ec", script])
-            .current_dir(dir)
-            .env("PATH", path)
-            .env("XDG_RUNTIME_DIR", dir)
-            .env("SSH_PORT", ssh.unwrap_or_default().to_string())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .process_group(0)
-            .spawn()?,
-    );
+    let mut shell = Command::new("bash");
+    shell.args(["-ec", script]).current_dir(dir).stdin(Stdio::null()).process_group(0);
+    shell.env("PATH", path).env("SSH_PORT", ssh.unwrap_or_default().to_string());
+    for variable in ["HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"] {
+        shell.env(variable, dir);
+    }
+    if let Some(user) = user {
+        chown(dir, Some(user), Some(user))?;
+        shell.uid(user).gid(user);
+    }
+    let _shell = Shell(shell.stdout(log.try_clone()?).stderr(log).spawn()?);
     let listing = |what: &str| {
         let out =
             Command::new(&program).args([what, "--format", "json"]).env("XDG_RUNTIME_DIR", dir).output();
@@ -208,22 +216,24 @@ fn podman_machine_by_gvproxys_name() -> Result<()> {
     runs(dir.path(), &block("podman")?, Some(port))
 }
 
+/// libvirt's daemon of one user, which it does not have for root: there it is nobody's.
 #[test]
 fn libvirt_by_vhost_user() -> Result<()> {
     let domain = block("libvirt")?;
-    let virsh = Command::new("virsh").arg("--version").stdout(Stdio::null()).status().is_ok();
-    if !virsh || qemu().is_none_or(|major| major < 8) {
-        eprintln!("SKIPPED: virsh and QEMU 8 or newer are needed for libvirt");
+    let found = |program: &str| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !found("virsh") || !found("libvirtd") || qemu().is_none_or(|major| major < 8) {
+        eprintln!("SKIPPED: virsh, libvirtd and QEMU 8 or newer are needed for libvirt");
         return Ok(());
     }
     let dir = tempfile::tempdir()?;
     fs::write(dir.path().join("domain.xml"), domain)?;
-    let script = "portway serve --link vhost-user:unix:$PWD/vm.sock,name=vm --publish 0:22 &\n\
-        until [ -S vm.sock ]; do sleep 0.1; done\n\
-        trap 'virsh -c qemu:///session destroy portway-guide' EXIT\n\
+    // virsh would start the daemon itself, and nobody would end it.
+    let script = "libvirtd & daemon=$!\n\
+        portway serve --link vhost-user:unix:$PWD/vm.sock,name=vm --publish 0:22 & network=$!\n\
+        trap 'virsh -c qemu:///session destroy portway-guide; kill $daemon $network' EXIT\n\
+        trap exit TERM\n\
+        until [ -S vm.sock ] && [ -S libvirt/libvirt-sock ]; do sleep 0.1; done\n\
         sed \"s|PWD|$PWD|\" domain.xml > here.xml && virsh -c qemu:///session create here.xml\nwait";
-    let ran = runs(dir.path(), script, None);
-    // The shell is gone by SIGKILL, and its trap with it.
-    let _ = Command::new("virsh").args(["-c", "qemu:///session", "destroy", "portway-guide"]).output();
-    ran
+    let user = nix::unistd::geteuid().is_root().then_some(NOBODY);
+    runs_as(dir.path(), script, None, user)
 }

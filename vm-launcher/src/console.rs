@@ -11,14 +11,16 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::guard::Guard;
+use crate::process::timeout;
 use crate::registry::VmInfo;
-use crate::signals::Signals;
-use crate::terminal::Terminal;
+use crate::signals::{Signals, Told};
+use crate::terminal::{Output, Terminal};
 use crate::{LaunchError, qmp, sockets, state};
 
 /// Ctrl-], as telnet has it.
@@ -67,13 +69,26 @@ pub fn console(vm: &VmInfo, program: &Path) -> Result<Left, LaunchError> {
     let socket = sockets::connect(&path)
         .map_err(|error| LaunchError::State { path: path.clone(), reason: error.to_string() })?;
     let signals = Signals::block().map_err(failed)?;
-    let terminal = Terminal::remember().map_err(failed)?;
-    let _guard = match terminal.is_there() {
-        true => Some(Guard::start(program, None, &terminal)?),
+    let terminal = Terminal::on_stdin(Output::AsItIs);
+    let mut desk = match terminal.is_there() {
+        true => Some(Desk { guard: Guard::start(program, None, &terminal)?, terminal }),
         false => None,
     };
-    terminal.make_raw().map_err(failed)?;
-    Relay::new(socket).map_err(failed)?.run(&io::stdin(), &mut io::stdout().lock(), &signals).map_err(failed)
+    let relay = Relay::new(socket).map_err(failed)?;
+    relay.run(&io::stdin(), &mut io::stdout().lock(), &signals, desk.as_mut()).map_err(failed)
+}
+
+/// The terminal on which it is typed. The one that is dropped first is the terminal: the guard learns that all is done when it is
+/// put back.
+struct Desk {
+    terminal: Terminal,
+    guard: Guard,
+}
+
+impl Desk {
+    fn look(&mut self) -> io::Result<()> {
+        self.terminal.take(&mut self.guard)
+    }
 }
 
 /// Bytes between the terminal and the console.
@@ -91,18 +106,48 @@ impl Relay {
     }
 
     /// `input` is read as a descriptor, past any buffer: what a buffer held back, poll would not tell of.
-    fn run(mut self, input: &impl AsFd, output: &mut impl Write, signals: &Signals) -> io::Result<Left> {
+    /// Without a desk the input is no terminal, and may be read at all times.
+    fn run(
+        mut self,
+        input: &impl AsFd,
+        output: &mut impl Write,
+        signals: &Signals,
+        mut desk: Option<&mut Desk>,
+    ) -> io::Result<Left> {
+        if let Some(desk) = &mut desk {
+            desk.look()?;
+        }
         loop {
-            let ready = self.wait(input.as_fd(), signals.as_fd())?;
+            let terminal = desk.as_ref().map(|desk| &desk.terminal);
+            let ready = self.wait(input.as_fd(), signals.as_fd(), terminal)?;
             if ready.signal
-                && let Some(signal) = signals.next()?
+                && let Some(told) = signals.next()?
             {
-                return Ok(Left::Signal(signal as i32));
+                match (told, &mut desk) {
+                    (Told::End(signal), _) => return Ok(Left::Signal(signal as i32)),
+                    (Told::Suspend, Some(desk)) => {
+                        desk.terminal.put_back();
+                        desk.guard.terminal_is_back();
+                        signals.suspend()?;
+                        desk.look()?;
+                    }
+                    (Told::Suspend, None) => signals.suspend()?,
+                    // Another may have had the terminal meanwhile.
+                    (Told::Continued, Some(desk)) => desk.look()?,
+                    (Told::Continued, None) => {}
+                }
+                continue;
+            }
+            if let Some(desk) = &mut desk
+                && (ready.user || desk.terminal.look_at().is_some())
+            {
+                desk.look()?;
             }
             if ready.guest && !self.show(output)? {
                 return Ok(Left::Ended);
             }
-            if ready.user && self.take(input.as_fd())? {
+            let may_read = desk.as_ref().is_none_or(|desk| desk.terminal.may_be_read());
+            if ready.user && may_read && self.take(input.as_fd())? {
                 return Ok(Left::Asked);
             }
             if !self.send()? {
@@ -111,17 +156,25 @@ impl Relay {
         }
     }
 
-    fn wait(&self, input: BorrowedFd<'_>, signals: BorrowedFd<'_>) -> io::Result<Ready> {
+    fn wait(
+        &self,
+        input: BorrowedFd<'_>,
+        signals: BorrowedFd<'_>,
+        terminal: Option<&Terminal>,
+    ) -> io::Result<Ready> {
         let wanted = match self.pending.is_empty() {
             true => PollFlags::POLLIN,
             false => PollFlags::POLLIN | PollFlags::POLLOUT,
         };
         let mut waited =
             vec![PollFd::new(self.socket.as_fd(), wanted), PollFd::new(signals, PollFlags::POLLIN)];
-        if self.typing && self.pending.len() < PENDING {
+        let may_read = terminal.is_none_or(Terminal::may_be_read);
+        if self.typing && may_read && self.pending.len() < PENDING {
             waited.push(PollFd::new(input, PollFlags::POLLIN));
         }
-        match poll(&mut waited, PollTimeout::NONE) {
+        let look_at = terminal.and_then(Terminal::look_at);
+        let left = look_at.map(|at| at.saturating_duration_since(Instant::now()));
+        match poll(&mut waited, left.map_or(PollTimeout::NONE, timeout)) {
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Ready::default()),
             Err(errno) => return Err(errno.into()),
@@ -149,7 +202,8 @@ impl Relay {
         let mut buffer = [0; 4096];
         let read = match nix::unistd::read(input, &mut buffer) {
             Ok(read) => read,
-            Err(Errno::EINTR | Errno::EAGAIN) => return Ok(false),
+            // EIO: in the background, in this very moment.
+            Err(Errno::EINTR | Errno::EAGAIN | Errno::EIO) => return Ok(false),
             Err(errno) => return Err(errno.into()),
         };
         self.typing = read > 0;
@@ -236,7 +290,10 @@ mod tests {
             // Borrowed: the keys' end would be the end of typing.
             let fingers = &mut fingers;
             scope.spawn(move || user(fingers));
-            Relay::new(console).expect("a socket").run(&Keys(keys), &mut screen, &signals).expect("no error")
+            Relay::new(console)
+                .expect("a socket")
+                .run(&Keys(keys), &mut screen, &signals, None)
+                .expect("no error")
         });
         (left, screen)
     }

@@ -104,13 +104,14 @@ impl Launcher {
     }
 }
 
-/// Presses the VM's power button and waits for its end.
+/// Presses the VM's power button and waits for its end. A launcher that was suspended is continued for that.
 ///
 /// # Errors
 /// When it cannot be told, or does not end.
 pub fn stop(registry: &Path, vm: &VmInfo) -> Result<Ended, LaunchError> {
     if let Some(launcher) = Launcher::of(registry, vm)? {
         launcher.signal(Signal::SIGTERM)?;
+        launcher.signal(Signal::SIGCONT)?;
         let patience = Duration::from_secs(vm.stop_timeout_s) + SLACK;
         if !launcher.ends(Some(Instant::now() + patience))? {
             return Err(LaunchError::Killed(format!(
@@ -131,6 +132,7 @@ pub fn stop(registry: &Path, vm: &VmInfo) -> Result<Ended, LaunchError> {
 pub fn kill(registry: &Path, vm: &VmInfo) -> Result<Ended, LaunchError> {
     if let Some(launcher) = Launcher::of(registry, vm)? {
         launcher.signal(Signal::SIGQUIT)?;
+        launcher.signal(Signal::SIGCONT)?;
         if !launcher.ends(Some(Instant::now() + SLACK))? {
             // Its guard does the rest.
             launcher.signal(Signal::SIGKILL)?;

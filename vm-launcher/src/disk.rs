@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use nix::sys::signal::Signal;
 
+use crate::sys::Privileges;
 use crate::{LaunchError, sys};
 
 const EXAMPLE: &str = "an example: --disk data.qcow2,size=4G";
@@ -247,7 +248,7 @@ fn make_qcow2(path: &Path, size: u64) -> Result<(), String> {
     let mut command = Command::new("qemu-img");
     command.args(["create", "-q", "-f", "qcow2"]).arg(path).arg(size.to_string()).stdin(Stdio::null());
     // It must not go on writing when the launcher is killed.
-    sys::prepare(&mut command, Vec::new(), Signal::SIGKILL);
+    sys::prepare(&mut command, Vec::new(), Signal::SIGKILL, Privileges::Never);
     match command.output() {
         Ok(out) if out.status.success() => Ok(()),
         Ok(out) => Err(String::from_utf8_lossy(&out.stderr).trim().to_owned()),

@@ -8,12 +8,13 @@
 //! next run does not begin in the middle.
 //!
 //! ```text
-//! launcher ──pipe──► guard     P pid · T pid · S socket · F file · R directory · E end-note · D done, each ended by NUL
+//! launcher ──pipe──► guard     P pid · T pid · S socket · F file · R directory · E end-note · D done
+//!                      W settings: the terminal is raw, and was this · B it is back           each ended by NUL
 //! ```
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -22,12 +23,12 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::termios::{SetArg, tcgetattr, tcsetattr};
+use nix::sys::termios::Termios;
 use nix::unistd::Pid;
 
 use crate::process::{Process, timeout};
-use crate::sys::Watched;
-use crate::terminal::Terminal;
+use crate::sys::{Privileges, Watched};
+use crate::terminal::{Settings, Terminal};
 use crate::{LaunchError, sockets, sys};
 
 /// The first argument of the program that is the guard.
@@ -56,19 +57,12 @@ impl Guard {
         let (read, write) = sys::pipe().map_err(failed)?;
         let mut command = Command::new(program);
         command.arg(GUARD).stdin(Stdio::from(read)).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut ready = None;
         if let Some(terminal) = terminal.duplicate().map_err(failed)? {
-            let (read, write) = sys::pipe().map_err(failed)?;
             // Its stdout is the terminal to put back; it writes nothing there.
-            command.stdout(terminal).stderr(Stdio::from(write));
-            ready = Some(File::from(read));
+            command.stdout(terminal);
         }
-        sys::prepare_session(&mut command, lock.into_iter().collect());
+        sys::prepare_session(&mut command, lock.into_iter().collect(), Privileges::Never);
         let process = Process::start(command)?;
-        if let Some(mut ready) = ready {
-            // Until it has seen the terminal as it is, nobody may change it.
-            ready.read_exact(&mut [0]).map_err(failed)?;
-        }
         Ok(Self { pipe: Some(write.into()), process: Some(process) })
     }
 
@@ -104,6 +98,16 @@ impl Guard {
         self.tell(b'R', path.as_os_str().as_bytes());
     }
 
+    /// The terminal, before it is made raw, and what it was.
+    pub(crate) fn terminal_is_raw(&mut self, before: &Termios) {
+        self.tell(b'W', Settings::of(before).to_string().as_bytes());
+    }
+
+    /// The terminal is as it was, or another's.
+    pub(crate) fn terminal_is_back(&mut self) {
+        self.tell(b'B', b"");
+    }
+
     /// Where the end is noted.
     pub(crate) fn end_note(&mut self, path: &Path) {
         self.tell(b'E', path.as_os_str().as_bytes());
@@ -130,6 +134,7 @@ struct Told {
     sockets: Vec<PathBuf>,
     directories: Vec<PathBuf>,
     end_note: Option<PathBuf>,
+    terminal: Option<Settings>,
     done: bool,
 }
 
@@ -146,6 +151,8 @@ impl Told {
             b'S' => self.sockets.push(path()),
             b'R' => self.directories.push(path()),
             b'E' => self.end_note = Some(path()),
+            b'W' => self.terminal = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok()),
+            b'B' => self.terminal = None,
             b'D' => self.done = true,
             _ => {}
         }
@@ -157,12 +164,6 @@ impl Told {
 pub fn guard() -> ExitCode {
     // Nothing but the pipe's end is for us; SIGTTOU would stop us at the terminal.
     let _ = SigSet::all().thread_set_mask();
-    let stdout = io::stdout();
-    let terminal = if stdout.is_terminal() { tcgetattr(&stdout).ok() } else { None };
-    if stdout.is_terminal() {
-        // Whoever waited for that is gone when this fails.
-        let _ = io::stderr().write_all(b".");
-    }
     let mut told = Told::default();
     let mut watched: Vec<(Watched, bool)> = Vec::new();
     let mut partial = Vec::new();
@@ -194,8 +195,9 @@ pub fn guard() -> ExitCode {
     if !told.done {
         end_all(&watched);
         clean(&told);
-        if let Some(settings) = &terminal {
-            let _ = tcsetattr(&stdout, SetArg::TCSANOW, settings);
+        if let Some(settings) = &told.terminal {
+            // A terminal that is gone needs nothing put back.
+            let _ = settings.put_on(&io::stdout());
         }
     }
     ExitCode::SUCCESS
@@ -263,6 +265,7 @@ mod tests {
             sockets: vec!["/s".into()],
             directories: vec!["/d".into()],
             end_note: Some("/e".into()),
+            terminal: None,
             done: false,
         };
         assert_eq!(told, expected);

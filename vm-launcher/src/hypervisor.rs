@@ -45,6 +45,11 @@ pub(crate) trait Hypervisor: fmt::Debug {
         false
     }
 
+    /// Whether it insists on the terminal itself for its stdin; others take a pipe of what was typed.
+    fn reads_the_terminal(&self) -> bool {
+        false
+    }
+
     /// Whether it serves shared directories itself.
     fn serves_shares(&self) -> bool {
         false

@@ -16,6 +16,7 @@
 //! | the hypervisor's command line and control | `hypervisor`, `qemu` and `qmp`, `vfkit` and `http` |
 //! | the network card and what is behind it | `net`, `network`, `sidecar`, `shared` |
 //! | start, signals, end | `machine`, `vm`, `supervise`, `process`, `state`, `guard`, `sys` |
+//! | the terminal | `terminal`, `keys` |
 //! | VMs that run already | `registry`, `control`, `console`, `detach`, `console_log` |
 //!
 //! Not here: the options of the command line (`forwarder`).
@@ -34,6 +35,7 @@ mod guard;
 mod http;
 mod hypervisor;
 mod iso;
+mod keys;
 mod mac;
 mod machine;
 mod metadata;

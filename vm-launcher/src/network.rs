@@ -17,9 +17,10 @@ use crate::net::{self, Card};
 use crate::process::{Process, timeout};
 use crate::shared::Joined;
 use crate::sidecar::{self, Link};
-use crate::signals::Signals;
+use crate::signals::{Signals, Told};
 use crate::state::{Log, StateDir};
 use crate::supervise::END_PATIENCE;
+use crate::sys::Privileges;
 use crate::vm::VmEnd;
 use crate::{LaunchConfig, LaunchError, sockets, sys};
 
@@ -118,7 +119,7 @@ impl Sidecar {
         command.process_group(0);
         inherited.push(told);
         // SIGTERM, so that it closes its sockets in order when we are killed.
-        sys::prepare(&mut command, inherited, Signal::SIGTERM);
+        sys::prepare(&mut command, inherited, Signal::SIGTERM, Privileges::Perhaps);
         let process = Process::start(command)?;
         guard.watch(&process, true);
         Ok((Self { process, ready, log, paths }, vm_end))
@@ -143,8 +144,10 @@ impl Sidecar {
                 Err(errno) => return Err(failed(errno.into())),
             }
             let readable = waited[1].any().unwrap_or(false);
-            if let Some(signal) = signals.next().map_err(failed)? {
-                return Err(LaunchError::Interrupted(signal.as_str()));
+            match signals.next().map_err(failed)? {
+                Some(Told::End(signal)) => return Err(LaunchError::Interrupted(signal.as_str())),
+                Some(Told::Suspend) => signals.suspend().map_err(failed)?,
+                Some(Told::Continued) | None => {}
             }
             if !readable {
                 continue;

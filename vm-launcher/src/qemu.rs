@@ -43,6 +43,8 @@ pub(crate) struct Wires {
     pub(crate) console: Option<RawFd>,
     /// Where everything on the console is written too.
     pub(crate) console_log: Option<RawFd>,
+    /// Whether stdin is a terminal that it may change and read.
+    pub(crate) terminal: bool,
     /// Tag and socket of each share.
     pub(crate) shares: Vec<(String, RawFd)>,
 }
@@ -53,6 +55,8 @@ pub(crate) struct Qemu {
     program: PathBuf,
     /// Its major version.
     version: u32,
+    /// Whether it can filter its own system calls.
+    filters: bool,
 }
 
 impl Qemu {
@@ -60,8 +64,9 @@ impl Qemu {
     pub(crate) fn find(config: &LaunchConfig) -> Result<Self, LaunchError> {
         let fail = |why: String| LaunchError::NoQemu { why, package: config.arch.package() };
         let program = config.arch.qemu();
-        let with_version =
-            |program: PathBuf| probe::version(&program).map(|version| Self { program, version });
+        let with_version = |program: PathBuf| {
+            probe::version(&program).map(|(version, filters)| Self { program, version, filters })
+        };
         match &config.qemu {
             Some(path) => programs::named(path)
                 .and_then(with_version)
@@ -97,7 +102,9 @@ impl Hypervisor for Qemu {
     }
 
     fn arguments(&self, config: &LaunchConfig, machine: &Machine, wires: &Wires) -> Vec<OsString> {
-        arguments(config, machine, wires)
+        let mut words = if self.filters { sandbox(config, machine) } else { Vec::new() };
+        words.extend(arguments(config, machine, wires));
+        words
     }
 
     fn takes_sockets(&self) -> bool {
@@ -108,6 +115,18 @@ impl Hypervisor for Qemu {
         let (ours, qemus) = UnixStream::pair()?;
         Ok((Box::new(Qmp::new(ours)?), Some(qemus.into())))
     }
+}
+
+/// A filter for its own system calls (seccomp), as libvirt has it: it starts no program, takes no privilege and leaves its
+/// scheduling alone. `--qemu-arg -sandbox` takes its place.
+fn sandbox(config: &LaunchConfig, machine: &Machine) -> Vec<OsString> {
+    if config.qemu_args.iter().any(|word| word == "-sandbox" || word == "--sandbox") {
+        return Vec::new();
+    }
+    // The helper that connects it with a bridge is a program of root's.
+    let may_spawn = matches!(machine.card, Card::Bridge(_));
+    let spawn = if may_spawn { "" } else { ",elevateprivileges=deny,spawn=deny" };
+    vec!["-sandbox".into(), format!("on,obsolete=deny,resourcecontrol=deny{spawn}").into()]
 }
 
 /// The words of a command line.
@@ -136,6 +155,8 @@ pub(crate) fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires)
     let vsock = vsock::socket(config);
     let shared = machine.card == Card::VhostUser || !wires.shares.is_empty() || vsock.is_some();
     let mut kind = config.arch.machine().to_owned();
+    // What the guest has in memory is in no file when QEMU dies.
+    kind += ",dump-guest-core=off";
     if shared {
         kind += ",memory-backend=ram";
     }

@@ -16,6 +16,7 @@ use nix::sys::signal::Signal;
 use crate::guard::Guard;
 use crate::process::Process;
 use crate::state::{Log, StateDir};
+use crate::sys::Privileges;
 use crate::{LaunchError, programs, sockets, sys};
 
 /// Bytes of a tag (virtio 1.2 §5.11.4).
@@ -209,7 +210,7 @@ fn start_daemon(
     let mut command = Command::new(daemon.program());
     command.args(daemon.arguments(share, sys::number(&listener))).stdin(Stdio::null());
     command.stdout(writer()?).stderr(writer()?).process_group(0);
-    sys::prepare(&mut command, vec![listener], Signal::SIGKILL);
+    sys::prepare(&mut command, vec![listener], Signal::SIGKILL, Privileges::Never);
     Process::start(command)
 }
 

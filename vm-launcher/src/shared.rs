@@ -26,6 +26,7 @@ use crate::machine::Machine;
 use crate::net;
 use crate::sidecar::{self, Link};
 use crate::state::Log;
+use crate::sys::Privileges;
 use crate::{LaunchConfig, LaunchError, sockets, sys};
 
 /// How long the sidecar may take to be ready, and to answer.
@@ -184,7 +185,7 @@ fn start(config: &LaunchConfig, shared: &SharedNetwork, guard: &mut Guard) -> Re
     let mut command = Command::new(&config.sidecar);
     command.args(sidecar::shared_arguments(config, shared, &join, sys::number(&told)));
     command.stdin(Stdio::null()).stdout(file.try_clone().map_err(failed)?).stderr(file);
-    sys::prepare_session(&mut command, vec![told]);
+    sys::prepare_session(&mut command, vec![told], Privileges::Perhaps);
     let mut child = command
         .spawn()
         .map_err(|error| LaunchError::Start { program: config.sidecar.display().to_string(), error })?;

@@ -1,14 +1,24 @@
-//! The signals that end a VM, as a descriptor.
+//! The signals that end a VM, and those of job control, as a descriptor.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, raise};
 
-use crate::sys::Pending;
+use crate::sys::{self, Pending};
 
-/// SIGTERM, SIGINT and SIGHUP press the power button; SIGQUIT kills at once, as `portway kill` wants it. The mask is put
-/// back when this is dropped.
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// The end: SIGTERM, SIGINT and SIGHUP press the power button; SIGQUIT kills at once, as `portway kill` wants it.
+    End(Signal),
+    /// To be stopped, as Ctrl-Z asks for ([`Signals::suspend`]).
+    Suspend,
+    /// We were continued, perhaps in the foreground now.
+    Continued,
+}
+
+/// Blocks them; the mask is put back when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Signals {
     pending: Pending,
@@ -17,15 +27,41 @@ pub(crate) struct Signals {
 
 impl Signals {
     pub(crate) fn block() -> io::Result<Self> {
-        let set: SigSet =
-            [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+        let mut told: SigSet =
+            [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP, Signal::SIGCONT]
+                .into_iter()
+                .collect();
+        // nohup(1): the VM outlives the terminal.
+        if !sys::is_ignored(Signal::SIGHUP)? {
+            told.add(Signal::SIGHUP);
+        }
+        // Blocked, the kernel sends neither (tty_ioctl(4)): what we do to the terminal in the moment it is taken from us fails
+        // or passes, and does not stop us.
+        let mut blocked = told;
+        blocked.add(Signal::SIGTTIN);
+        blocked.add(Signal::SIGTTOU);
         let before = SigSet::thread_get_mask()?;
-        set.thread_block()?;
-        Ok(Self { pending: Pending::of(&set)?, before })
+        blocked.thread_block()?;
+        Ok(Self { pending: Pending::of(&told)?, before })
     }
 
-    pub(crate) fn next(&self) -> io::Result<Option<Signal>> {
-        self.pending.next()
+    pub(crate) fn next(&self) -> io::Result<Option<Told>> {
+        Ok(self.pending.next()?.map(|signal| match signal {
+            Signal::SIGTSTP => Told::Suspend,
+            Signal::SIGCONT => Told::Continued,
+            signal => Told::End(signal),
+        }))
+    }
+
+    /// Stops this process until it is continued. Where nobody could continue it (an orphaned process group), the kernel does not
+    /// stop it (POSIX.1-2017, 2.4.3), and this returns at once.
+    #[expect(clippy::unused_self, reason = "it is blocked as long as this is there")]
+    pub(crate) fn suspend(&self) -> io::Result<()> {
+        let stop: SigSet = [Signal::SIGTSTP].into_iter().collect();
+        raise(Signal::SIGTSTP)?;
+        // It takes effect here.
+        stop.thread_unblock()?;
+        Ok(stop.thread_block()?)
     }
 }
 

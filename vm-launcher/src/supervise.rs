@@ -19,16 +19,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use crate::guard::Guard;
+use crate::keys::Keys;
 use crate::machine::Plan;
 use crate::network::Network;
 use crate::process::timeout;
 use crate::registry::Registration;
 use crate::share::{self, Serving};
-use crate::signals::Signals;
+use crate::signals::{Signals, Told};
 use crate::state::{self, StateDir};
-use crate::terminal::Terminal;
+use crate::terminal::{Output, Terminal};
 use crate::vm::Vm;
-use crate::{LaunchConfig, LaunchError};
+use crate::{LaunchConfig, LaunchError, sys};
 
 /// How long a process has between SIGTERM and SIGKILL.
 pub(crate) const END_PATIENCE: Duration = Duration::from_secs(3);
@@ -58,6 +59,8 @@ pub enum Event {
 pub fn run(config: &LaunchConfig, mut tell: impl FnMut(Event)) -> Result<u8, LaunchError> {
     let plan = Plan::new(config)?;
     let signals = Signals::block().map_err(|error| LaunchError::system("cannot block signals", error))?;
+    sys::keep_memory_private()
+        .map_err(|error| LaunchError::system("cannot keep the memory to ourselves", error))?;
     let state = StateDir::open(&config.state_dir)?;
     let ended = run_in(config, &plan, &state, &signals, &mut tell);
     let (code, words) = match &ended {
@@ -78,8 +81,7 @@ fn run_in(
     signals: &Signals,
     tell: &mut impl FnMut(Event),
 ) -> Result<u8, LaunchError> {
-    let terminal = Terminal::remember()
-        .map_err(|error| LaunchError::system("cannot read the terminal's settings", error))?;
+    let terminal = Terminal::on_stdin(Output::Lines);
     let lock = state.lock().map_err(|error| LaunchError::system("cannot share the lock", error))?;
     let mut guard = Guard::start(&config.sidecar, Some(lock), &terminal)?;
     guard.end_note(&state.path().join(state::END));
@@ -99,10 +101,12 @@ fn run_in(
     say(format_args!("accelerator: {} ({})", plan.accel.kind.name(), plan.accel.reason));
     say(format_args!("network card: {} ({})", machine.card.name(), plan.net.reason));
     let shares = share::serve(&config.shares, plan.virtiofsd.as_ref(), state, &mut guard)?;
-    let vm = Vm::start(config, &*plan.hypervisor, &machine, state, vm_end, &shares, &terminal, &mut guard)?;
+    let vm = Vm::start(config, &*plan.hypervisor, &machine, state, vm_end, &shares, terminal, &mut guard)?;
     drop(shares.sockets);
     let told_running = false;
-    Supervisor { config, signals, network, shares: shares.served, vm, ending: None, told_running }.run(tell)
+    let guard = &mut guard;
+    Supervisor { config, signals, guard, network, shares: shares.served, vm, ending: None, told_running }
+        .run(tell)
 }
 
 /// One line for the user. The console is on stdout, so this goes to stderr; that may be closed, and then there is
@@ -135,6 +139,7 @@ enum End {
 struct Supervisor<'a> {
     config: &'a LaunchConfig,
     signals: &'a Signals,
+    guard: &'a mut Guard,
     network: Option<Network>,
     shares: Vec<Serving>,
     vm: Vm,
@@ -145,6 +150,7 @@ struct Supervisor<'a> {
 impl Supervisor<'_> {
     fn run(mut self, tell: &mut impl FnMut(Event)) -> Result<u8, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot wait for the VM", error);
+        self.look_at_terminal().map_err(failed)?;
         let end = loop {
             if let Some(end) = self.turn(tell).map_err(failed)? {
                 break end;
@@ -152,6 +158,8 @@ impl Supervisor<'_> {
         };
         self.vm.control.look();
         self.vm.console_log.read();
+        // What is said from here on is said on the terminal as it was.
+        (self.vm.keys, self.vm.lent) = (None, None);
         drop(self.network.take());
         for mut share in self.shares {
             share.process.end(END_PATIENCE).map_err(failed)?;
@@ -175,7 +183,10 @@ impl Supervisor<'_> {
     }
 
     fn turn(&mut self, tell: &mut impl FnMut(Event)) -> io::Result<Option<End>> {
-        self.poll()?;
+        let typed = self.poll()?;
+        if let Some(keys) = &mut self.vm.keys {
+            keys.turn(typed, self.guard)?;
+        }
         self.vm.control.look();
         self.vm.console_log.read();
         if let Some(status) = self.vm.process.ended()? {
@@ -184,7 +195,18 @@ impl Supervisor<'_> {
         if self.vm.control.is_running() && !std::mem::replace(&mut self.told_running, true) {
             tell(Event::Running);
         }
-        while let Some(signal) = self.signals.next()? {
+        while let Some(told) = self.signals.next()? {
+            let signal = match told {
+                Told::End(signal) => signal,
+                Told::Suspend => {
+                    self.suspend()?;
+                    continue;
+                }
+                Told::Continued => {
+                    self.look_at_terminal()?;
+                    continue;
+                }
+            };
             if signal == Signal::SIGQUIT || self.ending.is_some() {
                 self.vm.process.kill()?;
                 let why =
@@ -242,8 +264,30 @@ impl Supervisor<'_> {
         self.ending = Some(Ending { cause, deadline: Instant::now() + self.config.stop_timeout });
     }
 
-    fn poll(&mut self) -> io::Result<()> {
-        let deadlines = [self.ending.as_ref().map(|ending| ending.deadline), self.vm.control.look_at()];
+    fn look_at_terminal(&mut self) -> io::Result<()> {
+        self.vm.keys.as_mut().map_or(Ok(()), |keys| keys.look(self.guard))
+    }
+
+    /// Ctrl-Z before the terminal is raw, or a shell's `suspend`: the whole job stands still, the guest too, until `fg` or `bg`.
+    fn suspend(&mut self) -> io::Result<()> {
+        if let Some(keys) = &mut self.vm.keys {
+            keys.put_back(self.guard);
+        }
+        self.vm.process.signal(Signal::SIGSTOP)?;
+        let suspended = self.signals.suspend();
+        self.vm.process.signal(Signal::SIGCONT)?;
+        suspended?;
+        self.look_at_terminal()
+    }
+
+    /// Waits; answers whether the terminal has something to read.
+    fn poll(&mut self) -> io::Result<bool> {
+        let keys = self.vm.keys.as_ref();
+        let deadlines = [
+            self.ending.as_ref().map(|ending| ending.deadline),
+            self.vm.control.look_at(),
+            keys.and_then(Keys::look_at),
+        ];
         let next = deadlines.into_iter().flatten().min();
         let left = next.map(|at| at.saturating_duration_since(Instant::now()));
         let mut waited: Vec<BorrowedFd<'_>> = vec![self.signals.as_fd(), self.vm.process.as_fd()];
@@ -254,10 +298,15 @@ impl Supervisor<'_> {
             waited.extend(self.network.as_ref().map(AsFd::as_fd));
             waited.extend(self.shares.iter().map(|share| share.process.as_fd()));
         }
+        let stdin = io::stdin();
         let mut waited: Vec<PollFd<'_>> =
             waited.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        waited.extend(keys.and_then(Keys::wants_room).map(|fd| PollFd::new(fd, PollFlags::POLLOUT)));
+        let typed = keys.filter(|keys| keys.wants_keys()).map(|_| waited.len());
+        waited.extend(typed.map(|_| PollFd::new(stdin.as_fd(), PollFlags::POLLIN)));
         match poll(&mut waited, left.map_or(PollTimeout::NONE, timeout)) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Ok(_) => Ok(typed.and_then(|at| waited.get(at)).and_then(PollFd::any).unwrap_or(false)),
+            Err(Errno::EINTR) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
     }

@@ -142,6 +142,10 @@ impl Hypervisor for Vfkit {
         true
     }
 
+    fn reads_the_terminal(&self) -> bool {
+        true
+    }
+
     fn arguments(&self, config: &LaunchConfig, machine: &Machine, wires: &Wires) -> Vec<OsString> {
         arguments(config, machine, wires, self)
     }
@@ -216,8 +220,9 @@ fn arguments(config: &LaunchConfig, machine: &Machine, wires: &Wires, vfkit: &Vf
     add("--device", "virtio-rng".into());
     add("--device", "virtio-balloon".into());
     let console = match config.console {
-        Console::Stdio => "virtio-serial,stdio".into(),
-        Console::Socket => {
+        // It makes stdin raw, and does not start where that is no terminal.
+        Console::Stdio if wires.terminal => "virtio-serial,stdio".into(),
+        Console::Stdio | Console::Socket => {
             with_path("virtio-serial,logFilePath=", &config.state_dir.join(state::CONSOLE_LOG), "")
         }
     };
@@ -307,7 +312,7 @@ mod tests {
     }
 
     fn line(config: &LaunchConfig, machine: &Machine) -> String {
-        let wires = Wires { link: Some(Link::Inherited(5)), ..Wires::default() };
+        let wires = Wires { link: Some(Link::Inherited(5)), terminal: true, ..Wires::default() };
         let words = arguments(config, machine, &wires, &vfkit());
         words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\n")
     }
@@ -328,6 +333,16 @@ mod tests {
             --device\nvirtio-vsock,port=2374,socketURL=/s/guest.00000946,connect\n--device\nvirtio-rng\n--device\nvirtio-balloon\n\
             --device\nvirtio-serial,stdio\n--restful-uri\nunix:///s/vfkit.sock";
         assert_eq!(line(&config(), &machine(kernel())), expected);
+    }
+
+    #[test]
+    fn a_console_that_is_no_terminal_is_a_file() {
+        let words = arguments(&config(), &machine(kernel()), &Wires::default(), &vfkit());
+        let word = |text: &str| words.iter().any(|word| word.to_string_lossy() == text);
+        assert!(
+            word("virtio-serial,logFilePath=/s/console.log") && !word("virtio-serial,stdio"),
+            "{words:?}"
+        );
     }
 
     #[test]

@@ -11,13 +11,17 @@ use crate::config::Console;
 use crate::console_log::ConsoleLog;
 use crate::guard::Guard;
 use crate::hypervisor::{Control, Hypervisor};
+use crate::keys::Keys;
 use crate::machine::Machine;
+use crate::net::Card;
 use crate::process::Process;
 use crate::qemu::Wires;
 use crate::share::Shares;
 use crate::sidecar::Link;
 use crate::sockets::{Listening, OwnedDir};
 use crate::state::{self, Log, StateDir};
+use crate::supervise::say;
+use crate::sys::Privileges;
 use crate::terminal::Terminal;
 use crate::{LaunchConfig, LaunchError, sys};
 
@@ -35,6 +39,10 @@ pub(crate) struct Vm {
     pub(crate) control: Box<dyn Control>,
     pub(crate) log: Log,
     pub(crate) console_log: ConsoleLog,
+    /// What is typed, when that is for us to hand on.
+    pub(crate) keys: Option<Keys>,
+    /// The terminal, when the hypervisor has it itself.
+    pub(crate) lent: Option<Terminal>,
     pub(crate) name: &'static str,
     _sockets: Vec<Listening>,
     _forgotten: Option<OwnedDir>,
@@ -50,7 +58,7 @@ impl Vm {
         state: &StateDir,
         link: Option<VmEnd>,
         shares: &Shares,
-        terminal: &Terminal,
+        mut terminal: Terminal,
         guard: &mut Guard,
     ) -> Result<Self, LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot make a channel for the VM", error);
@@ -96,7 +104,7 @@ impl Vm {
         }
         let log = state.log("vm.log")?;
         let mut command = Command::new(hypervisor.program());
-        command.args(hypervisor.arguments(config, machine, &wires)).stderr(log.writer().map_err(failed)?);
+        command.stderr(log.writer().map_err(failed)?);
         let mut forgotten = None;
         if config.disposable {
             let tmp = state.path().join(state::TMP);
@@ -105,16 +113,39 @@ impl Vm {
             command.env("TMPDIR", &tmp);
             forgotten = Some(OwnedDir(tmp));
         }
-        if config.console == Console::Socket || !terminal.is_there() {
-            // No console to type on; and with it no reason to be in the terminal's foreground, where Ctrl-C would
-            // end QEMU before the guest is down.
-            command.stdin(Stdio::null()).process_group(0);
+        let (mut keys, mut lent) = (None, None);
+        let on_stdio = config.console == Console::Stdio;
+        if on_stdio && hypervisor.reads_the_terminal() && terminal.is_in_front() {
+            // It changes the terminal itself, and has to be in its foreground for that.
+            terminal.remember(guard).map_err(failed)?;
+            lent = Some(terminal);
+            wires.terminal = true;
+        } else {
+            command.stdin(Stdio::null());
+            if on_stdio && hypervisor.reads_the_terminal() {
+                let log = state.path().join(state::CONSOLE_LOG);
+                let name = hypervisor.name();
+                say(format_args!(
+                    "the console is in {}: {name} has it on a terminal or there",
+                    log.display()
+                ));
+            } else if on_stdio && terminal.is_there() {
+                let (typed, theirs) = Keys::of(terminal).map_err(failed)?;
+                command.stdin(theirs);
+                keys = Some(typed);
+            }
+            // Not in the terminal's foreground, where Ctrl-C would end it before the guest is down.
+            command.process_group(0);
         }
+        command.args(hypervisor.arguments(config, machine, &wires));
         if config.console == Console::Socket {
             // Whoever reads what we say until the machine runs must not have to wait for the hypervisor's end.
             command.stdout(log.writer().map_err(failed)?);
         }
-        sys::prepare(&mut command, inherited, Signal::SIGKILL);
+        // The bridge's helper makes the device, and belongs to root.
+        let has_helper = matches!(machine.card, Card::Bridge(_));
+        let privileges = if has_helper { Privileges::Perhaps } else { Privileges::Never };
+        sys::prepare(&mut command, inherited, Signal::SIGKILL, privileges);
         let process = Process::start(command)?;
         guard.watch(&process, false);
         Ok(Self {
@@ -122,6 +153,8 @@ impl Vm {
             control,
             log,
             console_log,
+            keys,
+            lent,
             name: hypervisor.name(),
             _sockets: listening,
             _forgotten: forgotten,

@@ -20,7 +20,6 @@ pub enum LinkKind {
     /// vpnkit's handshake, then a u16 length before each frame; several VMs on one socket.
     Vpnkit,
     /// A datagram socket, a frame each.
-    #[cfg(target_os = "linux")]
     Dgram,
     /// A sequenced-packet socket, a frame each.
     #[cfg(target_os = "linux")]
@@ -38,7 +37,6 @@ impl LinkKind {
         Self::Stdio,
         Self::Vpnkit,
         Self::Tap,
-        #[cfg(target_os = "linux")]
         Self::Dgram,
         #[cfg(target_os = "linux")]
         Self::Seqpacket,
@@ -53,7 +51,6 @@ impl LinkKind {
             Self::Qemu => "qemu",
             Self::Stdio => "stdio",
             Self::Vpnkit => "vpnkit",
-            #[cfg(target_os = "linux")]
             Self::Dgram => "dgram",
             #[cfg(target_os = "linux")]
             Self::Seqpacket => "seqpacket",
@@ -68,21 +65,15 @@ impl LinkKind {
     pub(super) const fn mtu(self) -> u16 {
         match self {
             Self::Qemu => 65_520,
-            Self::Stdio | Self::Tap | Self::Vpnkit => 1500,
+            Self::Stdio | Self::Tap | Self::Vpnkit | Self::Dgram => 1500,
             #[cfg(target_os = "linux")]
-            Self::Dgram | Self::Seqpacket => 1500,
-            #[cfg(target_os = "linux")]
-            Self::VhostUser => 1500,
+            Self::Seqpacket | Self::VhostUser => 1500,
         }
     }
 
     /// Whether there are VMMs that offload on links of this kind without a header (libkrun).
     const fn may_offload(self) -> bool {
-        match self {
-            #[cfg(target_os = "linux")]
-            Self::Dgram => true,
-            _ => matches!(self, Self::Qemu),
-        }
+        matches!(self, Self::Qemu | Self::Dgram)
     }
 
     /// An example of an address.
@@ -91,7 +82,6 @@ impl LinkKind {
             Self::Qemu => "qemu:unix:PATH, qemu:connect:unix:PATH or qemu:fd:N",
             Self::Stdio => "stdio alone",
             Self::Vpnkit => "vpnkit:unix:PATH or vpnkit:fd:N",
-            #[cfg(target_os = "linux")]
             Self::Dgram => "dgram:unix:PATH, dgram:connect:unix:PATH or dgram:fd:N",
             #[cfg(target_os = "linux")]
             Self::Seqpacket => "seqpacket:unix:PATH, seqpacket:connect:unix:PATH or seqpacket:fd:N",
@@ -239,11 +229,11 @@ impl FromStr for LinkSpec {
             LinkKind::Stdio if address.is_empty() => LinkAddress::Stdio,
             LinkKind::Stdio => return Err(fault()),
             LinkKind::Tap => tap_address(address).ok_or_else(fault)?,
-            LinkKind::Qemu | LinkKind::Vpnkit => socket_address(address)?.ok_or_else(fault)?,
-            #[cfg(target_os = "linux")]
-            LinkKind::VhostUser | LinkKind::Dgram | LinkKind::Seqpacket => {
+            LinkKind::Qemu | LinkKind::Vpnkit | LinkKind::Dgram => {
                 socket_address(address)?.ok_or_else(fault)?
             }
+            #[cfg(target_os = "linux")]
+            LinkKind::VhostUser | LinkKind::Seqpacket => socket_address(address)?.ok_or_else(fault)?,
         };
         let (isolate, offload) = (false, false);
         let mut link = Self { kind, address, name: None, mac: None, ip: None, mtu: None, isolate, offload };

@@ -350,13 +350,11 @@ fn links(file: &File, mtu: u16) -> Result<Vec<LinkConfig>, String> {
         links.push(link(LinkKind::Qemu, fresh("listen-qemu", &on.qemu, "unix")?));
     }
     #[cfg(target_os = "linux")]
-    {
-        if !on.bess.is_empty() {
-            links.push(link(LinkKind::Seqpacket, fresh("listen-bess", &on.bess, "unixpacket")?));
-        }
-        if !on.vfkit.is_empty() {
-            links.push(link(LinkKind::Dgram, fresh("listen-vfkit", &on.vfkit, "unixgram")?));
-        }
+    if !on.bess.is_empty() {
+        links.push(link(LinkKind::Seqpacket, fresh("listen-bess", &on.bess, "unixpacket")?));
+    }
+    if !on.vfkit.is_empty() {
+        links.push(link(LinkKind::Dgram, fresh("listen-vfkit", &on.vfkit, "unixgram")?));
     }
     if !on.vpnkit.is_empty() {
         let path = path_of("listen-vpnkit", &on.vpnkit, "unix")?;

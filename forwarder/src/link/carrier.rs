@@ -6,7 +6,6 @@ use std::os::fd::RawFd;
 
 use portway_netstack::{FrameSink, Offload, Offloads};
 
-#[cfg(target_os = "linux")]
 use super::packets::Packets;
 use super::stream::Stream;
 #[cfg(target_os = "linux")]
@@ -38,7 +37,6 @@ pub enum Carrier {
     #[cfg(target_os = "linux")]
     VhostUser(Box<VhostUser>),
     /// A socket that keeps frames apart.
-    #[cfg(target_os = "linux")]
     Packets(Box<Packets>),
     /// Any of these, while a capture looks at its frames.
     Tapped(Box<Tapped>),
@@ -71,7 +69,6 @@ impl Carrier {
             Self::Tap(t) => t.wants_receive(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.wants_receive(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.wants_receive(),
         }
     }
@@ -88,7 +85,6 @@ impl Carrier {
             Self::Tap(t) => t.receive(handle),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.receive(handle),
-            #[cfg(target_os = "linux")]
             // Its batch is small, and has been read.
             Self::Packets(p) => p.receive(|frame| {
                 let _ = handle(frame, Offload::default());
@@ -104,7 +100,6 @@ impl Carrier {
             Self::Tap(t) => t.flush(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.flush(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.flush(),
         }
     }
@@ -117,7 +112,6 @@ impl Carrier {
             Self::Tap(t) => t.is_blocked(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.is_blocked(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.is_blocked(),
         }
     }
@@ -132,7 +126,6 @@ impl Carrier {
             Self::Tap(t) => t.written(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.written(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.written(),
         }
     }
@@ -146,7 +139,6 @@ impl Carrier {
             Self::Tap(t) => t.offloads(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.offloads(),
-            #[cfg(target_os = "linux")]
             Self::Packets(_) => Offloads::default(),
         }
     }
@@ -159,7 +151,6 @@ impl Carrier {
             Self::Tap(t) => (t.fd(), None),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => (v.control_fd(), None),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => (p.fd(), None),
         }
     }
@@ -173,7 +164,6 @@ impl Carrier {
             // Its news are messages and kicks: see `Link::note`.
             #[cfg(target_os = "linux")]
             Self::VhostUser(_) => {}
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.note(readable, writable, closed),
         }
     }
@@ -188,7 +178,6 @@ impl FrameSink for Carrier {
             Self::Tap(t) => t.has_room(),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.has_room(),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.has_room(),
         }
     }
@@ -202,7 +191,6 @@ impl FrameSink for Carrier {
             Self::Tap(t) => t.frame(len, offload, fill),
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.frame(len, offload, fill),
-            #[cfg(target_os = "linux")]
             Self::Packets(p) => p.frame(len, offload, fill),
         }
     }

@@ -5,12 +5,21 @@ use std::path::Path;
 
 use crate::programs;
 
-/// The major version; an error when the program is not QEMU.
-pub(super) fn version(program: &Path) -> Result<u32, String> {
+/// Its major version, and whether it can filter its own system calls; an error when the program is not QEMU.
+///
+/// Options are read in turn, and `--version` ends it: a QEMU without seccomp, or on a kernel without, ends at the first one.
+pub(super) fn version(program: &Path) -> Result<(u32, bool), String> {
+    let filtered = programs::says(program, &["-sandbox".as_ref(), "on".as_ref(), "--version".as_ref()])?;
+    if let (said, true) = filtered
+        && let Some(version) = major(&said)
+    {
+        return Ok((version, true));
+    }
     let (said, _) = programs::says(program, &["--version".as_ref()])?;
-    major(&said).ok_or_else(|| {
+    let version = major(&said).ok_or_else(|| {
         format!("{} is not QEMU: to --version it says {:?}", program.display(), first_line(&said))
-    })
+    })?;
+    Ok((version, false))
 }
 
 fn first_line(text: &str) -> &str {

@@ -51,7 +51,7 @@ fn has(line: &str, words: &[&str]) {
 
 #[test]
 fn the_whole_command_line_under_tcg() {
-    let expected = "-nodefaults\n-no-user-config\n-display\nnone\n-name\ndemo\n-machine\nq35\n\
+    let expected = "-nodefaults\n-no-user-config\n-display\nnone\n-name\ndemo\n-machine\nq35,dump-guest-core=off\n\
         -accel\ntcg,thread=multi\n-cpu\nmax\n-smp\n2\n-m\n512M\n\
         -kernel\n/images/demo-kernel\n-initrd\n/images/demo-initrd.img\n-append\nconsole=ttyS0 quiet\n\
         -netdev\nstream,id=net0,server=off,addr.type=fd,addr.str=5\n\
@@ -69,7 +69,7 @@ fn vhost_user_shares_the_guests_memory() {
     let machine = Machine { card: Card::VhostUser, accel: Kind::Kvm, ..machine() };
     let wires = Wires { link: Some(Link::Path("/run/a,b".into())), ..wires() };
     let line = line(&config(), &machine, &wires);
-    has(&line, &["-machine", "q35,memory-backend=ram"]);
+    has(&line, &["-machine", "q35,dump-guest-core=off,memory-backend=ram"]);
     has(&line, &["-object", "memory-backend-memfd,id=ram,size=512M,share=on"]);
     has(&line, &["-chardev", "socket,id=link,path=/run/a,,b", "-netdev", "vhost-user,id=net0,chardev=link"]);
     has(&line, &["-accel", "kvm", "-cpu", "host"]);
@@ -82,7 +82,7 @@ fn vsock_is_a_device_of_the_sidecars_and_shares_the_guests_memory() {
     config.vsock = true;
     config.api = "/run/a,b".into();
     let tcg = line(&config, &machine(), &wires());
-    has(&tcg, &["-machine", "q35,memory-backend=ram"]);
+    has(&tcg, &["-machine", "q35,dump-guest-core=off,memory-backend=ram"]);
     has(&tcg, &["-object", "memory-backend-memfd,id=ram,size=512M,share=on"]);
     has(&tcg, &["-chardev", "socket,id=vsock,path=/run/a,,b-demo-vsock"]);
     has(&tcg, &["-device", "vhost-user-vsock-pci,chardev=vsock,vectors=0"]);
@@ -115,7 +115,7 @@ fn a_squashfs_is_the_first_disk_and_cannot_be_written() {
 fn a_cd_boots_by_the_machines_own_bios_from_ahci() {
     let boot = Boot::Cd { iso: "/i/os.iso".into(), firmware: Firmware::Default };
     let line = line(&config(), &Machine { boot, ..machine() }, &wires());
-    has(&line, &["-machine", "q35,graphics=off"]);
+    has(&line, &["-machine", "q35,dump-guest-core=off,graphics=off"]);
     has(&line, &["-drive", "if=none,id=boot,format=raw,media=cdrom,readonly=on,file=/i/os.iso"]);
     has(&line, &["-device", "ide-cd,bus=ide.0,drive=boot,bootindex=0"]);
     assert!(!line.contains("-bios") && !line.contains("-kernel"), "{line}");
@@ -159,7 +159,7 @@ fn metadata_is_a_cd_on_scsi_and_ignition_is_in_the_firmwares_configuration() {
 fn a_share_is_a_device_and_shares_the_guests_memory() {
     let wires = Wires { shares: vec![("code".into(), 9)], ..wires() };
     let line = line(&config(), &machine(), &wires);
-    has(&line, &["-machine", "q35,memory-backend=ram"]);
+    has(&line, &["-machine", "q35,dump-guest-core=off,memory-backend=ram"]);
     has(&line, &["-chardev", "socket,id=fs0,fd=9", "-device", "vhost-user-fs-pci,chardev=fs0,tag=code"]);
 }
 
@@ -178,7 +178,7 @@ fn an_arm_machine_has_its_own_names() {
     config.arch = Arch::Aarch64;
     let boot = Boot::Cd { iso: "/i".into(), firmware: Firmware::Single("/f".into()) };
     let line = line(&config, &Machine { boot, ..machine() }, &wires());
-    has(&line, &["-machine", "virt", "-accel", "tcg,thread=multi"]);
+    has(&line, &["-machine", "virt,dump-guest-core=off", "-accel", "tcg,thread=multi"]);
     has(&line, &["-bios", "/f"]);
     has(&line, &["-device", "scsi-cd,bus=scsi0.0,drive=boot,bootindex=0"]);
 }
@@ -219,4 +219,22 @@ fn a_missing_qemu_says_which_setting_named_it_or_what_to_install() {
             LaunchError::NoQemu { why: "no qemu in PATH".into(), package: arch.package() }.to_string();
         assert!(error.contains(&format!("apt-get install {package}")), "{error}");
     }
+}
+
+#[test]
+fn its_own_system_calls_are_filtered_but_for_a_bridges_helper_and_where_somebody_else_decides() {
+    let qemu = Qemu { program: "/q".into(), version: 7, filters: true };
+    let first = |config: &LaunchConfig, machine: &Machine| {
+        let words = qemu.arguments(config, machine, &wires());
+        words.iter().take(2).map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    };
+    let denied = "-sandbox on,obsolete=deny,resourcecontrol=deny,elevateprivileges=deny,spawn=deny";
+    assert_eq!(first(&config(), &machine()), denied);
+    let bridged = Machine { card: Card::Bridge("br0".into()), ..machine() };
+    assert_eq!(first(&config(), &bridged), "-sandbox on,obsolete=deny,resourcecontrol=deny");
+    let mut own = config();
+    own.qemu_args = vec!["-sandbox".into(), "off".into()];
+    assert!(!first(&own, &machine()).contains("-sandbox"));
+    let without = Qemu { filters: false, ..qemu };
+    assert!(!without.arguments(&config(), &machine(), &wires()).contains(&"-sandbox".into()));
 }

@@ -12,6 +12,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::libc::timespec;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::event::{EvFlags, EventFilter, FilterFlag, KEvent, Kqueue};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
@@ -126,6 +127,20 @@ pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 #[expect(clippy::unnecessary_wraps, reason = "Linux can fail here")]
 pub(super) fn at_parents_death(_: Signal) -> io::Result<()> {
     Ok(())
+}
+
+/// There is no such call. What we open closes at exec; what whoever started us left open stays so.
+pub(super) fn close_others_on_exec() {}
+
+/// There is no such thing.
+#[expect(clippy::unnecessary_wraps, reason = "Linux can fail here")]
+pub(super) fn no_new_privileges() -> io::Result<()> {
+    Ok(())
+}
+
+/// No core dump of this process.
+pub(crate) fn keep_memory_private() -> io::Result<()> {
+    Ok(setrlimit(Resource::RLIMIT_CORE, 0, 0)?)
 }
 
 /// Whether there is a process of this number.

@@ -4,46 +4,51 @@
 //!  VMM ═► recvmmsg(2): up to 32 frames ─► one after the other, in place ─► Netstack
 //!  VMM ◄═ sendmmsg(2): up to 32 frames ◄─ one buffer, frame behind frame ◄─ written in place by Netstack
 //! ```
+//! (On macOS a system call for each frame: [`calls`].)
+//!
 //! A datagram socket we bind has no connection that would say who is at the other end. The peer is the first sender that has
 //! an address itself; others are ignored and counted while its socket lives, and when a frame to it finds nobody
 //! (`ECONNREFUSED`, `ENOENT`), the next sender takes over. vfkit and krunkit begin with a datagram of the four bytes `VFKT`,
 //! which is no frame.
 
-use std::io::{self, IoSlice, IoSliceMut};
+#[cfg(target_os = "linux")]
+mod batched;
+mod calls;
+#[cfg(any(test, not(target_os = "linux")))]
+mod single;
+
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrLike, UnixAddr, bind, recvmmsg,
-    sendmmsg, socket,
-};
+use nix::sys::socket::UnixAddr;
 use portway_netstack::{FrameSink, Offload};
 
+#[cfg(target_os = "linux")]
+use self::batched::Batched as System;
+use self::calls::{Calls, FRAMES};
+#[cfg(not(target_os = "linux"))]
+use self::single::Single as System;
 use super::Batch;
 
 /// The largest frame a VMM sends or takes: libkrun and vfkit take no larger.
 const LARGEST: usize = 65_550;
-/// Frames of one system call.
-const FRAMES: usize = 32;
 /// Bytes of frames that may wait before the stack is told to wait.
 const ROOM: usize = 256 * 1024;
-/// Bytes of a socket's address that has no name: the family alone (`unix(7)`).
-const UNNAMED: nix::libc::socklen_t = 2;
 /// What vfkit and krunkit say first.
 const GREETING: &[u8] = b"VFKT";
 
 /// The attached VMM, or the socket it will send to.
-pub struct Packets {
+pub struct Packets<C = System> {
     socket: OwnedFd,
     /// Where we listen; removed at the end.
     path: Option<PathBuf>,
     /// Who is at the other end of a socket we bound; on a connected one nobody needs to know.
     peer: Option<UnixAddr>,
     bound: bool,
-    incoming: MultiHeaders<UnixAddr>,
-    outgoing: MultiHeaders<UnixAddr>,
+    calls: C,
     received: Box<[u8]>,
     /// Frames to the guest, one behind the other, and their lengths.
     frames: Box<[u8]>,
@@ -63,13 +68,13 @@ pub struct Packets {
     lost: bool,
 }
 
-impl std::fmt::Debug for Packets {
+impl<C> std::fmt::Debug for Packets<C> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Packets").field("path", &self.path).field("peer", &self.peer).finish_non_exhaustive()
     }
 }
 
-impl Packets {
+impl<C: Calls> Packets<C> {
     /// Takes a socket: one that is connected, or one that is bound where its peer will send from, as systemd makes it.
     ///
     /// # Errors
@@ -93,15 +98,11 @@ impl Packets {
     /// When another file is there, somebody has the socket, or it cannot be bound.
     pub fn bound(path: &Path) -> io::Result<Self> {
         crate::unix_path::clear(path, |path| UnixDatagram::unbound()?.connect(path))?;
-        let fd = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-        bind(fd.as_raw_fd(), &UnixAddr::new(path)?).map_err(|e| {
-            io::Error::new(
-                io::Error::from(e).kind(),
-                format!("{}: cannot listen there: {}", path.display(), e.desc()),
-            )
+        let socket = UnixDatagram::bind(path).map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: cannot listen there: {error}", path.display()))
         })?;
         std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-        Self::new(fd, Some(path.to_owned()))
+        Self::new(socket.into(), Some(path.to_owned()))
     }
 
     fn new(fd: OwnedFd, path: Option<PathBuf>) -> io::Result<Self> {
@@ -115,8 +116,7 @@ impl Packets {
             bound: path.is_some(),
             path,
             peer: None,
-            incoming: MultiHeaders::preallocate(FRAMES, None),
-            outgoing: MultiHeaders::preallocate(FRAMES, None),
+            calls: C::default(),
             received: vec![0; FRAMES * (LARGEST + 1)].into(),
             frames: vec![0; ROOM + LARGEST].into(),
             lengths: Vec::new(),
@@ -157,22 +157,39 @@ impl Packets {
     /// When the peer of a connected socket is gone.
     pub fn receive(&mut self, mut handle: impl FnMut(&[u8])) -> io::Result<Batch> {
         let mut batch = Batch { more: true, frames: 0, bytes: 0 };
-        if self.bound {
-            // The kernel leaves the length of a sender's name in the header, where the next call takes it for the room
-            // there is: a longer name would come cut off, and might then be the peer's.
-            self.incoming = MultiHeaders::preallocate(FRAMES, None);
-        }
-        let mut rooms = self.received.chunks_exact_mut(LARGEST + 1);
-        let mut slices: [[IoSliceMut<'_>; 1]; FRAMES] =
-            std::array::from_fn(|_| [IoSliceMut::new(rooms.next().unwrap_or_default())]);
-        let messages = match recvmmsg(
-            self.socket.as_raw_fd(),
-            &mut self.incoming,
-            &mut slices,
-            MsgFlags::MSG_DONTWAIT,
-            None,
-        ) {
-            Ok(messages) => messages,
+        let Self { socket, calls, received, bound, peer, ignored, .. } = self;
+        let mut end = false;
+        let mut first = true;
+        let done = calls.receive(socket.as_raw_fd(), received, LARGEST + 1, *bound, |message| {
+            let is_first = std::mem::replace(&mut first, false);
+            if *bound {
+                match (message.from, &peer) {
+                    (Some(from), None) => {
+                        tracing::info!(peer = %from, "VMM attached");
+                        *peer = Some(from);
+                    }
+                    (Some(from), Some(peer)) if from == *peer => {}
+                    _ => {
+                        *ignored += 1;
+                        return;
+                    }
+                }
+            }
+            match message.frame {
+                Some(frame) if frame.len() <= LARGEST && frame != GREETING => {
+                    batch.frames += 1;
+                    batch.bytes += frame.len() as u64;
+                    handle(frame);
+                }
+                Some(GREETING) => {}
+                // On a connected seqpacket socket nothing at all is the end.
+                None if !*bound && is_first => end = true,
+                Some(_) | None => *ignored += 1,
+            }
+        });
+        let count = match done {
+            Ok(_) if end => return Err(io::Error::other("end of file")),
+            Ok(count) => count,
             Err(Errno::EAGAIN) => {
                 self.readable = false;
                 return Ok(Batch { more: false, ..batch });
@@ -180,37 +197,6 @@ impl Packets {
             Err(Errno::EINTR) => return Ok(batch),
             Err(e) => return Err(e.into()),
         };
-        let mut count = 0;
-        for message in messages {
-            count += 1;
-            if self.bound {
-                // A sender without a name has an address of no length, which `UnixAddr` does not look into.
-                let from = message.address.filter(|from| from.len() > UNNAMED);
-                match (from, self.peer) {
-                    (Some(from), None) => {
-                        tracing::info!(peer = %from, "VMM attached");
-                        self.peer = Some(from);
-                    }
-                    (Some(from), Some(peer)) if from == peer => {}
-                    _ => {
-                        self.ignored += 1;
-                        continue;
-                    }
-                }
-            }
-            match message.iovs().next() {
-                Some(frame) if frame.len() <= LARGEST && frame != GREETING => {
-                    batch.frames += 1;
-                    batch.bytes += frame.len() as u64;
-                    handle(frame);
-                }
-                Some(GREETING) => {}
-                Some(_) => self.ignored += 1,
-                // On a connected seqpacket socket nothing at all is the end.
-                None if !self.bound && count == 1 => return Err(io::Error::other("end of file")),
-                None => self.ignored += 1,
-            }
-        }
         batch.more = count == FRAMES;
         self.readable = batch.more || self.closing;
         Ok(batch)
@@ -228,23 +214,9 @@ impl Packets {
                 break;
             }
             let count = (self.lengths.len() - self.sent).min(FRAMES);
-            let mut rest = &self.frames[self.start..self.end];
+            let frames = &self.frames[self.start..self.end];
             let lengths = &self.lengths[self.sent..self.sent + count];
-            let slices: [[IoSlice<'_>; 1]; FRAMES] = std::array::from_fn(|n| {
-                let (frame, after) = rest.split_at(lengths.get(n).copied().unwrap_or(0));
-                rest = after;
-                [IoSlice::new(frame)]
-            });
-            let to = [self.peer; FRAMES];
-            let done = sendmmsg(
-                self.socket.as_raw_fd(),
-                &mut self.outgoing,
-                &slices[..count],
-                &to[..count],
-                [],
-                MsgFlags::MSG_DONTWAIT,
-            );
-            match done.map(Iterator::count) {
+            match self.calls.send(self.socket.as_raw_fd(), self.peer.as_ref(), frames, lengths) {
                 Ok(left) => {
                     self.start += self.lengths[self.sent..self.sent + left].iter().sum::<usize>();
                     self.sent += left;
@@ -297,7 +269,7 @@ impl Packets {
     }
 }
 
-impl Drop for Packets {
+impl<C> Drop for Packets<C> {
     fn drop(&mut self) {
         if let Some(path) = &self.path {
             let _ = std::fs::remove_file(path);
@@ -305,7 +277,7 @@ impl Drop for Packets {
     }
 }
 
-impl FrameSink for Packets {
+impl<C> FrameSink for Packets<C> {
     fn has_room(&self) -> bool {
         self.end < ROOM
     }
@@ -322,115 +294,4 @@ impl FrameSink for Packets {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn frames(packets: &mut Packets) -> Vec<Vec<u8>> {
-        let mut got = Vec::new();
-        packets.note(true, false, false);
-        while packets.receive(|f| got.push(f.to_vec())).unwrap().more {}
-        got
-    }
-
-    fn send(packets: &mut Packets, len: usize, byte: u8) -> Option<()> {
-        packets.frame(len, Offload::default(), |f| f.fill(byte))
-    }
-
-    fn named(dir: &Path, name: &str) -> UnixDatagram {
-        UnixDatagram::bind(dir.join(name)).unwrap()
-    }
-
-    #[test]
-    fn the_first_sender_with_a_name_is_the_peer_until_it_is_gone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("link");
-        let mut packets = Packets::bound(&path).unwrap();
-        let (first, second) = (named(dir.path(), "first"), named(dir.path(), "second"));
-        let nameless = UnixDatagram::unbound().unwrap();
-        nameless.send_to(&[9; 60], &path).unwrap();
-        assert_eq!(frames(&mut packets), Vec::<Vec<u8>>::new());
-        first.send_to(b"VFKT", &path).unwrap();
-        first.send_to(&[1; 60], &path).unwrap();
-        second.send_to(&[2; 60], &path).unwrap();
-        assert_eq!(frames(&mut packets), [vec![1; 60]]);
-        assert_eq!(packets.ignored(), 2);
-
-        send(&mut packets, 60, 7).unwrap();
-        packets.flush().unwrap();
-        let mut buffer = [0; 100];
-        assert_eq!((first.recv(&mut buffer).unwrap(), buffer[0]), (60, 7));
-
-        drop(first);
-        send(&mut packets, 60, 8).unwrap();
-        packets.flush().unwrap();
-        second.send_to(&[2; 60], &path).unwrap();
-        assert_eq!(frames(&mut packets), [vec![2; 60]]);
-        send(&mut packets, 60, 9).unwrap();
-        packets.flush().unwrap();
-        assert_eq!((second.recv(&mut buffer).unwrap(), buffer[0]), (60, 9));
-        drop(packets);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn a_peer_that_does_not_read_makes_the_stack_wait_and_loses_nothing() {
-        for kind in [socket2::Type::DGRAM, socket2::Type::SEQPACKET] {
-            let (ours, theirs) = socket2::Socket::pair(socket2::Domain::UNIX, kind, None).unwrap();
-            let mut packets = Packets::connected(ours.into(), kind).unwrap();
-            let mut sent = 0u64;
-            while !packets.is_blocked() || packets.has_room() {
-                send(&mut packets, 60_000, u8::try_from(sent % 251).unwrap()).unwrap();
-                sent += 1;
-                packets.flush().unwrap();
-            }
-            let mut theirs = std::fs::File::from(OwnedFd::from(theirs));
-            let mut buffer = vec![0; 70_000];
-            for n in 0..sent {
-                let len = io::Read::read(&mut theirs, &mut buffer).unwrap();
-                assert_eq!((len, u64::from(buffer[0])), (60_000, n % 251));
-                packets.note(false, true, false);
-                packets.flush().unwrap();
-            }
-        }
-    }
-
-    #[test]
-    fn the_end_of_a_seqpacket_peer_is_an_error_and_too_long_a_frame_is_ignored() {
-        let kind = socket2::Type::SEQPACKET;
-        let (ours, theirs) = socket2::Socket::pair(socket2::Domain::UNIX, kind, None).unwrap();
-        let mut packets = Packets::connected(ours.into(), kind).unwrap();
-        theirs.send(&[1; LARGEST]).unwrap();
-        theirs.send(&[1; LARGEST + 1]).unwrap();
-        assert_eq!(frames(&mut packets), [vec![1; LARGEST]]);
-        assert_eq!(packets.ignored(), 1);
-        drop(theirs);
-        packets.note(true, false, false);
-        assert!(packets.receive(|_| panic!()).is_err());
-        let (stream, _keep) = std::os::unix::net::UnixStream::pair().unwrap();
-        assert!(Packets::connected(stream.into(), kind).is_err());
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn frames_stay_apart_and_in_order(sizes in proptest::collection::vec(14usize..65_551, 1..40)) {
-            let (ours, theirs) = socket2::Socket::pair(socket2::Domain::UNIX, socket2::Type::DGRAM, None).unwrap();
-            theirs.set_nonblocking(true).unwrap();
-            let mut packets = Packets::connected(ours.into(), socket2::Type::DGRAM).unwrap();
-            let mut theirs = std::fs::File::from(OwnedFd::from(theirs));
-            let (mut buffer, mut got) = (vec![0; 70_000], Vec::new());
-            let mut queue = sizes.clone();
-            queue.reverse();
-            while got.len() < sizes.len() {
-                while packets.has_room() && let Some(len) = queue.pop() {
-                    send(&mut packets, len, 1).unwrap();
-                }
-                packets.note(false, true, false);
-                packets.flush().unwrap();
-                while let Ok(n) = io::Read::read(&mut theirs, &mut buffer) {
-                    got.push(n);
-                }
-            }
-            proptest::prop_assert_eq!(got, sizes);
-        }
-    }
-}
+mod tests;
