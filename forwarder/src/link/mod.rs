@@ -250,10 +250,13 @@ impl Link {
         self.carrier.as_mut()
     }
 
-    /// Whether the guest takes segments and checksums that are not finished. One whose own are implied does not: libkrun puts a
-    /// header of zeros before what it hands on, by which every frame is whole, and the guest's kernel looks at the sum.
+    /// Whether the guest takes segments and checksums that are not finished.
     #[must_use]
     pub fn offloads(&self) -> Offloads {
+        if self.implied {
+            // Without a header nothing says where to cut datagrams.
+            return Offloads { tcp: true, udp: false };
+        }
         self.carrier.as_ref().map(Carrier::offloads).unwrap_or_default()
     }
 
