@@ -17,8 +17,11 @@ const DAC_OVERRIDE: u64 = 1 << 1;
 const NET_ADMIN: u64 = 1 << 12;
 const NET_RAW: u64 = 1 << 13;
 
-/// Name, capabilities (effective, permitted, inheritable, ambient, bounding), no_new_privs and seccomp of every thread.
-fn threads(pid: u32) -> Result<Vec<(String, [u64; 5], [u64; 2])>> {
+/// Name, capabilities (effective, permitted, inheritable, ambient, bounding), no_new_privs and seccomp of a thread.
+type Thread = (String, [u64; 5], [u64; 2]);
+
+/// Every thread of a process.
+fn threads(pid: u32) -> Result<Vec<Thread>> {
     let mut all = Vec::new();
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
         let status = std::fs::read_to_string(task?.path().join("status"))?;
@@ -54,15 +57,16 @@ fn each_thread_keeps_the_capabilities_of_its_work_and_no_way_to_more() -> Result
 #[test]
 fn what_stands_in_for_dockers_proxy_has_nothing_left() -> Result<()> {
     let Some(lab) = Lab::start(&[])? else { return Ok(()) };
-    let port = free_port()?.to_string();
+    let number = free_port()?;
+    let port = number.to_string();
     let mut command = lab.agent.command(&binary()?);
     command.args(["expose-port", "-i", "-proto", "tcp", "-host-ip", "127.0.0.1", "-host-port", &port]);
     command.args(["-container-ip", "127.0.0.1", "-container-port", "9", "-control"]).arg(lab.agent.socket());
     let proxy = Ends(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn()?);
-    let published = || lab.ports().is_ok_and(|all| all.iter().any(|p| p["host_port"].to_string() == port));
+    let published = || lab.ports().is_ok_and(|all| all.iter().any(|p| p["host_port"] == number));
     until(PATIENCE, published).with_context(|| lab.context())?;
     let found = || threads(proxy.0.id()).unwrap_or_default();
-    let bare = |all: &[(String, [u64; 5], [u64; 2])]| {
+    let bare = |all: &[Thread]| {
         !all.is_empty() && all.iter().all(|(_, sets, bits)| *sets == [NONE; 5] && *bits == [1, 2])
     };
     until(PATIENCE, || bare(&found())).with_context(|| format!("{:x?}", found()))
@@ -85,7 +89,7 @@ fn an_ordinary_users_agent_is_not_dumpable_and_behind_its_filter() -> Result<()>
     let agent = Ends(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn()?);
     let pid = agent.0.id();
     let found = || threads(pid).unwrap_or_default();
-    let bare = |all: &[(String, [u64; 5], [u64; 2])]| {
+    let bare = |all: &[Thread]| {
         !all.is_empty() && all.iter().all(|(_, sets, bits)| sets[..4] == [NONE; 4] && *bits == [1, 2])
     };
     until(PATIENCE, || bare(&found())).with_context(|| format!("{:x?}", found()))?;

@@ -5,8 +5,8 @@
 //!  VMM ◄═ sendmmsg(2): up to 32 frames ◄─ one buffer, frame behind frame ◄─ written in place by Netstack
 //! ```
 //! A datagram socket we bind has no connection that would say who is at the other end. The peer is the first sender that has
-//! an address itself; others are ignored and counted while its socket lives, and when a frame to it finds nobody
-//! (`ECONNREFUSED`, `ENOENT`), the next sender takes over. vfkit and krunkit begin with a datagram of the four bytes `VFKT`,
+//! an address itself; others are ignored and counted while its socket lives. When another speaks, or a frame to the peer finds nobody
+//! (`ECONNREFUSED`, `ENOENT`), it is seen whether it does; if not, the next sender takes over. vfkit and krunkit begin with a datagram of the four bytes `VFKT`,
 //! which is no frame.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrLike, UnixAddr, bind, recvmmsg,
-    sendmmsg, socket,
+    AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockType, SockaddrLike, UnixAddr, bind, connect,
+    recvmmsg, sendmmsg, socket,
 };
 use portway_netstack::{FrameSink, Offload};
 
@@ -181,8 +181,14 @@ impl Packets {
             Err(e) => return Err(e.into()),
         };
         let mut count = 0;
+        let (mut looked, mut gone) = (false, false);
         for message in messages {
             count += 1;
+            if gone {
+                // What the next one says is heard when the stack has forgotten the one before.
+                self.ignored += 1;
+                continue;
+            }
             if self.bound {
                 // A sender without a name has an address of no length, which `UnixAddr` does not look into.
                 let from = message.address.filter(|from| from.len() > UNNAMED);
@@ -192,7 +198,18 @@ impl Packets {
                         self.peer = Some(from);
                     }
                     (Some(from), Some(peer)) if from == peer => {}
-                    _ => {
+                    (from, Some(peer)) => {
+                        // Once in a batch: nothing may ever be sent to a peer that is gone, and then no error tells of it.
+                        if from.is_some() && !std::mem::replace(&mut looked, true) && is_gone(&peer) {
+                            tracing::info!(%peer, "VMM detached");
+                            (self.peer, self.lost, gone) = (None, true, true);
+                            self.lengths.clear();
+                            (self.sent, self.start, self.end) = (0, 0, 0);
+                        }
+                        self.ignored += 1;
+                        continue;
+                    }
+                    (None, None) => {
                         self.ignored += 1;
                         continue;
                     }
@@ -297,6 +314,13 @@ impl Packets {
     }
 }
 
+/// Whether nobody has the socket at `peer` any more. Where that cannot be known, somebody has.
+fn is_gone(peer: &UnixAddr) -> bool {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let Ok(probe) = socket(AddressFamily::Unix, SockType::Datagram, flags, None) else { return false };
+    matches!(connect(probe.as_raw_fd(), peer), Err(Errno::ECONNREFUSED | Errno::ENOENT))
+}
+
 impl Drop for Packets {
     fn drop(&mut self) {
         if let Some(path) = &self.path {
@@ -368,6 +392,16 @@ mod tests {
         send(&mut packets, 60, 9).unwrap();
         packets.flush().unwrap();
         assert_eq!((second.recv(&mut buffer).unwrap(), buffer[0]), (60, 9));
+
+        // It goes, and nothing was on its way to it: the next is heard all the same, from its second frame on.
+        drop(second);
+        let third = named(dir.path(), "third");
+        for byte in [3, 4] {
+            third.send_to(&[byte; 60], &path).unwrap();
+            packets.note(true, false, false);
+            assert_eq!(frames(&mut packets).len(), usize::from(byte == 4));
+            assert_eq!(packets.take_lost(), byte == 3);
+        }
         drop(packets);
         assert!(!path.exists());
     }
