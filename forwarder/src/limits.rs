@@ -67,13 +67,22 @@ limits! {
 
 /// Limits that are no settings: the constants where they are used.
 fn fixed() -> Vec<Limit> {
-    use crate::{agent, capture, control, dns, driver, log};
-    use portway_netstack::fragments;
+    use crate::{agent, capture, control, dns, driver, log, vsock};
+    use portway_netstack::{dhcp, dhcp6, fragments, icmp, udp, wire};
     let seconds = |time: std::time::Duration| usize::try_from(time.as_secs()).unwrap_or(usize::MAX);
     [
         ("fragments: bytes", fragments::BYTES, "bytes of fragments that wait for others", "The link that has most of them loses its oldest."),
         ("fragments: bytes of a link", fragments::PORT_BYTES, "the same, of one link", "Its oldest packet goes."),
         ("fragments: packets of a link", fragments::PORT_PACKETS, "packets of one link that are not whole", "Its oldest goes."),
+        ("fragments: pieces", fragments::PIECES, "pieces of one packet that lie apart", "The packet is given up."),
+        ("fragments: patience", seconds(fragments::PATIENCE), "seconds until a packet must be whole", "It is given up, and told by ICMP when its first piece came."),
+        ("dhcp: leases", dhcp::LEASES, "addresses that are remembered", "The one that ended longest ago is forgotten; when none has ended there is no answer."),
+        ("dhcp6: leases", dhcp6::LEASES, "leases by DHCPv6", "The client is told that there are none."),
+        ("dhcp6: addresses", dhcp6::IAS, "addresses asked for in one message", "Further ones are not answered."),
+        ("ipv6: addresses", portway_netstack::PER_MAC, "IPv6 addresses of one Ethernet address", "The newest count."),
+        ("ipv6: extension headers", wire::ipv6::EXTENSIONS, "extension headers of one packet", "It is dropped and counted."),
+        ("icmp: answers", to_usize(icmp::RateLimit::PER_SECOND), "ICMP answers and errors a second, of one link", "They are dropped and counted."),
+        ("udp: peers", udp::PEERS, "remotes a binding remembers, and up to twice as many", "Those longest unused may not answer."),
         ("control: connections", control::CONNECTIONS, "clients of the control socket", "Further ones wait to be accepted."),
         ("control: body", control::BODY, "bytes of a request", "The answer is 413."),
         ("control: patience", seconds(control::PATIENCE), "seconds for headers, and for a request and its answer", "The answer is 408, or the connection is closed."),
@@ -84,6 +93,7 @@ fn fixed() -> Vec<Limit> {
         ("control: metrics", control::METRICS_CLIENTS, "clients of `--metrics`", "Further ones wait to be accepted."),
         ("dns: in flight", dns::IN_FLIGHT_MAX, "queries that wait for resolvers of the host", "The guest that has most of them loses one; without a place a datagram gets no answer and a stream REFUSED."),
         ("dns: streams", dns::STREAMS_MAX, "connections to the DNS service", "Further ones are closed."),
+        ("dns: in flight of a connection", dns::stream::IN_FLIGHT_MAX, "queries under way on one connection", "No more are read until one is answered."),
         ("dns: cache", dns::cache::ENTRIES_MAX, "answers that are remembered", "The oldest goes."),
         ("dns: cache bytes", dns::cache::BYTES_MAX, "bytes of them", "The oldest goes."),
         ("dns: records", dns::RECORDS_MAX, "names that were added while the network runs", "Adding fails and says so."),
@@ -93,8 +103,16 @@ fn fixed() -> Vec<Limit> {
         ("agent: streams", agent::shared::STREAMS, "connections carried by one guest's agent", "Further ones are reset."),
         ("agent: messages", to_usize(agent::session::RATE), "messages a second of one agent, some bursts apart", "It is heard more slowly."),
         ("agent: datagrams", agent::udp::CLIENTS, "clients of one UDP port that goes through an agent", "The idlest goes."),
+        ("agent: silent streams", agent::door::NAMELESS, "streams of one guest that have not said what they are", "The oldest is closed."),
+        ("agent: slow receivers", agent::carry::HELD, "connections with 128 KiB for a receiver that does not take them", "Further ones have 4 KiB."),
+        ("vsock: backlog", vsock::BACKLOG, "streams at one port that nobody has taken yet", "Further ones are reset."),
+        #[cfg(target_os = "linux")]
+        ("vsock: bytes", to_usize(vsock::device::streams::SPARE), "bytes kept for slow hosts, beyond 16 KiB of each stream", "The guest's writers wait."),
+        #[cfg(target_os = "linux")]
+        ("vsock: resets", vsock::device::streams::RESETS, "resets that wait for buffers of the guest's", "No more packets are taken from it."),
         #[cfg(target_os = "linux")]
         ("vsock: streams", crate::vsock::device::streams::STREAMS, "streams of one guest's vsock device", "Further ones are reset."),
+        ("driver: openings", driver::pump::OPENINGS as usize, "flows and bindings that one link opens in one turn", "What it sent behind them waits until the other links were heard."),
         ("driver: slow", driver::SLOW_LIMIT, "queries that wait for the control thread", "They are dropped, and the guest asks again."),
         ("driver: ports", driver::PORTS, "published ports", "Publishing fails and says so."),
         ("driver: joined", driver::join::JOINED, "VMs that have joined (`--join`)", "A further one is told so."),

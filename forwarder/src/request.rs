@@ -254,10 +254,10 @@ impl FlowReports {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CaptureError {
     /// There are as many as may be.
-    #[error("{CAPTURES} captures run already: end one of them first")]
+    #[error("{CAPTURES} captures run already")]
     Limit,
     /// Its filter names a VM that is not there.
-    #[error("no link is called {0:?}: `portway links` lists them")]
+    #[error("no link is called {0:?}")]
     NoLink(String),
 }
 
@@ -280,7 +280,7 @@ pub enum PublishError {
     },
     /// A socket outside of the directories in which they may be made live.
     #[error(
-        "{path} lies outside of the directories where sockets may be made (of --api, --state-dir, --allow-path): start the network with --allow-path {directory}",
+        "{path} lies outside of the directories where sockets may be made (of --api, --state-dir, --allow-path): start the network with --allow-path {directory}, or with PORTWAY_ALLOW_PATH set to it",
         path = .0.display(), directory = .0.parent().unwrap_or(.0).display()
     )]
     Outside(std::path::PathBuf),

@@ -20,6 +20,8 @@ struct Api {
     asked: std::sync::Mutex<mpsc::Receiver<Request>>,
     path: std::path::PathBuf,
     _poll: mio::Poll,
+    /// libFuzzer's `main` leaves SIGPIPE as it is, where Rust's would ignore it.
+    _pipe: tokio::signal::unix::Signal,
 }
 
 static API: LazyLock<Api> = LazyLock::new(|| {
@@ -57,7 +59,9 @@ static API: LazyLock<Api> = LazyLock::new(|| {
     let listener = std::os::unix::net::UnixListener::bind(&path).expect("a listener");
     listener.set_nonblocking(true).expect("a listener");
     runtime.block_on(async { app.serve_door(portway::control::DoorListener::Unix(listener), true) });
-    Api { runtime, app, asked: std::sync::Mutex::new(asked), path, _poll: poll }
+    let pipe = runtime.block_on(async { tokio::signal::unix::signal(tokio::signal::unix::SignalKind::pipe()) });
+    let _pipe = pipe.expect("a handler");
+    Api { runtime, app, asked: std::sync::Mutex::new(asked), path, _poll: poll, _pipe }
 });
 
 /// Says `bytes` and listens until the end.

@@ -25,7 +25,10 @@ impl Read for Pieces<'_> {
 fn frames(prefix: Prefix, bytes: &[u8], piece: usize) -> Vec<Vec<u8>> {
     let (mut framing, mut found) = (Framing::new(prefix), Vec::new());
     let mut from = Pieces(bytes, piece);
-    while framing.receive(&mut from, |frame| found.push(frame.to_vec())).is_ok() {}
+    while framing.receive(&mut from, |frame| {
+        found.push(frame.to_vec());
+        std::ops::ControlFlow::Continue(())
+    }).is_ok() {}
     found
 }
 

@@ -5,9 +5,12 @@
 //!                                        └─ what was not taken waits in the way's own buffer, and nothing is read
 //! ```
 //! Both descriptors are watched edge-triggered: readiness is a flag that only `EAGAIN` (or a short transfer) clears. All
-//! connections share one buffer; a way has one of its own only while its receiver is slow. The end of one direction is passed
-//! on as a half-close; a reset of the near end is told to the caller, one of the far end resets the near one.
+//! connections share one buffer; a way has one of its own only while its receiver is slow, which is used again afterwards, so
+//! none is made per chunk. While [`HELD`] ways have one, others are read in chunks of [`SMALL`] bytes, so that what all of
+//! them hold is bounded. The end of one direction is passed on as a half-close; a reset of the near end is told to the caller,
+//! one of the far end resets the near one.
 
+use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -21,6 +24,67 @@ use portway_api::agent::DATAGRAM_MAX;
 pub(crate) const BUFFER: usize = 128 * 1024;
 /// Bytes one connection may move before the next has its turn.
 const TURN: usize = 1 << 20;
+/// Ways that have a buffer of their own.
+const HELD: usize = 64;
+/// Bytes at most of what a way beyond those holds.
+const SMALL: usize = 4 * 1024;
+
+thread_local! {
+    static SPARE: RefCell<Spare> = const { RefCell::new(Spare { buffers: Vec::new(), held: 0 }) };
+}
+
+/// Buffers of [`BUFFER`] bytes for ways whose receivers are slow.
+struct Spare {
+    /// Those that no way has any more.
+    buffers: Vec<Vec<u8>>,
+    /// How many ways have one.
+    held: usize,
+}
+
+/// What a receiver has not taken. Its buffer is given back with it.
+#[derive(Debug, Default)]
+struct Waiting {
+    bytes: Vec<u8>,
+    /// Whether it is one of the [`HELD`].
+    held: bool,
+}
+
+impl Waiting {
+    fn keep(&mut self, bytes: &[u8]) {
+        if self.bytes.capacity() == 0 && !bytes.is_empty() {
+            SPARE.with_borrow_mut(|spare| {
+                if spare.held < HELD {
+                    spare.held += 1;
+                    self.held = true;
+                    self.bytes = spare.buffers.pop().unwrap_or_else(|| Vec::with_capacity(BUFFER));
+                }
+            });
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if self.held {
+            let mut buffer = std::mem::take(&mut self.bytes);
+            buffer.clear();
+            // A thread that ends has nothing to give it back to.
+            let _ = SPARE.try_with(|spare| {
+                let mut spare = spare.borrow_mut();
+                spare.held = spare.held.saturating_sub(1);
+                spare.buffers.push(buffer);
+            });
+        }
+    }
+}
+
+/// As much of `buffer` as may be read into.
+fn chunk(buffer: &mut [u8]) -> &mut [u8] {
+    let most = if SPARE.with_borrow(|spare| spare.held < HELD) { BUFFER } else { SMALL };
+    let most = most.min(buffer.len());
+    buffer.get_mut(..most).unwrap_or_default()
+}
 
 /// One descriptor and what is known of it.
 #[derive(Debug)]
@@ -59,7 +123,7 @@ impl End {
 #[derive(Debug, Default)]
 struct Way {
     /// What was read and not taken.
-    waiting: Vec<u8>,
+    waiting: Waiting,
     at: usize,
     eof: bool,
     shut: bool,
@@ -67,7 +131,7 @@ struct Way {
 
 impl Way {
     const fn has_waiting(&self) -> bool {
-        self.at < self.waiting.len()
+        self.at < self.waiting.bytes.len()
     }
 }
 
@@ -106,7 +170,7 @@ pub(crate) struct Carried {
 impl Carried {
     /// Begins with `first` for the host, which is the stream's first message.
     pub(crate) fn new(near: OwnedFd, far: OwnedFd, first: Vec<u8>, datagrams: bool) -> Self {
-        let to_host = Way { waiting: first, ..Way::default() };
+        let to_host = Way { waiting: Waiting { bytes: first, held: false }, ..Way::default() };
         Self { near: End::new(near), far: End::new(far), to_host, to_guest: Way::default(), datagrams }
     }
 
@@ -149,7 +213,7 @@ fn drain(to: &mut End, way: &mut Way) -> Result<bool, Side> {
         if !to.writable {
             return Ok(false);
         }
-        let rest = way.waiting.get(way.at..).unwrap_or_default();
+        let rest = way.waiting.bytes.get(way.at..).unwrap_or_default();
         match write(&to.fd, rest) {
             Ok(n) => way.at += n,
             Err(Errno::EAGAIN) => to.writable = false,
@@ -157,7 +221,7 @@ fn drain(to: &mut End, way: &mut Way) -> Result<bool, Side> {
             Err(_) => return Err(Side::To),
         }
     }
-    if !way.waiting.is_empty() {
+    if !way.waiting.bytes.is_empty() {
         // Given back: a connection that was slow once is not charged for it for ever.
         *way = Way { eof: way.eof, shut: way.shut, ..Way::default() };
     }
@@ -181,12 +245,12 @@ fn stream(from: &mut End, to: &mut End, way: &mut Way, buffer: &mut [u8]) -> Res
         if !from.readable {
             return Ok(false);
         }
-        match read(&from.fd, buffer) {
+        match read(&from.fd, chunk(buffer)) {
             Ok(0) => way.eof = true,
             Ok(n) => {
                 moved += n;
                 let bytes = buffer.get(..n).unwrap_or_default();
-                way.waiting.extend_from_slice(bytes.get(pass(to, bytes)?..).unwrap_or_default());
+                way.waiting.keep(bytes.get(pass(to, bytes)?..).unwrap_or_default());
             }
             Err(Errno::EAGAIN) => from.readable = false,
             Err(Errno::EINTR) => {}
@@ -227,7 +291,7 @@ fn frame(from: &mut End, to: &mut End, way: &mut Way, buffer: &mut [u8]) -> Resu
                 let taken = pass(to, framed)?;
                 // A frame that has begun must end: the rest waits.
                 if taken > 0 {
-                    way.waiting.extend_from_slice(framed.get(taken..).unwrap_or_default());
+                    way.waiting.keep(framed.get(taken..).unwrap_or_default());
                 }
                 moved += n + 2;
             }
@@ -246,7 +310,7 @@ fn unframe(from: &mut End, to: &mut End, way: &mut Way, buffer: &mut [u8]) -> Re
     let mut moved = 0;
     while moved < TURN {
         while let Some((prefix, rest)) =
-            way.waiting.get(way.at..).unwrap_or_default().split_first_chunk::<2>()
+            way.waiting.bytes.get(way.at..).unwrap_or_default().split_first_chunk::<2>()
         {
             let len = usize::from(u16::from_be_bytes(*prefix));
             let Some(datagram) = rest.get(..len) else { break };
@@ -256,16 +320,19 @@ fn unframe(from: &mut End, to: &mut End, way: &mut Way, buffer: &mut [u8]) -> Re
             }
             way.at += 2 + len;
         }
+        if !way.has_waiting() {
+            *way = Way { eof: way.eof, shut: way.shut, ..Way::default() };
+        }
         if !from.readable || way.eof {
             return Ok(false);
         }
-        match read(&from.fd, buffer) {
+        match read(&from.fd, chunk(buffer)) {
             Ok(0) => way.eof = true,
             Ok(n) => {
                 moved += n;
-                way.waiting.drain(..way.at);
+                way.waiting.bytes.drain(..way.at);
                 way.at = 0;
-                way.waiting.extend_from_slice(buffer.get(..n).unwrap_or_default());
+                way.waiting.keep(buffer.get(..n).unwrap_or_default());
             }
             Err(Errno::EAGAIN) => from.readable = false,
             Err(Errno::EINTR) => {}
@@ -344,7 +411,38 @@ mod tests {
             }
         }
         assert!(got == sent);
-        assert!(carried.to_host.waiting.capacity() <= BUFFER, "a way holds one buffer at most");
+        assert!(carried.to_host.waiting.bytes.capacity() <= BUFFER, "a way holds one buffer at most");
+    }
+
+    #[test]
+    fn what_slow_receivers_hold_is_bounded_and_its_buffers_are_used_again() {
+        let spare = || SPARE.with_borrow(|s| (s.held, s.buffers.len()));
+        for _ in 0..2 {
+            let mut labs: Vec<_> = (0..HELD + 16).map(|_| lab(b"")).collect();
+            let mut sent = vec![0; labs.len()];
+            for ((application, _, carried), sent) in labs.iter_mut().zip(&mut sent) {
+                application.set_nonblocking(true).expect("nonblocking");
+                // Until nothing moves: the host does not read.
+                while let Ok(n @ 1..) = application.write(&[7; BUFFER]) {
+                    *sent += n;
+                    assert_eq!(turns(carried), Turn::Idle);
+                }
+                assert!(carried.to_host.waiting.bytes.len() <= BUFFER);
+            }
+            assert_eq!(spare().0, HELD);
+            for (.., carried) in labs.iter().skip(HELD) {
+                assert!(carried.to_host.waiting.bytes.capacity() <= 2 * SMALL, "those beyond hold little");
+            }
+            for ((_, host, carried), sent) in labs.iter_mut().zip(&sent) {
+                host.set_nonblocking(true).expect("nonblocking");
+                let (mut got, mut buffer) = (0, vec![0; BUFFER]);
+                while got < *sent {
+                    got += host.read(&mut buffer).expect("bytes");
+                    assert_eq!(turns(carried), Turn::Idle);
+                }
+            }
+            assert_eq!(spare(), (0, HELD), "given back, and no more are ever made");
+        }
     }
 
     #[test]

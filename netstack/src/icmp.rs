@@ -4,7 +4,7 @@
 //! is none about an ICMP error, a fragment but the first, or a broadcast (RFC 1122 §3.2.2, RFC 4443 §2.4). What one guest can
 //! cause is limited to [`RateLimit::PER_SECOND`] answers a second.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::drop_reason::DropReason;
 use crate::host::HostError;
@@ -80,6 +80,43 @@ pub fn is_echo_request(body: &[u8]) -> Result<bool, DropReason> {
         return Err(DropReason::BadIcmp);
     }
     Ok(body.first() == Some(&ECHO_REQUEST))
+}
+
+/// What a guest's error "port unreachable" is about: its own end of the datagram that nobody there wanted, and where that came
+/// from (RFC 792; RFC 4443 §3.1). `None` for any other message.
+#[must_use]
+pub fn refused_datagram(body: &[u8], v6: bool) -> Option<(SocketAddr, SocketAddr)> {
+    let (&[kind, code, ..], quoted) = body.split_first_chunk::<8>()?;
+    let (src, dst, udp): (IpAddr, IpAddr, &[u8]) = match (v6, kind, code) {
+        (false, UNREACHABLE, 3) => {
+            let &[version, _, _, _, _, _, f0, f1, _, ipv4::UDP, _, _, s0, s1, s2, s3, d0, d1, d2, d3] =
+                quoted.first_chunk::<{ ipv4::HEADER }>()?
+            else {
+                return None;
+            };
+            let (length, offset) = (usize::from(version & 0xf) * 4, u16::from_be_bytes([f0, f1]) & 0x1fff);
+            if version >> 4 != 4 || length < ipv4::HEADER || offset != 0 {
+                return None;
+            }
+            let (src, dst) = (Ipv4Addr::new(s0, s1, s2, s3), Ipv4Addr::new(d0, d1, d2, d3));
+            (src.into(), dst.into(), quoted.get(length..)?)
+        }
+        (true, UNREACHABLE_V6, 4) => {
+            let (&[version, _, _, _, _, _, ipv4::UDP, _], rest) = quoted.split_first_chunk::<8>()? else {
+                return None;
+            };
+            let ((src, rest), version) = (rest.split_first_chunk::<16>()?, version >> 4);
+            let (dst, udp) = rest.split_first_chunk::<16>()?;
+            if version != 6 {
+                return None;
+            }
+            (Ipv6Addr::from(*src).into(), Ipv6Addr::from(*dst).into(), udp)
+        }
+        _ => return None,
+    };
+    let &[s0, s1, d0, d1] = udp.first_chunk()?;
+    let (from, to) = (u16::from_be_bytes([s0, s1]), u16::from_be_bytes([d0, d1]));
+    Some((SocketAddr::new(dst, to), SocketAddr::new(src, from)))
 }
 
 /// The identifier of an echo.

@@ -47,6 +47,7 @@ pub use host::{
     ConnectError, Datagram, Direction, Echo, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,
     HostError, HostEvent, HostTarget, OpenError, Reach, Service, UdpPath,
 };
+pub use neighbours::PER_MAC;
 pub use rings::{RingClass, RingMemory, Rings};
 pub use sink::{FrameSink, Offload, Offloads, PartialChecksum, SegmentKind, Segments};
 pub use stack::{Netstack, StackCounters};

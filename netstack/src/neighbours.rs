@@ -17,7 +17,7 @@ use crate::types::{Mac, PortId};
 
 /// IPv6 addresses of one Ethernet address that are remembered; the one learned first is forgotten first, and learned again
 /// when it is used.
-pub(crate) const PER_MAC: usize = 32;
+pub const PER_MAC: usize = 32;
 
 /// Where an address is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

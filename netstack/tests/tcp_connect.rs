@@ -140,6 +140,22 @@ fn at_the_cap_of_pending_connects_a_syn_waits_and_loopback_is_never_starved() {
 }
 
 #[test]
+fn at_the_cap_of_pending_connects_to_the_hosts_loopback_a_syn_waits_and_others_do_not() {
+    let mut lab = Lab::with(Limits { dialing_loopback: 1, ..Limits::default() }, 1, 1500);
+    for port in 1..=2 {
+        lab.guest_sends(&syn(&format!("192.168.127.2:{port}"), "192.168.127.254:80"));
+    }
+    let dials = lab.host_sees();
+    assert_eq!((dials.len(), lab.guest_sees(), lab.dropped(DropReason::DialLimit)), (1, vec![], 1));
+    lab.guest_sends(&syn("192.168.127.2:9", FAR));
+    assert_eq!(lab.host_sees().len(), 1);
+    let HostCommand::Connect { flow, .. } = dials[0] else { panic!() };
+    lab.host_says(HostEvent::Failed { flow, error: ConnectError::Refused });
+    lab.guest_sends(&syn("192.168.127.2:2", "192.168.127.254:80"));
+    assert_eq!(lab.host_sees().len(), 1);
+}
+
+#[test]
 fn at_the_cap_of_flows_a_syn_is_refused_and_open_flows_live() {
     let mut lab = Lab::with(Limits { flows: 1, ..Limits::default() }, 1, 1500);
     let (flow, seq, ack) = lab.open(GUEST, FAR);

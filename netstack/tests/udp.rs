@@ -6,12 +6,11 @@ mod lab;
 
 use std::net::SocketAddr;
 
-use lab::{Lab, Seen, addr, ms};
+use lab::{Lab, Seen, Unfinished, addr, ms};
 use portway_netstack::icmp::{Fault, Unreachable};
 use portway_netstack::udp::BindingId;
 use portway_netstack::{
-    Datagram, DropReason, FrameSink, Handled, HostCommand, Limits, Offload, Offloads, SegmentKind, UdpPath,
-    segments,
+    Datagram, DropReason, Handled, HostCommand, Limits, Offload, Offloads, SegmentKind, UdpPath, segments,
 };
 
 const GUEST: &str = "192.168.127.2:5000";
@@ -198,22 +197,6 @@ fn rfc_791_dont_fragment_is_handed_on() {
     }
 }
 
-/// A link that keeps what came with each frame.
-#[derive(Default)]
-struct Unfinished(Vec<(Vec<u8>, Offload)>);
-
-impl FrameSink for Unfinished {
-    fn has_room(&self) -> bool {
-        true
-    }
-    fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
-        let mut frame = vec![0xa5; len];
-        let result = fill(&mut frame);
-        self.0.push((frame, offload));
-        Some(result)
-    }
-}
-
 /// What the network sends a guest that agreed to `offloads`, of datagrams of `size` bytes that came together; and the same
 /// as a wire would carry it.
 fn together(offloads: Offloads, (guest, far): (&str, &str), size: usize) -> (Unfinished, Vec<Seen>) {
@@ -284,4 +267,57 @@ fn datagrams_of_one_guest_in_one_frame_reach_a_guest_that_takes_none_such_each_b
     let mut link = Unfinished::default();
     lab.stack.forward(lab.now, ports, &frame, offload, &mut link);
     assert_eq!(link.0[0].1, offload);
+}
+
+/// The guest's error about a datagram of `remote`: nobody has the port.
+fn refuses(lab: &mut Lab, guest: &str, remote: &str) {
+    let (guest, remote) = (addr(guest), addr(remote));
+    let (mut datagram, mut frame) = (Vec::new(), Vec::new());
+    let about = lab::ip(lab::mac_of(0), remote.ip(), guest.ip(), 64).udp(remote.port(), guest.port());
+    about.write(&mut datagram, b"x").unwrap();
+    let error = lab::ip(lab::mac_of(0), guest.ip(), remote.ip(), 64);
+    match guest.is_ipv4() {
+        true => error.icmpv4_raw(3, 3, [0; 4]).write(&mut frame, &datagram[14..]).unwrap(),
+        false => error.icmpv6_raw(1, 4, [0; 4]).write(&mut frame, &datagram[14..]).unwrap(),
+    }
+    assert_eq!(lab.frame(0, &frame), Handled::Done);
+}
+
+#[test]
+fn rfc_792_and_rfc_4443_3_1_a_port_that_the_guest_says_nobody_has_is_nobodys_at_the_host_either() {
+    let mut lab = Lab::new();
+    let v6 = ("[fd00:77::2]:5000", "[2001:db8::7]:9000", "[2001:db8::7]:9001");
+    for (guest, far, other) in [(GUEST, FAR, "192.0.2.7:9001"), v6, (GUEST, "192.168.127.254:9000", FAR)] {
+        let (binding, _) = binding(&mut lab, guest, far);
+        // A connected socket of the guest's refuses everybody else and is there all the same.
+        refuses(&mut lab, guest, other);
+        assert_eq!(lab.host_sees(), []);
+        refuses(&mut lab, guest, far);
+        assert_eq!(lab.host_sees(), [HostCommand::CloseBinding { binding }]);
+    }
+}
+
+#[test]
+fn an_error_of_the_guest_that_is_none_about_its_port_is_dropped() {
+    let mut lab = Lab::new();
+    binding(&mut lab, GUEST, FAR);
+    let (guest, far) = (addr(GUEST), addr(FAR));
+    let mut datagram = Vec::new();
+    lab::ip(lab::mac_of(0), far.ip(), guest.ip(), 64)
+        .udp(far.port(), guest.port())
+        .write(&mut datagram, b"x")
+        .unwrap();
+    let quoted = datagram[14..].to_vec();
+    let with = |at: usize, byte: u8| [&quoted[..at], &[byte], &quoted[at + 1..]].concat();
+    // Cut off anywhere before the ports' end; another protocol; a later fragment; somebody else's address; header too short.
+    let cut = (0..24).map(|n| quoted[..n].to_vec());
+    for about in cut.chain([with(9, 6), with(7, 1), with(19, 99), with(0, 0x44), with(0, 0x65)]) {
+        let mut frame = Vec::new();
+        lab::ip(lab::mac_of(0), guest.ip(), far.ip(), 64)
+            .icmpv4_raw(3, 3, [0; 4])
+            .write(&mut frame, &about)
+            .unwrap();
+        assert_eq!(lab.frame(0, &frame), Handled::Done);
+    }
+    assert_eq!((lab.host_sees(), lab.dropped(DropReason::UnknownProtocol)), (vec![], 29));
 }

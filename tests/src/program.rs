@@ -94,6 +94,16 @@ impl Program {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
         self.end()
     }
+
+    /// Ends it by SIGKILL, which leaves it no time to clean up.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
 }
 
 impl Drop for Program {

@@ -231,6 +231,53 @@ fn node_ports_of_kubernetes_are_published_when_they_are_asked_for() -> Result<()
     Ok(())
 }
 
+/// What kube-proxy's nftables mode writes for a NodePort, as far as it matters here.
+fn kube_proxy(port: u16) -> String {
+    format!(
+        "table ip kube-proxy {{
+  chain endpoint-WEB {{
+    meta l4proto tcp dnat to 172.17.0.2:80
+  }}
+  chain external-WEB {{
+    jump endpoint-WEB
+  }}
+  map service-nodeports {{
+    type inet_proto . inet_service : verdict
+    elements = {{ tcp . {port} comment \"default/web:http\" : goto external-WEB }}
+  }}
+  chain services {{
+    fib daddr type local meta l4proto . th dport vmap @service-nodeports
+  }}
+  chain nat-prerouting {{
+    type nat hook prerouting priority dstnat
+    jump services
+  }}
+}}
+"
+    )
+}
+
+#[test]
+fn node_ports_of_kube_proxys_nftables_mode_come_and_go_with_their_elements() -> Result<()> {
+    let Some(lab) = Lab::start_with(&["--publish", "auto"], &["--node-ports"])? else { return Ok(()) };
+    let Some(container) = container(&lab)? else { return Ok(()) };
+    if !has(&lab, "nft list ruleset") {
+        return Ok(());
+    }
+    let server = container.inside(|| Ok(TcpListener::bind("172.17.0.2:80")?))?;
+    let port = free_port()?;
+    let file = lab.dir.path().join("kube-proxy.nft");
+    std::fs::write(&file, kube_proxy(port))?;
+    let (good, said) = lab.guest.run(&format!("nft -f {}", file.display()))?;
+    ensure!(good, "{said}");
+    until(PATIENCE, || answers(([127, 0, 0, 1], port), &server)).with_context(|| lab.context())?;
+    let element = format!("nft delete element ip kube-proxy service-nodeports {{ tcp . {port} }}");
+    let (good, said) = lab.guest.run(&element)?;
+    ensure!(good, "{said}");
+    until(PATIENCE, || !connects(([127, 0, 0, 1], port).into())).with_context(|| lab.context())?;
+    Ok(())
+}
+
 /// A dockerd in the guest; ended, with its containers, when dropped.
 struct Dockerd {
     daemon: Child,

@@ -449,6 +449,22 @@ fn explain_doctor_and_support_tell_what_is() -> Result<()> {
 }
 
 #[test]
+fn waiting_for_what_cannot_come_is_told_at_once_and_for_what_does_not_in_time() -> Result<()> {
+    let (_dir, sidecar, _guest) = started(&[])?;
+    let wait = |words: &[&str]| -> Result<(Option<i32>, String)> {
+        let out = sidecar.cli(&[&["wait"], words].concat())?;
+        Ok((out.status.code(), String::from_utf8(out.stderr)?))
+    };
+    let (code, said) = wait(&["--port", "9", "--timeout", "60"])?;
+    ensure!(code == Some(1) && said.contains("9") && said.contains("published"), "{said}");
+    let start = std::time::Instant::now();
+    let (code, said) = wait(&["--ready", "--timeout", "1"])?;
+    ensure!(code == Some(1) && (said.contains("agent") || said.contains("within 1 s")), "{said}");
+    ensure!(start.elapsed() < Duration::from_secs(7), "it took {:?}", start.elapsed());
+    Ok(())
+}
+
+#[test]
 fn what_supporters_get_has_no_secret_in_it() -> Result<()> {
     let (dir, sidecar, _guest) = started(&["--dns-host", "passphrase.test=192.0.2.9"])?;
     let config = dir.path().join("portway.toml");

@@ -32,9 +32,9 @@ impl Vm {
         }
         let Some(namespace) = Namespace::new()? else { return Ok(None) };
         let dir = tempfile::tempdir()?;
-        for name in ["identity", "host"] {
+        for (name, kind) in [("identity", "ed25519"), ("host", "ed25519"), ("rsa", "rsa")] {
             let made = Command::new("ssh-keygen")
-                .args(["-q", "-t", "ed25519", "-N", "", "-f"])
+                .args(["-q", "-t", kind, "-N", "", "-f"])
                 .arg(dir.path().join(name))
                 .status()?;
             ensure!(made.success(), "ssh-keygen");
@@ -234,11 +234,20 @@ fn a_unix_socket_is_exposed_by_ssh_tunnel_and_taken_away() -> Result<()> {
         (remote.replace("192.168.127.2", "a.name"), "invalid remote addr"),
         (remote.replace("identity", "nothing"), "No such file or directory"),
         (remote.replace("identity", "sshd_config"), "not a private key"),
+        (remote.replace("identity", "rsa"), "an RSA key"),
     ] {
         let (status, text) = api(&vm, "/services/forwarder/expose", &body(&remote))?;
         ensure!(status == 500 && text.contains(said), "{remote}: {status} {text}");
         ensure!(api(&vm, "/services/forwarder/all", "")? == nothing && !vm.path("docker.sock").exists());
     }
+    // Where its sockets are others may be made, and nowhere else.
+    let elsewhere = format!(
+        r#"{{"local":"/tmp/portway-{}.sock","remote":"{remote}","protocol":"unix"}}"#,
+        std::process::id()
+    );
+    let (status, text) = api(&vm, "/services/forwarder/expose", &elsewhere)?;
+    ensure!(status == 500 && text.contains("lies outside of the directories"), "{status} {text}");
+    ensure!(api(&vm, "/services/forwarder/all", "")? == nothing);
     ensure!(api(&vm, "/services/forwarder/expose", &body(&remote))? == (200, String::new()));
     let (status, text) = api(&vm, "/services/forwarder/expose", &body(&remote))?;
     ensure!(status == 500 && text == format!("proxy already running for unix on {local}\n"), "{text}");

@@ -93,7 +93,7 @@ fn megabytes_cross_both_ways_over_ipv6_too() -> Result<()> {
     let Some(namespace) = Namespace::new()? else { return Ok(()) };
     let dir = tempfile::tempdir()?;
     let link = format!("tap:tap0,netns={},name=box", namespace.path().display());
-    let _sidecar = Sidecar::start(dir.path(), &["--link", &link, "--subnet6", "2001:db8:77::/64"])?;
+    let sidecar = Sidecar::start(dir.path(), &["--link", &link, "--subnet6", "2001:db8:77::/64"])?;
     namespace.configure("tap0", BOX, GATEWAY, 1500)?;
     namespace.ip(&["address", "add", "2001:db8:77::77/64", "dev", "tap0", "nodad"])?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -104,6 +104,9 @@ fn megabytes_cross_both_ways_over_ipv6_too() -> Result<()> {
     let got = namespace.inside(|| exchange(to, &bytes))?;
     ensure!(got == bytes, "{} bytes came back, or others", got.len());
     assert_eq!(server.join().unwrap()?, BULK as u64);
+    let [frames_out, bytes_out, frames_in, bytes_in] = counted(&sidecar, "box")?;
+    ensure!(bytes_out / frames_out > 5000, "from the guest: {frames_out} frames for {bytes_out} bytes");
+    ensure!(bytes_in / frames_in > 2000, "to the guest: {frames_in} frames for {bytes_in} bytes");
     Ok(())
 }
 

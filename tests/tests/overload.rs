@@ -315,8 +315,12 @@ fn a_guest_at_its_limits_is_hardly_felt_by_another() -> Result<()> {
         sent as f64 / time.as_secs_f64()
     );
     ensure!(sent > 1000, "{sent} frames are no attack");
-    // A round takes a few turns of the data thread, each of which now has a batch of the attacker's frames in it; how long
-    // those are is the machine's affair, that they end is ours.
-    ensure!(loud_late < Duration::from_secs(2), "{late:?} alone and {loud_late:?} beside an attack");
+    // A round takes a dozen turns of the data thread, each of which now has the attacker's share in it: 10 to 20 ms together.
+    // Without shares it was half a second; what is allowed here leaves room for a busy machine.
+    ensure!(
+        loud_middle < Duration::from_millis(150),
+        "{middle:?} alone and {loud_middle:?} beside an attack"
+    );
+    ensure!(loud_late < Duration::from_secs(1), "{late:?} alone and {loud_late:?} beside an attack");
     Ok(())
 }

@@ -430,33 +430,179 @@ fn a_vpnkit_vm_that_comes_again_has_its_address_and_its_old_connection_ends() ->
 #[test]
 fn vpnkit_takes_sockets_that_listen_already_and_answers_diagnostics() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let (ethernet, port, diagnostics) =
-        (dir.path().join("eth"), dir.path().join("port"), dir.path().join("diag"));
+    let (ethernet, port, diagnostics, introspection) =
+        (dir.path().join("eth"), dir.path().join("port"), dir.path().join("diag"), dir.path().join("look"));
     let sockets = [&ethernet, &port].map(|path| std::os::unix::net::UnixListener::bind(path).unwrap());
     let mut command = Command::new("sh");
     // As linuxkit hands them over: by number.
-    command.args(["-c", "exec \"$0\" --ethernet fd:0 --port fd:3 --diagnostics \"$1\" 3<&1 >/dev/null"]);
-    command.arg(named(dir.path(), "vpnkit")?).arg(&diagnostics);
+    let line =
+        "exec \"$0\" --ethernet fd:0 --port fd:3 --diagnostics \"$1\" --introspection \"$2\" 3<&1 >/dev/null";
+    command.args(["-c", line]).arg(named(dir.path(), "vpnkit")?).arg(&diagnostics).arg(&introspection);
     let [eth, ports] = sockets;
     command.stdin(std::os::fd::OwnedFd::from(eth)).stdout(std::os::fd::OwnedFd::from(ports));
     command.stderr(std::fs::File::create(dir.path().join("log"))?);
     let mut child = command.spawn()?;
     let ended = (|| -> Result<()> {
-        portway_tests::sidecar::until(PATIENCE, || diagnostics.exists())?;
+        portway_tests::sidecar::until(PATIENCE, || diagnostics.exists() && introspection.exists())?;
         let mut guest = Guest::attach_vpnkit(&ethernet, UUID)?;
         let address = guest.dhcp()?.0;
         assert_eq!(http(&port, "GET", "/forwards/list", "")?, (200, "null".into()));
         let archive = dir.path().join("d.tar");
         std::fs::write(&archive, ask(&diagnostics, b"")?)?;
         let listed = run(Path::new("tar"), &["-tf", &archive.to_string_lossy()])?;
-        assert_eq!(String::from_utf8(listed.stdout)?, "connections\nflows\nendpoints\nports\n");
-        let endpoints = run(Path::new("tar"), &["-xOf", &archive.to_string_lossy(), "endpoints"])?;
-        assert!(String::from_utf8(endpoints.stdout)?.contains(&address.to_string()));
+        let captures =
+            ["all", "dns", "ntp", "icmp", "http_proxy", "bad"].map(|c| format!("capture/{c}.pcap\n"));
+        let all = format!("connections\nflows\nendpoints\nports\n{}", captures.concat());
+        assert_eq!(String::from_utf8(listed.stdout)?, all);
+        let file = |name: &str| -> Result<Vec<u8>> {
+            Ok(run(Path::new("tar"), &["-xOf", &archive.to_string_lossy(), name])?.stdout)
+        };
+        assert!(String::from_utf8(file("endpoints")?)?.contains(&address.to_string()));
+
+        // The guest asks the resolver; the frames are there for who asks afterwards, whole where they are of a kind.
+        let query = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x04host\x08internal\0\0\x01\0\x01";
+        guest.ask_udp(5353, "192.168.65.1:53".parse()?, query)?;
+        let mut archive_has = Vec::new();
+        portway_tests::sidecar::until(PATIENCE, || {
+            archive_has = ask(&diagnostics, b"").unwrap_or_default();
+            std::fs::write(&archive, &archive_has).is_ok()
+                && file("capture/dns.pcap")
+                    .is_ok_and(|pcap| pcap.windows(13).any(|w| w == b"host\x08internal"))
+        })?;
+        let pcap = dir.path().join("all.pcap");
+        std::fs::write(&pcap, file("capture/all.pcap")?)?;
+        let words =
+            ["-r", &pcap.to_string_lossy(), "-T", "fields", "-e", "frame.cap_len", "-e", "_ws.col.Protocol"];
+        let read = String::from_utf8(run(Path::new("tshark"), &words)?.stdout)?;
+        assert!(read.contains("128\tDHCP") && read.contains("DNS"), "{read}");
+
+        // The same as files, over 9P: what the tree has, and one of them.
+        let mut tree = Nine::connect(&introspection)?;
+        assert_eq!(tree.list(&[])?, ["connections", "flows", "endpoints", "ports", "capture"]);
+        assert_eq!(tree.list(&["capture"])?.len(), 6);
+        assert!(String::from_utf8(tree.read(&["endpoints"])?)?.contains(&address.to_string()));
+        assert_eq!(tree.read(&["capture", "dns.pcap"])?, file("capture/dns.pcap")?);
+        assert!(tree.read(&["capture", "none.pcap"]).is_err());
+        assert!(tree.write(&["ports"]).is_err());
         Ok(())
     })();
     child.kill()?;
     child.wait()?;
     ended.with_context(|| std::fs::read_to_string(dir.path().join("log")).unwrap_or_default())
+}
+
+/// A 9P client (9P2000): a connection, and the next fid.
+struct Nine(std::os::unix::net::UnixStream, u32);
+
+impl Nine {
+    fn connect(path: &Path) -> Result<Self> {
+        let stream = std::os::unix::net::UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut nine = Self(stream, 1);
+        nine.ask(100, &[&8192_u32.to_le_bytes()[..], &[6, 0], b"9P2000"].concat())?;
+        nine.ask(104, &[&[0; 4][..], &[0xff; 4], &[0; 4]].concat())?;
+        Ok(nine)
+    }
+
+    /// The answer's body; an error where the answer is one.
+    fn ask(&mut self, kind: u8, body: &[u8]) -> Result<Vec<u8>> {
+        let size = u32::try_from(body.len() + 7)?.to_le_bytes();
+        self.0.write_all(&[&size[..], &[kind, 1, 0], body].concat())?;
+        let mut size = [0; 4];
+        self.0.read_exact(&mut size)?;
+        let mut answer = vec![0; usize::try_from(u32::from_le_bytes(size))? - 4];
+        self.0.read_exact(&mut answer)?;
+        ensure!(answer[0] == kind + 1, "{}", String::from_utf8_lossy(&answer));
+        Ok(answer[3..].to_vec())
+    }
+
+    /// Walks from the root and opens; the fid.
+    fn open(&mut self, names: &[&str], mode: u8) -> Result<[u8; 4]> {
+        self.1 += 1;
+        let (fid, count) = (self.1.to_le_bytes(), u16::try_from(names.len())?.to_le_bytes());
+        let mut walk = [&[0; 4][..], &fid, &count].concat();
+        for name in names {
+            walk.extend(u16::try_from(name.len())?.to_le_bytes());
+            walk.extend(name.as_bytes());
+        }
+        let found = self.ask(110, &walk)?;
+        ensure!(found[..2] == count, "no {names:?}");
+        self.ask(112, &[&fid[..], &[mode]].concat())?;
+        Ok(fid)
+    }
+
+    fn write(&mut self, names: &[&str]) -> Result<()> {
+        self.open(names, 1).map(drop)
+    }
+
+    fn read(&mut self, names: &[&str]) -> Result<Vec<u8>> {
+        let fid = self.open(names, 0)?;
+        let mut all = Vec::new();
+        loop {
+            let offset = u64::try_from(all.len())?.to_le_bytes();
+            let part = self.ask(116, &[&fid[..], &offset, &4096_u32.to_le_bytes()].concat())?;
+            if part.len() == 4 {
+                self.ask(120, &fid)?;
+                return Ok(all);
+            }
+            all.extend(&part[4..]);
+        }
+    }
+
+    /// The names in a directory.
+    fn list(&mut self, names: &[&str]) -> Result<Vec<String>> {
+        let bytes = self.read(names)?;
+        let (mut rest, mut found) = (&bytes[..], Vec::new());
+        while let [a, b, stat @ ..] = rest {
+            let size = usize::from(u16::from_le_bytes([*a, *b]));
+            // stat(5): type, dev, qid, mode, times and length come before the name.
+            let name = &stat[2 + 4 + 13 + 4 + 4 + 4 + 8..size];
+            let length = usize::from(u16::from_le_bytes([name[0], name[1]]));
+            found.push(String::from_utf8(name[2..2 + length].to_vec())?);
+            rest = &stat[size..];
+        }
+        Ok(found)
+    }
+}
+
+/// vpnkit's Go client, with which rootlesskit asks for its address, sends a DHCPDISCOVER whose IPv4 header has no sum, and looks for
+/// the kind of the answer where the first option stands.
+#[test]
+fn the_address_of_vpnkits_go_client_is_offered_as_it_reads_it() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let ethernet = dir.path().join("eth");
+    let mut command = Command::new(named(dir.path(), "vpnkit")?);
+    let mut vpnkit = Program::start(command.arg("--ethernet").arg(&ethernet), &dir.path().join("log"))?;
+    vpnkit.until("its socket", || ethernet.exists())?;
+    let mut stream = std::os::unix::net::UnixStream::connect(&ethernet)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(&[&b"VMN3T"[..], &22_u32.to_le_bytes(), &[b'0'; 40]].concat())?;
+    stream.read_exact(&mut [0; 49])?;
+    stream.write_all(&[&[1][..], UUID, &[0; 4]].concat())?;
+    let mut vif = [0; 258];
+    stream.read_exact(&mut vif)?;
+    let mac = &vif[5..11];
+    // BOOTREQUEST of Ethernet, to be answered by broadcast; one option.
+    let mut dhcp = [&[1, 1, 6, 0, 1, 0, 0, 0, 0, 0, 0x80, 0][..], &[0; 16], mac, &[0; 202]].concat();
+    dhcp.extend([0x63, 0x82, 0x53, 0x63, 53, 1, 1, 255]);
+    let udp = [&[0, 68, 0, 67][..], &u16::try_from(8 + dhcp.len())?.to_be_bytes(), &[0, 0], &dhcp].concat();
+    let total = u16::try_from(20 + udp.len())?.to_be_bytes();
+    let head =
+        [&[0x45, 0][..], &total, &[0x7f, 0x61, 0, 0, 64, 17, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255]].concat();
+    let frame = [&[255; 6][..], mac, &[8, 0], &head, &udp].concat();
+    stream.write_all(&[&u16::try_from(frame.len())?.to_le_bytes()[..], &frame].concat())?;
+    loop {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).context("no offer")?;
+        let mut frame = vec![0; usize::from(u16::from_le_bytes(length))];
+        stream.read_exact(&mut frame)?;
+        let data = frame.get(42..).unwrap_or_default();
+        if frame[12..14] == [8, 0] && frame[34..38] == [0, 67, 0, 68] {
+            ensure!(data[240..243] == [53, 1, 2], "{data:?}");
+            ensure!(data[16..20] == [192, 168, 65, 3], "{data:?}");
+            return Ok(());
+        }
+    }
 }
 
 /// A program that `--forwards` names: takes connections to 10.9.9.9:80 and greets, refuses all others.

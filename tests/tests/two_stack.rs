@@ -243,6 +243,104 @@ fn datagrams_of_64_kib_cross_both_ways_and_a_refused_one_is_an_error_of_the_gues
 }
 
 #[test]
+fn a_port_that_the_guest_has_closed_is_refused_at_the_host() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let sidecar = attach(dir.path(), None, &guest, &["--ipv6", "on"])?;
+    address_v4(&guest)?;
+    let made = made_itself(&guest)?;
+    for (loopback, guest_ip, alias) in [("127.0.0.1", GUEST.parse()?, HOST[0]), ("::1", made, HOST[1])] {
+        let alias: IpAddr = alias.parse()?;
+        let host = UdpSocket::bind((loopback, 0))?;
+        host.set_read_timeout(Some(PATIENCE))?;
+        let socket = guest.inside(|| Ok(UdpSocket::bind((guest_ip, 0))?))?;
+        socket.send_to(b"out", (alias, host.local_addr()?.port()))?;
+        let mut buffer = [0; 16];
+        let (_, seen) = host.recv_from(&mut buffer)?;
+        drop(socket);
+        host.connect(seen)?;
+        host.set_read_timeout(Some(Duration::from_millis(20)))?;
+        // The first tells the guest's kernel, which refuses; then the host's does.
+        let mut error = None;
+        until(PATIENCE, || {
+            error = host.send(b"anybody?").and_then(|_| host.recv(&mut buffer)).err().map(|e| e.kind());
+            error == Some(std::io::ErrorKind::ConnectionRefused)
+        })
+        .with_context(|| format!("{loopback}: {error:?}"))?;
+    }
+    assert_eq!(sidecar.json(&["stats"])?["udp_bindings"], 0);
+    Ok(())
+}
+
+#[test]
+fn who_may_answer_a_guests_datagrams_is_the_operators_choice() -> Result<()> {
+    // Of three of the host: the one the guest has sent to, another port of the same address, and another address.
+    for (filter, heard) in
+        [("endpoint", [true, false, false]), ("address", [true, true, false]), ("any", [true; 3])]
+    {
+        let Some(guest) = Namespace::new()? else { return Ok(()) };
+        let Some(host) = Namespace::new()? else { return Ok(()) };
+        for address in ["10.61.1.1/32", "10.61.1.2/32"] {
+            host.ip(&["address", "add", address, "dev", "lo"])?;
+        }
+        let dir = tempfile::tempdir()?;
+        let sidecar = attach(dir.path(), Some(&host), &guest, &["--udp-filter", filter, "--udp-idle", "30"])?;
+        address_v4(&guest)?;
+        let socket = guest.inside(|| Ok(UdpSocket::bind((GUEST, 0))?))?;
+        let [known, same, other] = ["10.61.1.1", "10.61.1.1", "10.61.1.2"]
+            .map(|address| host.inside(|| Ok(UdpSocket::bind((address, 0))?)));
+        let (known, same, other) = (known?, same?, other?);
+        known.set_read_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let mut buffer = [0; 16];
+        socket.send_to(b"out", known.local_addr()?)?;
+        let (_, seen) = known.recv_from(&mut buffer)?;
+        for (from, heard) in [(&same, heard[1]), (&other, heard[2]), (&known, heard[0])] {
+            from.send_to(b"in", seen)?;
+            if heard {
+                let (_, shown) = socket.recv_from(&mut buffer).with_context(|| filter.to_owned())?;
+                assert_eq!(shown, from.local_addr()?, "{filter}: the true source");
+            }
+        }
+        // What was not to be heard came before the last, which was: it is not on its way any more.
+        socket.set_nonblocking(true)?;
+        ensure!(socket.recv_from(&mut buffer).is_err(), "{filter}: more was heard");
+        // The mapping is the same whomever the guest sends to, whatever the filter (RFC 4787 REQ-1).
+        socket.set_nonblocking(false)?;
+        other.set_read_timeout(Some(PATIENCE))?;
+        socket.send_to(b"out", other.local_addr()?)?;
+        assert_eq!(other.recv_from(&mut buffer)?.1.port(), seen.port(), "{filter}");
+        assert_eq!(sidecar.json(&["stats"])?["udp_bindings"], 1, "{filter}");
+    }
+    Ok(())
+}
+
+/// A second of datagrams between the guest and the host's `bind`: how many were sent, how many lost, and the client's report.
+fn iperf3(guest: &Namespace, bind: &str, alias: &str, direction: &str) -> Result<(f64, f64, String)> {
+    let port = TcpListener::bind((bind, 0))?.local_addr()?.port();
+    let mut server = std::process::Command::new("iperf3")
+        .args(["-s", "-1", "-B", bind, "-p", &port.to_string()])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .context("iperf3")?;
+    let client = format!("iperf3 -u -b 50M -t 1 --json {direction} -c {alias} -p {port}");
+    let mut report = String::new();
+    let done = until(PATIENCE, || {
+        // The server may not listen yet; with --json a client that failed is content all the same.
+        guest.run(&client).is_ok_and(|(good, text)| {
+            report = text;
+            good && report.contains("lost_packets")
+        })
+    });
+    let _ = server.kill();
+    server.wait()?;
+    done.with_context(|| report.clone())?;
+    let value: serde_json::Value = serde_json::from_str(&report)?;
+    let number = |key: &str| value["end"]["sum"][key].as_f64().unwrap_or(0.0);
+    Ok((number("packets"), number("lost_packets"), report))
+}
+
+#[test]
 fn iperf3_sends_datagrams_both_ways() -> Result<()> {
     let Some(guest) = Namespace::new()? else { return Ok(()) };
     let dir = tempfile::tempdir()?;
@@ -251,29 +349,19 @@ fn iperf3_sends_datagrams_both_ways() -> Result<()> {
     made_itself(&guest)?;
     for (bind, alias) in [("127.0.0.1", HOST[0]), ("::1", HOST[1])] {
         for direction in ["", "-R"] {
-            let port = TcpListener::bind((bind, 0))?.local_addr()?.port();
-            let mut server = std::process::Command::new("iperf3")
-                .args(["-s", "-1", "-B", bind, "-p", &port.to_string()])
-                .stdout(std::process::Stdio::null())
-                .spawn()
-                .context("iperf3")?;
-            let client = format!("iperf3 -u -b 50M -t 1 --json {direction} -c {alias} -p {port}");
-            let mut report = String::new();
-            let done = until(PATIENCE, || {
-                // The server may not listen yet; with --json a client that failed is content all the same.
-                guest.run(&client).is_ok_and(|(good, text)| {
-                    report = text;
-                    good && report.contains("lost_packets")
-                })
+            // On a busy machine the receiver is not there in time for all: once out of three it is.
+            let mut last = String::new();
+            let few = (0..3).any(|_| match iperf3(&guest, bind, alias, direction) {
+                Ok((sent, lost, report)) => {
+                    last = report;
+                    sent > 1000.0 && lost < sent / 5.0
+                }
+                Err(error) => {
+                    last = format!("{error:#}");
+                    false
+                }
             });
-            let _ = server.kill();
-            server.wait()?;
-            done.with_context(|| report.clone())?;
-            let report: serde_json::Value = serde_json::from_str(&report)?;
-            let sum = &report["end"]["sum"];
-            let (sent, lost) =
-                (sum["packets"].as_f64().unwrap_or(0.0), sum["lost_packets"].as_f64().unwrap_or(0.0));
-            ensure!(sent > 1000.0 && lost < sent / 5.0, "{bind} {direction}: {report}");
+            ensure!(few, "{bind} {direction}: {last}");
         }
     }
     Ok(())

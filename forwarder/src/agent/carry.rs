@@ -3,8 +3,10 @@
 //! ```text
 //! client ──recv──► shared buffer ──send──► stream        and back; what is not taken waits in a buffer of the way's own
 //! ```
-//! All connections share one buffer per thread, so an idle one holds none, and none is made per chunk. An end is passed
-//! on as a half-close; an error of the client's socket is a reset, which the caller tells the agent.
+//! All connections share one buffer per thread, so an idle one holds none; the buffers of slow receivers are used again, so
+//! none is made per chunk. When [`HELD`] receivers are slow, others are read in chunks of [`SMALL`] bytes: what all of them
+//! hold is bounded. An end is passed on as a half-close; an error of the client's socket is a reset, which the caller tells
+//! the agent.
 
 use std::cell::RefCell;
 use std::io;
@@ -16,9 +18,65 @@ use tokio::net::{TcpStream, UnixStream};
 
 /// Bytes of the shared buffer, and at most of what one way of a connection holds.
 const BUFFER: usize = 128 * 1024;
+/// Slow receivers that hold a buffer of this size.
+pub(crate) const HELD: usize = 64;
+/// Bytes at most of what a slow receiver beyond those holds.
+const SMALL: usize = 4 * 1024;
 
 thread_local! {
-    static SHARED: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+    static BUFFERS: RefCell<Buffers> = RefCell::new(Buffers::new());
+}
+
+/// The buffers of a thread.
+struct Buffers {
+    /// What is read into.
+    shared: Vec<u8>,
+    /// Given back by receivers that are not slow any more.
+    spare: Vec<Vec<u8>>,
+    /// Those that slow receivers have.
+    held: usize,
+}
+
+impl Buffers {
+    fn new() -> Self {
+        Self { shared: vec![0; BUFFER], spare: Vec::new(), held: 0 }
+    }
+
+    /// Bytes that may be read at once.
+    const fn chunk(&self) -> usize {
+        if self.held < HELD { BUFFER } else { SMALL }
+    }
+
+    /// Keeps the bytes `from..to` of the shared buffer.
+    fn keep(&mut self, from: usize, to: usize) -> Waiting {
+        let bytes = self.shared.get(from..to).unwrap_or_default();
+        if self.held >= HELD {
+            return Waiting(bytes.to_vec());
+        }
+        self.held += 1;
+        let mut buffer = self.spare.pop().unwrap_or_else(|| Vec::with_capacity(BUFFER));
+        buffer.extend_from_slice(bytes);
+        Waiting(buffer)
+    }
+
+    fn give_back(&mut self, mut buffer: Vec<u8>) {
+        if buffer.capacity() >= BUFFER {
+            self.held = self.held.saturating_sub(1);
+            buffer.clear();
+            self.spare.push(buffer);
+        }
+    }
+}
+
+/// What a slow receiver has not taken.
+struct Waiting(Vec<u8>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.0);
+        // A thread that ends has nothing to give it back to.
+        let _ = BUFFERS.try_with(|buffers| buffers.borrow_mut().give_back(buffer));
+    }
 }
 
 /// One end of a connection.
@@ -114,38 +172,51 @@ pub(super) async fn carry(near: &Stream, far: &Stream) -> Ended {
 
 /// One direction.
 async fn way(from: &Stream, to: &Stream) -> Result<(), Fault> {
-    let mut waiting: Vec<u8> = Vec::new();
     loop {
-        if !waiting.is_empty() {
-            drain(to, &waiting).await?;
-            waiting = Vec::new();
-        }
         from.readable().await.map_err(|_| Fault::From)?;
         // Read and passed on at once, without a point at which another connection could want the buffer.
-        let moved = SHARED.with_borrow_mut(|buffer| -> Result<usize, Fault> {
-            let read = match from.try_read(buffer) {
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(usize::MAX),
-                Err(_) => return Err(Fault::From),
-            };
-            let mut bytes = buffer.get(..read).unwrap_or_default();
-            while !bytes.is_empty() {
-                match to.try_write(bytes) {
-                    Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => return Err(Fault::To),
-                }
+        let Some(moved) = BUFFERS.with_borrow_mut(|buffers| pass(from, to, buffers))? else { continue };
+        match moved {
+            Moved::End => {
+                to.shutdown_write();
+                return Ok(());
             }
-            waiting.extend_from_slice(bytes);
-            Ok(read)
-        })?;
-        if moved == 0 {
-            to.shutdown_write();
-            return Ok(());
+            Moved::All => {}
+            Moved::Some(waiting) => drain(to, &waiting.0).await?,
         }
         // A connection whose both ends are fast must not keep the others from their turn.
         tokio::task::consume_budget().await;
     }
+}
+
+/// What one chunk came to.
+enum Moved {
+    End,
+    All,
+    /// The receiver did not take this.
+    Some(Waiting),
+}
+
+/// Reads one chunk and writes what is taken of it; nothing when there is none.
+fn pass(from: &Stream, to: &Stream, buffers: &mut Buffers) -> Result<Option<Moved>, Fault> {
+    let chunk = buffers.chunk();
+    let read = match from.try_read(buffers.shared.get_mut(..chunk).unwrap_or_default()) {
+        Ok(0) => return Ok(Some(Moved::End)),
+        Ok(n) => n,
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+        Err(_) => return Err(Fault::From),
+    };
+    let mut taken = 0;
+    while taken < read {
+        match to.try_write(buffers.shared.get(taken..read).unwrap_or_default()) {
+            Ok(n) => taken += n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Ok(Some(Moved::Some(buffers.keep(taken, read))));
+            }
+            Err(_) => return Err(Fault::To),
+        }
+    }
+    Ok(Some(Moved::All))
 }
 
 async fn drain(to: &Stream, mut bytes: &[u8]) -> Result<(), Fault> {
@@ -207,6 +278,42 @@ mod tests {
         drop(client);
         assert_eq!(task.await.unwrap(), Ended::NearReset);
         assert_eq!(agent.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_slow_receivers_hold_is_bounded_and_its_buffers_are_used_again() {
+        const SLOW: usize = HELD + 16;
+        let sent: Vec<u8> = (0..300_000u32).map(|n| u8::try_from(n % 251).unwrap_or(0)).collect();
+        let held = || BUFFERS.with_borrow(|b| (b.held, b.spare.len()));
+        for _ in 0..2 {
+            let mut receivers = Vec::new();
+            for _ in 0..SLOW {
+                let ((mut client, near), (agent, far)) =
+                    (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+                // So small that no chunk fits.
+                socket2::SockRef::from(&far).set_send_buffer_size(4096).unwrap();
+                let sent = sent.clone();
+                tokio::spawn(async move { client.write_all(&sent).await.unwrap() });
+                tokio::spawn(async move { carry(&Stream::Unix(near), &Stream::Unix(far)).await });
+                receivers.push(agent);
+            }
+            let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(60);
+            while held().0 < HELD {
+                assert!(tokio::time::Instant::now() < deadline, "{:?}", held());
+                tokio::task::yield_now().await;
+            }
+            for agent in &mut receivers {
+                let mut got = vec![0; sent.len()];
+                agent.read_exact(&mut got).await.unwrap();
+                assert!(got == sent, "what was sent");
+            }
+            drop(receivers);
+            while held().0 > 0 {
+                assert!(tokio::time::Instant::now() < deadline, "{:?}", held());
+                tokio::task::yield_now().await;
+            }
+            assert!(held().1 <= HELD, "{:?}: no more are ever made", held());
+        }
     }
 
     #[tokio::test]

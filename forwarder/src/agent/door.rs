@@ -20,7 +20,7 @@ use super::shared::Shared;
 use super::{Complaints, SocketPair, harmless};
 
 /// Streams that have not said what they are, beside those that are awaited.
-pub(super) const NAMELESS: usize = 64;
+pub(crate) const NAMELESS: usize = 64;
 /// How long one may take to say it.
 const PATIENCE: Duration = Duration::from_secs(5);
 

@@ -21,14 +21,15 @@
 //! | listeners | [`guest::auto::LISTENERS`] | the rest is not seen |
 //! | published ports | [`guest::PORTS`] | refused |
 //! | carried connections | [`shared::STREAMS`] | the client is reset |
-//! | UDP clients of a port | 256 | the idlest goes |
+//! | bytes of carried connections that their receivers do not take | [`carry::HELD`] buffers of 128 KiB, then 4 KiB each | no more is read |
+//! | UDP clients of a port | [`udp::CLIENTS`] | the idlest goes |
 //! | lines in the log | 20 in 10 s | counted |
 //!
 //! It can have published what the guest itself can reach, on the host's loopback unless `--guest-binds any`; it cannot name
 //! another guest, nor a file of the host.
 
-mod carry;
-mod door;
+pub(crate) mod carry;
+pub(crate) mod door;
 mod entrance;
 pub(crate) mod guest;
 pub mod rules;

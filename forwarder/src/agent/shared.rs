@@ -193,3 +193,20 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn beyond_the_limit_of_streams_a_client_is_told_at_once_and_a_place_that_is_free_is_used_again() {
+        let shared = Shared::new();
+        let target = Target::Unix { path: "/run/x".into() };
+        let mut places: Vec<_> = (0..STREAMS).map(|n| shared.place().ok_or(n).unwrap()).collect();
+        assert!(shared.place().is_none() && shared.streams() == STREAMS);
+        assert_eq!(shared.open(&target).await.err(), Some(CarryError::Limit));
+        places.pop();
+        assert_eq!(shared.open(&target).await.err(), Some(CarryError::NoAgent), "there was a place");
+        assert_eq!(shared.streams(), STREAMS - 1);
+    }
+}

@@ -578,6 +578,46 @@ fn listeners_beyond_the_limit_are_not_seen_and_half_a_message_delays_nobody() {
 }
 
 #[test]
+fn at_the_limit_of_a_ports_clients_the_idlest_goes() {
+    let host = Host::start(auto());
+    let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut agent = host.agent();
+    agent.listens(&[listener(Protocol::Udp, &format!("127.0.0.1:{port}"))]);
+    host.until("published", |ports| ports.len() == 1);
+    let mut flows = Vec::new();
+    for n in 0..=udp::CLIENTS {
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.send_to(b"x", ("127.0.0.1", port)).unwrap();
+        let (_, _, stream) = agent.carry();
+        flows.push((n, client, stream));
+    }
+    let (_, first, mut stream) = flows.swap_remove(0);
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, [0, 1, b'x'], "the first had its datagram, and then its end");
+    let connections = |host: &Host| host.ask(|reply| Request::Agents { reply })[0].streams;
+    assert_eq!(connections(&host), udp::CLIENTS);
+    // It is a new client when it comes again.
+    first.send_to(b"y", ("127.0.0.1", port)).unwrap();
+    agent.carry();
+    assert_eq!(host.ports()[0].accepted, udp::CLIENTS as u64 + 2);
+}
+
+#[test]
+fn listeners_that_find_no_port_are_listed_up_to_a_limit() {
+    let host = Host::start(auto());
+    let mut agent = host.agent();
+    // One port after the other: those of a test beside this one are refused, and count as well.
+    let many: Vec<Listener> = (20_000..).map(tcp).take(guest::PORTS + guest::auto::REFUSED + 50).collect();
+    for added in many.chunks(200) {
+        agent.say(&ToHost::Listeners { part: Part::Delta, added: added.to_vec(), removed: Vec::new() });
+    }
+    host.until("all are looked at", |ports| ports.len() == guest::PORTS + guest::auto::REFUSED);
+    let refused = host.ports().iter().filter(|p| p.state.starts_with("not published: ")).count();
+    assert!(refused >= guest::auto::REFUSED, "{refused}");
+}
+
+#[test]
 fn an_agent_that_does_not_read_loses_its_session() {
     let host = Host::start(Vec::new());
     let mut rogue = host.agent();

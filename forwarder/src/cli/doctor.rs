@@ -234,7 +234,7 @@ fn vsock() -> Check {
         Err(error) => warn(
             NAME,
             format!("/dev/vhost-vsock: {error}"),
-            "modprobe vhost_vsock, and give this user the device; only the guest agent needs it",
+            "only --vsock vhost:CID needs it (`portway run` has a device of its own): modprobe vhost_vsock, and give this user the device",
         ),
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use portway_api::control::Waited;
 
 use super::{Failure, Target, client, vms};
+use crate::control::WAIT;
 use crate::control::client::{Client, ClientError};
 
 /// How long a guest may take, when nobody says.
@@ -45,9 +46,14 @@ pub(super) fn until_ready(
     port: Option<u16>,
     patience: Duration,
 ) -> Result<ExitCode, Failure> {
-    let route = port.map_or_else(|| "/v1/wait".to_owned(), |port| format!("/v1/wait?port={port}"));
     let deadline = Instant::now() + patience;
     loop {
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+        let seconds = left.div_ceil(1000).clamp(1, WAIT.into());
+        let route = match port {
+            Some(port) => format!("/v1/wait?port={port}&seconds={seconds}"),
+            None => format!("/v1/wait?seconds={seconds}"),
+        };
         let absent = match client.get::<Waited>(&route) {
             Ok(Waited { ready: true }) => return Ok(ExitCode::SUCCESS),
             Ok(Waited { ready: false }) => None,

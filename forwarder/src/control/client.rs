@@ -131,8 +131,13 @@ impl Client {
         let talk = async {
             let response = self.request(method, route, body).await?;
             if response.status().is_success() || response.status() == StatusCode::CONFLICT {
+                let conflict = response.status() == StatusCode::CONFLICT;
                 let body = self.body(response).await?;
-                return serde_json::from_slice(&body).map_err(|e| broken(e.to_string()));
+                return match serde_json::from_slice(&body) {
+                    // A 409 tells what was done in spite of it, where anything was; else it is a problem like any other.
+                    Err(_) if conflict => Err(refusal(&body)),
+                    parsed => parsed.map_err(|e| broken(e.to_string())),
+                };
             }
             Err(self.refused(response).await?)
         };
@@ -166,12 +171,15 @@ impl Client {
 
     /// The error an answer tells of.
     async fn refused(&self, response: Response<Incoming>) -> Result<ClientError, ClientError> {
-        let body = self.body(response).await?;
-        let line = match serde_json::from_slice::<Problem>(&body) {
-            Ok(Problem { detail, hint: Some(hint), .. }) => format!("{detail}: {hint}"),
-            Ok(problem) => problem.detail,
-            Err(_) => String::from_utf8_lossy(&body).trim().to_owned(),
-        };
-        Ok(ClientError::Refused(line))
+        Ok(refusal(&self.body(response).await?))
     }
+}
+
+/// What an answer that is an error says, as one line.
+fn refusal(body: &[u8]) -> ClientError {
+    ClientError::Refused(match serde_json::from_slice::<Problem>(body) {
+        Ok(Problem { detail, hint: Some(hint), .. }) => format!("{detail}: {hint}"),
+        Ok(problem) => problem.detail,
+        Err(_) => String::from_utf8_lossy(body).trim().to_owned(),
+    })
 }

@@ -41,6 +41,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Mutex, Semaphore, oneshot};
 
+pub(crate) use self::agents::WAIT;
 use self::hijack::Allowed;
 use self::kept::KeptPorts;
 use self::problem::Fault;
@@ -49,6 +50,7 @@ use crate::dns::Dns;
 use crate::events::EventLog;
 use crate::publish::spec::PublishSpec;
 use crate::request::{PublishError, Request, Requests};
+use crate::sandbox::paths::Paths;
 use crate::ssh::Forwards;
 
 /// Clients at once; further ones wait to be accepted.
@@ -119,6 +121,11 @@ impl App {
             guest_turn: Arc::default(),
             guests: Arc::new(Semaphore::new(GUEST_CLIENTS)),
         }
+    }
+
+    /// The same, whose clients may have sockets that lead to guests over SSH made in `allowed` places; else nowhere.
+    pub(crate) fn within(self, allowed: Arc<Paths>) -> Self {
+        Self { ssh: Forwards::within(allowed), ..self }
     }
 }
 

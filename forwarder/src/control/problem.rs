@@ -83,7 +83,7 @@ impl From<&PublishError> for Fault {
                 (StatusCode::NOT_FOUND, "no_guest", "GET /v1/links lists the names; an address is good too")
             }
             PublishError::NoAgent(_) => {
-                (StatusCode::CONFLICT, "no_agent", "start the network with --vsock or --agent")
+                (StatusCode::CONFLICT, "no_agent", "both are set when the network starts")
             }
             PublishError::Policy(_) => {
                 (StatusCode::FORBIDDEN, "not_allowed", "--guest-binds says where guests may publish")
@@ -114,7 +114,7 @@ impl From<CaptureError> for Fault {
         }
         .hint(match error {
             CaptureError::Limit => "end a capture first",
-            CaptureError::NoLink(_) => "GET /v1/links lists the names",
+            CaptureError::NoLink(_) => "`portway links` or GET /v1/links lists the names",
         })
     }
 }

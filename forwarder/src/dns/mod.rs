@@ -34,7 +34,7 @@ mod reply;
 mod resolv;
 mod secure;
 mod server;
-mod stream;
+pub(crate) mod stream;
 #[cfg(test)]
 mod tests;
 mod watch_file;

@@ -18,7 +18,7 @@ use super::Dns;
 use super::ask::Transport;
 
 /// Queries of one connection that wait for their answers.
-pub(super) const IN_FLIGHT_MAX: usize = 32;
+pub(crate) const IN_FLIGHT_MAX: usize = 32;
 /// Time without a query after which a connection is closed (RFC 7766 §6.2.3: a few seconds).
 pub(super) const IDLE: Duration = Duration::from_secs(10);
 /// Bytes read at a time.

@@ -4,21 +4,22 @@
 //!  epoll ─► events set flags ─► pump: frames in ─► flows: host writes, host reads ─► frames out ─► again, until still
 //! ```
 //! Everything is edge-triggered and every readiness is a flag that only `EWOULDBLOCK` (or a short read) clears, so a
-//! wake can be late but never lost. One turn of the pump: read a batch of frames of every readable link, serve the flows
-//! they touched and the flows whose sockets are ready, run the stack's commands, write every link. It turns until nothing
-//! moves, [`TURNS`] times at the most, so that a flood on one link keeps nobody else from being heard; then it sleeps until
-//! an event or the stack's next timer.
+//! wake can be late but never lost. The [`pump`] moves bytes until nothing moves, or a link has had its share; then it sleeps
+//! until an event or the stack's next timer.
 //!
 //! There is no lock, no channel of buffers and no allocation per packet. Slow things happen in the control thread; they
 //! come in as [`Request`]s and go out as [`Slow`]s.
 
 mod alarm;
+mod arrivals;
 mod backlog;
+mod binding;
 mod commands;
 mod flows;
 pub(crate) mod join;
 mod names;
 mod ping;
+pub(crate) mod pump;
 mod requests;
 mod udp;
 
@@ -28,9 +29,7 @@ use std::sync::mpsc;
 use std::time::Instant as Clock;
 
 use mio::{Events, Poll, Token};
-use portway_netstack::{
-    FlowId, Forward, Handled, Instant, Mac, Netstack, Offloads, PortConfig, PortId, StackConfig,
-};
+use portway_netstack::{FlowId, Instant, Mac, Netstack, Offloads, PortConfig, PortId, StackConfig};
 
 use self::alarm::Alarm;
 use self::backlog::Backlog;
@@ -83,20 +82,6 @@ pub struct LeaseBook {
 
 /// Slow things that may wait for the control thread; at it DNS queries are dropped, and the guest asks again.
 pub const SLOW_LIMIT: usize = 1024;
-
-/// Reads of one link in one turn, while they bring much: with many flows in a batch, each has few segments in it, and larger
-/// batches mean fewer system calls and ACKs for the same bytes.
-const READS: usize = 8;
-
-/// Frames of one link in one turn: a guest that sends thousands of small ones, each of which costs a system call of the host,
-/// keeps the others waiting for no more than these.
-const FRAMES: u64 = 512;
-
-/// Turns of the pump before events are looked at again.
-const TURNS: usize = 8;
-
-/// VMs beyond the first that the listeners of `vpnkit` links may have together.
-const ARRIVALS: usize = 64;
 
 /// How long those who wait to be accepted wait for a descriptor to come free.
 const STARVED: std::time::Duration = std::time::Duration::from_millis(100);
@@ -410,204 +395,6 @@ impl Driver {
             match self.links[n].tick(now, self.poll.registry()) {
                 LinkState::Gone => self.take_down(n),
                 LinkState::Same | LinkState::Restarted => self.note_link_up(n, was_up),
-            }
-        }
-    }
-
-    /// Moves bytes until nothing moves, or its turns are over. True in the second case.
-    fn pump(&mut self) -> bool {
-        let mut busy = true;
-        for _ in 0..TURNS {
-            let mut moved = false;
-            for n in 0..self.links.len() {
-                let enough = self.links[n].counters().frames_from_guest + FRAMES;
-                for _ in 0..READS {
-                    if !self.receive(n) {
-                        break;
-                    }
-                    moved = true;
-                    if self.links[n].counters().frames_from_guest >= enough {
-                        break;
-                    }
-                }
-            }
-            moved |= self.accept_all();
-            moved |= self.receive_datagrams();
-            while let Some(flow) = self.stack.poll_flow() {
-                moved |= self.serve(flow);
-            }
-            for _ in 0..self.ready.len() {
-                let Some(flow) = self.ready.pop_front() else { break };
-                moved |= self.serve(flow);
-            }
-            moved |= self.run_commands();
-            for n in 0..self.links.len() {
-                moved |= self.transmit(n);
-            }
-            moved |= self.run_commands();
-            if !moved && self.ready.is_empty() {
-                busy = false;
-                break;
-            }
-            self.tick();
-        }
-        if self.stack.leases_changed() {
-            self.tell_leases();
-        }
-        busy
-    }
-
-    /// One batch of frames of link `n`.
-    fn receive(&mut self, n: usize) -> bool {
-        if !self.links[n].wants_receive() {
-            return false;
-        }
-        // The link is taken out so that its frames can be copied into the others' buffers.
-        let (before, rest) = self.links.split_at_mut(n);
-        let Some((link, after)) = rest.split_first_mut() else { return false };
-        let (stack, now, port) = (&mut self.stack, self.now, link.port);
-        let (udp, slow, registry) = (&mut self.udp, &self.slow, self.poll.registry());
-        let (entrances, backlog) = (&self.entrances, &self.backlog);
-        let mut panicked = false;
-        let mut take = |frame: &[u8], offload: portway_netstack::Offload| {
-            crate::last_net::on_purpose(frame.get(42..).unwrap_or_default());
-            let (whole, mut handled);
-            handled = stack.handle_frame(now, port, frame);
-            if let Handled::Whole(packet) = handled {
-                whole = packet;
-                handled = stack.handle_frame(now, port, &whole);
-            }
-            match handled {
-                Handled::Done | Handled::Whole(_) => {}
-                Handled::Echo(echo) => udp.ping(registry, &echo),
-                Handled::Datagram(datagram) => udp.send_all(registry, &datagram, offload, entrances),
-                Handled::Dns { guest, asked, query } => {
-                    // At the limit the query is dropped: the guest asks again.
-                    if let Some(waiting) = backlog.admit(port) {
-                        let ticket = DnsTicket { guest, asked, port };
-                        let _ = slow.try_send(Slow::Dns(ticket, query.to_vec(), waiting));
-                    }
-                }
-                Handled::Forward(to) => {
-                    for other in before.iter_mut().chain(after.iter_mut()) {
-                        if matches!(to, Forward::Flood) || to == Forward::Port(other.port) {
-                            let target = other.port;
-                            if let Some(sink) = other.sink() {
-                                stack.forward(now, (port, target), frame, offload, sink);
-                            }
-                        }
-                    }
-                }
-            }
-        };
-        let state = link.receive(|frame, offload| {
-            // What such a frame left half done is this link's, and goes with it; so do the frames behind it.
-            panicked = panicked || crate::last_net::caught(|| take(frame, offload)).is_none();
-        });
-        udp.flush();
-        self.tell_faults();
-        if state == LinkState::Gone || panicked {
-            self.take_down(n);
-        } else if state == LinkState::Restarted {
-            self.restart(n);
-        } else if let Some(hello) = self.links[n].take_hello() {
-            let answer = self.admit(hello);
-            if let Ok(mac) = answer
-                && let Some(old) =
-                    (0..self.links.len()).find(|i| *i != n && self.links[*i].given() == Some(mac))
-            {
-                // A VM that comes again before its first connection ended is one VM: rootlesskit asks for its address on
-                // a connection of its own.
-                self.take_down(old);
-            }
-            if self.links[n].answer(answer) == LinkState::Gone {
-                self.take_down(n);
-            }
-        }
-        true
-    }
-
-    /// The MAC of a guest that came by a handshake, or why it may not come in.
-    fn admit(&mut self, hello: crate::link::vpnkit::Hello) -> Result<Mac, String> {
-        let uuid = hello.uuid.map(|u| String::from_utf8_lossy(&u).to_ascii_lowercase());
-        let known = self.vpnkit_macs.iter().find(|(u, _)| uuid.as_ref() == Some(u));
-        let mac = known.map_or_else(|| hello.mac(), |(_, mac)| *mac);
-        if let Some(ip) = hello.address {
-            self.stack.prefer_address(self.now, mac, ip).map_err(|e| e.to_string())?;
-        }
-        Ok(mac)
-    }
-
-    /// Makes links of the VMs that came to the listener of link `n`.
-    fn welcome(&mut self, n: usize) {
-        while let Some(fd) = self.links[n].take_arrival() {
-            let Some(config) = self.link_configs.get(n).cloned() else { return };
-            self.attach(&config, fd);
-        }
-    }
-
-    /// Makes a link like `config` of a VM that came by `fd`. At the limit it is sent away.
-    pub(super) fn attach(&mut self, config: &LinkConfig, fd: std::os::fd::OwnedFd) -> bool {
-        {
-            // The place of one that is gone, or a new one.
-            let configured = self.link_configs.len();
-            let place = (configured..self.links.len())
-                .find(|i| self.links[*i].ended && self.links[*i].mtu() == config.mtu);
-            if place.is_none() && self.links.len() - configured >= ARRIVALS {
-                tracing::warn!(most = ARRIVALS, "too many VMs came by themselves: one was sent away");
-                return false;
-            }
-            let index = place.unwrap_or(self.links.len());
-            let port = match place {
-                Some(i) => self.links[i].port,
-                None => {
-                    let isolate = config.isolate;
-                    let port = PortConfig { name: None, mtu: config.mtu, address: None, isolate };
-                    self.stack.add_port(self.now, port, Offloads::default())
-                }
-            };
-            let tokens = Tokens { first: token(Kind::Link, index * Tokens::COUNT), step: 1 << TOKEN_SHIFT };
-            match Link::arrived(config, port, tokens, fd, self.poll.registry()) {
-                Ok(link) if index < self.links.len() => self.links[index] = link,
-                Ok(link) => self.links.push(link),
-                Err(error) => {
-                    tracing::warn!(%error, "a VMM could not be attached");
-                    return false;
-                }
-            }
-            if !self.captures.is_empty() {
-                self.tap_links();
-            }
-            self.note_link_up(index, false);
-        }
-        true
-    }
-
-    /// Writes link `n` until the stack has nothing more or the VMM takes no more.
-    fn transmit(&mut self, n: usize) -> bool {
-        let mut moved = false;
-        loop {
-            let link = &mut self.links[n];
-            let port = link.port;
-            let Some(sink) = link.sink() else { return moved };
-            let wanted = self.stack.wants_transmit(port);
-            let before = sink.written();
-            let more = wanted && self.stack.poll_transmit(self.now, port, sink);
-            // A carrier that writes at once has nothing waiting, and has moved all the same.
-            moved |= sink.written() != before;
-            match link.flush() {
-                LinkState::Same => {}
-                LinkState::Gone => {
-                    self.take_down(n);
-                    return true;
-                }
-                LinkState::Restarted => {
-                    self.restart(n);
-                    return true;
-                }
-            }
-            if !more || link.is_blocked() {
-                return moved;
             }
         }
     }

@@ -9,204 +9,27 @@
 //! What the network says of a guest's packet, or the kernel when it is sent, goes back to the guest as ICMP. A host that gives
 //! no sockets, or sockets that only fail (after a sleep, say), are not asked in a loop: [`Backoff`], [`FAILURES`].
 
+use std::collections::VecDeque;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::{Duration, Instant as Clock};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Instant as Clock;
 
 use mio::net::UdpSocket;
 use mio::{Interest, Registry};
-use portway_netstack::icmp::{Fault, Unreachable};
 use portway_netstack::udp::BindingId;
 use portway_netstack::{Datagram, Echo, Offload, SegmentKind, UdpPath};
 
+use super::binding::{Backoff, BindingSocket, FAILURES, HostFault, as_asked, push};
 use super::ping::{self, Ping};
 use super::{Driver, Entrance, Kind, token};
 use crate::datagrams::{Receiver, come_together, hold_bursts, send_segments};
-use crate::host_errors::{self, Report};
+use crate::host_errors;
 use crate::publish::Listener;
 
 /// Batches taken from one socket before the next has its turn.
 const TURN: usize = 4;
-/// Calls that fail one after the other before a socket is given up; the guest's next packet makes another.
-const FAILURES: u8 = 16;
-/// Ports of a socket for which 127.0.0.1 stands in for ::1; beyond it the first is tried anew.
-const ONLY_V4: usize = 8;
-/// Faults of one batch of frames that guests are told of.
-const FAULTS: usize = 256;
-
-/// Keeps a host that gives no sockets from being asked for each packet.
-#[derive(Debug, Default)]
-struct Backoff {
-    until: Option<Clock>,
-    wait: Duration,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(50);
-    const MOST: Duration = Duration::from_secs(5);
-
-    fn admits(&self, now: Clock) -> bool {
-        self.until.is_none_or(|until| until <= now)
-    }
-
-    fn failed(&mut self, now: Clock) {
-        self.wait = if self.wait.is_zero() { Self::FIRST } else { (self.wait * 2).min(Self::MOST) };
-        self.until = Some(now + self.wait);
-    }
-
-    fn succeeded(&mut self) {
-        *self = Self::default();
-    }
-}
-
-struct BindingSocket {
-    id: BindingId,
-    socket: UdpSocket,
-    v6: bool,
-    /// What it is when it is not for datagrams.
-    ping: Option<Ping>,
-    /// Whether the kernel and the route take segments; not asked again after the first refusal.
-    segments: bool,
-    /// As they are set.
-    hop_limit: u8,
-    dont_fragment: bool,
-    /// Whether its error queue may have something.
-    errors: bool,
-    /// Ports where nobody listens on ::1, and 127.0.0.1 is tried: the guest means the host's loopback, of either version.
-    only_v4: Vec<u16>,
-    /// Calls that failed since one did not.
-    failures: u8,
-}
-
-impl BindingSocket {
-    /// Makes the next packets leave as the guest sent them.
-    fn prepare(&mut self, hop_limit: u8, dont_fragment: bool) -> io::Result<()> {
-        if self.hop_limit != hop_limit {
-            host_errors::hop_limit(&self.socket, self.v6, hop_limit)?;
-            self.hop_limit = hop_limit;
-        }
-        if self.dont_fragment != dont_fragment {
-            host_errors::fragmenting(&self.socket, self.v6, !dont_fragment)?;
-            self.dont_fragment = dont_fragment;
-        }
-        Ok(())
-    }
-
-    /// Where a datagram to `remote` goes: a socket of IPv6 reaches 127.0.0.1 under its mapped address.
-    fn place(&self, remote: SocketAddr) -> SocketAddr {
-        if remote.ip() == IpAddr::V6(Ipv6Addr::LOCALHOST) && self.only_v4.contains(&remote.port()) {
-            SocketAddr::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(), remote.port())
-        } else {
-            remote
-        }
-    }
-
-    /// Notes that nobody listens on ::1 at the port `report` is about; the datagram tries 127.0.0.1. False when the guest
-    /// is to be told instead.
-    fn turns_to_v4(&mut self, report: &Report) -> bool {
-        let refused = report.fault == Fault::Unreachable(Unreachable::Port);
-        if !refused || self.ping.is_some() || report.to.ip() != IpAddr::V6(Ipv6Addr::LOCALHOST) {
-            return false;
-        }
-        if !self.only_v4.contains(&report.to.port()) {
-            if self.only_v4.len() >= ONLY_V4 {
-                self.only_v4.remove(0);
-            }
-            self.only_v4.push(report.to.port());
-        }
-        // A larger one was not quoted whole, and is lost as datagrams are.
-        if report.payload.len() < HostFault::QUOTED - 80 {
-            let _ = self.socket.send_to(&report.payload, self.place(report.to));
-        }
-        true
-    }
-
-    /// Sends one packet; what the network said of earlier ones, and the kernel of this one, goes to `faults`.
-    fn send(&mut self, payload: &[u8], remote: SocketAddr, faults: &mut Vec<HostFault>) {
-        for _ in 0..2 {
-            let Err(error) = self.socket.send_to(payload, self.place(remote)) else {
-                self.failures = 0;
-                return;
-            };
-            if error.kind() == io::ErrorKind::WouldBlock {
-                // No room: what is lost is lost, as on a wire.
-                return;
-            }
-            let (mut mine, mut earlier) = (None, false);
-            self.drain(
-                |report| match report.reporter {
-                    None => mine = Some(report.fault),
-                    Some(_) => earlier = true,
-                },
-                faults,
-            );
-            let fault = mine.or_else(|| if earlier { None } else { host_errors::refused(&error) });
-            if let Some(fault) = fault {
-                tracing::debug!(%error, %remote, "a datagram was not sent");
-                push(faults, HostFault::new(self.id, remote, None, fault, payload));
-                return;
-            }
-            // The error was an earlier packet's, and says nothing about this one.
-        }
-        self.failures = self.failures.saturating_add(1);
-    }
-
-    /// Takes what is in the error queue: what routers and peers said goes to `faults`, and everything is shown to `each`.
-    fn drain(&mut self, mut each: impl FnMut(&Report), faults: &mut Vec<HostFault>) {
-        let mut reports = Vec::new();
-        host_errors::drain(&self.socket, |report| reports.push(report));
-        for mut report in reports {
-            each(&report);
-            let ours = self.ping.is_none_or(|p| p.is_ours(&report.payload));
-            if report.reporter.is_none() || !ours || self.turns_to_v4(&report) {
-                continue;
-            }
-            report.to = as_asked(report.to);
-            push(faults, HostFault::new(self.id, report.to, report.reporter, report.fault, &report.payload));
-        }
-        self.errors = false;
-    }
-}
-
-/// The address a guest's datagram went to when 127.0.0.1 stood in for ::1.
-fn as_asked(from: SocketAddr) -> SocketAddr {
-    if from.ip() == IpAddr::V6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()) {
-        SocketAddr::new(Ipv6Addr::LOCALHOST.into(), from.port())
-    } else {
-        from
-    }
-}
-
-/// What a guest is to be told.
-pub(super) struct HostFault {
-    binding: BindingId,
-    remote: SocketAddr,
-    reporter: Option<IpAddr>,
-    fault: Fault,
-    payload: Vec<u8>,
-}
-
-impl HostFault {
-    /// More of a packet than any ICMP error quotes.
-    const QUOTED: usize = 1280;
-
-    fn new(
-        binding: BindingId,
-        remote: SocketAddr,
-        reporter: Option<IpAddr>,
-        fault: Fault,
-        payload: &[u8],
-    ) -> Self {
-        let payload = payload.get(..Self::QUOTED).unwrap_or(payload).to_vec();
-        Self { binding, remote, reporter, fault, payload }
-    }
-}
-
-fn push(faults: &mut Vec<HostFault>, fault: HostFault) {
-    if faults.len() < FAULTS {
-        faults.push(fault);
-    }
-}
+/// Sockets that have a turn before links are heard again.
+const SOCKETS: usize = 64;
 
 /// Datagrams that leave together.
 struct Segments {
@@ -244,8 +67,8 @@ impl Segments {
 pub(super) struct UdpSockets {
     /// By binding slot.
     sockets: Vec<Option<BindingSocket>>,
-    /// Slots with datagrams to read.
-    ready: Vec<usize>,
+    /// Slots with datagrams to read, none twice.
+    ready: VecDeque<usize>,
     receiver: Receiver,
     /// The address datagrams leave from.
     outbound: Option<Ipv4Addr>,
@@ -261,7 +84,7 @@ impl UdpSockets {
     pub(super) fn new(outbound: Option<Ipv4Addr>) -> Self {
         Self {
             sockets: Vec::new(),
-            ready: Vec::new(),
+            ready: VecDeque::new(),
             receiver: Receiver::new(),
             outbound,
             waiting: None,
@@ -273,11 +96,11 @@ impl UdpSockets {
     }
 
     pub(super) fn note(&mut self, slot: usize, error: bool) {
-        if error && let Some(Some(at)) = self.sockets.get_mut(slot) {
-            at.errors = true;
-        }
-        if !self.ready.contains(&slot) {
-            self.ready.push(slot);
+        // News of a binding that is gone is of no interest.
+        let Some(Some(at)) = self.sockets.get_mut(slot) else { return };
+        at.errors |= error;
+        if !std::mem::replace(&mut at.queued, true) {
+            self.ready.push_back(slot);
         }
     }
 
@@ -472,26 +295,6 @@ fn waiting_slot(waiting: &Option<Segments>) -> Option<usize> {
     waiting.as_ref().map(|w| w.binding.slot())
 }
 
-impl BindingSocket {
-    fn new(id: BindingId, socket: UdpSocket, remote: SocketAddr, ping: Option<Ping>) -> Self {
-        let v6 = remote.is_ipv6();
-        // Values no packet has: the first sets them.
-        let (hop_limit, dont_fragment) = (0, false);
-        Self {
-            id,
-            socket,
-            v6,
-            ping,
-            segments: true,
-            hop_limit,
-            dont_fragment,
-            errors: false,
-            only_v4: Vec::new(),
-            failures: 0,
-        }
-    }
-}
-
 impl Driver {
     /// Tells guests what became of their packets.
     pub(super) fn tell_faults(&mut self) {
@@ -503,10 +306,11 @@ impl Driver {
         }
     }
 
-    /// Takes datagrams from every socket that has some. True when there may be more.
+    /// Takes datagrams of the sockets that have some, [`SOCKETS`] of them at the most. True when there may be more.
     pub(super) fn receive_datagrams(&mut self) -> bool {
-        let mut moved = false;
-        for slot in std::mem::take(&mut self.udp.ready) {
+        let mut moved = self.udp.ready.len() > SOCKETS;
+        for _ in 0..self.udp.ready.len().min(SOCKETS) {
+            let Some(slot) = self.udp.ready.pop_front() else { break };
             moved |= self.receive_binding(slot);
         }
         if moved || !self.udp.faults.is_empty() {
@@ -518,6 +322,7 @@ impl Driver {
     fn receive_binding(&mut self, slot: usize) -> bool {
         let UdpSockets { sockets, receiver, ready, faults, .. } = &mut self.udp;
         let Some(Some(at)) = sockets.get_mut(slot) else { return false };
+        at.queued = false;
         let told = faults.len();
         if at.errors {
             at.drain(|_| {}, faults);
@@ -552,7 +357,9 @@ impl Driver {
                 }
             }
         }
-        ready.push(slot);
+        if !std::mem::replace(&mut at.queued, true) {
+            ready.push_back(slot);
+        }
         true
     }
 
@@ -592,27 +399,5 @@ impl Driver {
         // One that only fails is heard again when the kernel says that there is news.
         entrance.ready = failures < TURN;
         entrance.ready
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_host_that_gives_no_sockets_is_asked_ever_less_often_and_at_once_when_it_does_again() {
-        let (mut backoff, start) = (Backoff::default(), Clock::now());
-        assert!(backoff.admits(start));
-        let mut now = start;
-        for _ in 0..10 {
-            backoff.failed(now);
-            assert!(!backoff.admits(now));
-            now += backoff.wait;
-            assert!(backoff.admits(now));
-        }
-        assert_eq!(backoff.wait, Backoff::MOST);
-        assert!(now - start > Duration::from_secs(15));
-        backoff.succeeded();
-        assert!(backoff.admits(start));
     }
 }

@@ -215,7 +215,7 @@ fn plan(flags: &Flags) -> Result<Config, String> {
         log_level: Some(log_level(&file)),
         // A link of its own kind: the real ones replace it below.
         link: vec!["stdio".parse()?],
-        ..Settings::default()
+        ..crate::personality::confinement()?
     };
     let mut config = Config::try_from(settings).map_err(|e| e.to_string())?;
     config.stays = !ends_with_vm;
@@ -250,8 +250,14 @@ fn plan(flags: &Flags) -> Result<Config, String> {
     }
     check_nat(&file, &addresses)?;
     config.particulars.ssh = ssh_forwards(&file, addresses.device)?;
+    let doors = config.doors.iter().filter_map(|door| match &door.address {
+        DoorAddress::Unix(path) => path.parent(),
+        DoorAddress::Tcp(_) | DoorAddress::Vsock(_) => None,
+    });
     let sockets = config.particulars.ssh.iter().filter_map(|forward| forward.socket.parent());
-    config.particulars.directories = sockets.map(std::path::Path::to_path_buf).collect();
+    let sockets = doors.chain(sockets).map(std::path::Path::to_path_buf);
+    config.particulars.directories =
+        sockets.chain(config.links.iter().filter_map(LinkConfig::directory)).collect();
     Ok(config)
 }
 

@@ -1,6 +1,7 @@
 //! How frames cross, once a VMM is attached: one of the carriers, behind one set of calls.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::RawFd;
 
 use portway_netstack::{FrameSink, Offload, Offloads};
@@ -75,7 +76,11 @@ impl Carrier {
         }
     }
 
-    pub(super) fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
+    /// One batch of frames; `handle` breaks off after one when it wants no further one now.
+    pub(super) fn receive(
+        &mut self,
+        mut handle: impl FnMut(&[u8], Offload) -> ControlFlow<()>,
+    ) -> io::Result<Batch> {
         match self {
             Self::Tapped(t) => t.receive(handle),
             Self::Stream(s) => s.receive(|frame| handle(frame, Offload::default())),
@@ -84,7 +89,10 @@ impl Carrier {
             #[cfg(target_os = "linux")]
             Self::VhostUser(v) => v.receive(handle),
             #[cfg(target_os = "linux")]
-            Self::Packets(p) => p.receive(|frame| handle(frame, Offload::default())),
+            // Its batch is small, and has been read.
+            Self::Packets(p) => p.receive(|frame| {
+                let _ = handle(frame, Offload::default());
+            }),
         }
     }
 

@@ -9,6 +9,7 @@
 //! guest's fault and goes on to the stack, which counts it.
 
 use std::io::{self, Read};
+use std::ops::ControlFlow;
 
 use super::Batch;
 
@@ -79,12 +80,16 @@ impl Framing {
         Self { prefix, bytes: vec![0; BUFFER].into(), start: 0, end: 0, left: false }
     }
 
-    /// One `read`, and the whole frames in the buffer to `handle`, [`FRAMES`] of them at the most: what is left comes with the
-    /// next call, which reads nothing.
+    /// One `read`, and the whole frames in the buffer to `handle`, [`FRAMES`] of them at the most, and
+    /// none after it breaks off: what is left comes with the next call, which reads nothing.
     ///
     /// # Errors
     /// When the peer is gone, or announces a frame that is too long.
-    pub fn receive(&mut self, from: &mut impl Read, mut handle: impl FnMut(&[u8])) -> io::Result<Batch> {
+    pub fn receive(
+        &mut self,
+        from: &mut impl Read,
+        mut handle: impl FnMut(&[u8]) -> ControlFlow<()>,
+    ) -> io::Result<Batch> {
         let mut batch = Batch { more: true, frames: 0, bytes: 0 };
         if std::mem::take(&mut self.left) {
             self.hand_on(&mut batch, &mut handle)?;
@@ -109,9 +114,14 @@ impl Framing {
     }
 
     /// Hands whole frames on, and makes room behind the rest.
-    fn hand_on(&mut self, batch: &mut Batch, handle: &mut impl FnMut(&[u8])) -> io::Result<()> {
+    fn hand_on(
+        &mut self,
+        batch: &mut Batch,
+        handle: &mut impl FnMut(&[u8]) -> ControlFlow<()>,
+    ) -> io::Result<()> {
+        let mut flow = ControlFlow::Continue(());
         while let Some((length, rest)) = self.prefix.split(&self.bytes[self.start..self.end]) {
-            if batch.frames == FRAMES {
+            if batch.frames == FRAMES || flow.is_break() {
                 (self.left, batch.more) = (true, true);
                 return Ok(());
             }
@@ -120,8 +130,15 @@ impl Framing {
                     "a frame of {length} bytes was announced, {LONGEST} are the most"
                 )));
             }
-            let Some(frame) = rest.get(..length) else { break };
-            handle(frame);
+            if rest.len() < length {
+                break;
+            }
+            let at = self.start + self.prefix.size();
+            let frame = &mut self.bytes[at..at + length];
+            if self.prefix == Prefix::Le16 {
+                super::vpnkit::finish_header(frame);
+            }
+            flow = handle(frame);
             self.start += self.prefix.size() + length;
             batch.frames += 1;
             batch.bytes += length as u64;
@@ -159,13 +176,37 @@ mod tests {
         }
     }
 
+    /// Keeps every frame.
+    fn keep(got: &mut Vec<Vec<u8>>) -> impl FnMut(&[u8]) -> ControlFlow<()> {
+        |frame| {
+            got.push(frame.to_vec());
+            ControlFlow::Continue(())
+        }
+    }
+
+    #[test]
+    fn frames_behind_a_break_come_with_the_next_call() {
+        let wire: Vec<u8> = (0..5).flat_map(|n| [1, 0, n]).collect();
+        let (mut framing, mut from, mut got) =
+            (Framing::new(Prefix::Le16), Pieces(&wire, vec![]), Vec::new());
+        for n in 1..=5 {
+            let batch = framing.receive(&mut from, |f| {
+                got.push(f[0]);
+                ControlFlow::Break(())
+            });
+            assert_eq!((batch.unwrap().frames, got.len()), (1, n));
+        }
+        assert_eq!(got, [0, 1, 2, 3, 4]);
+        assert!(!framing.receive(&mut from, |_| panic!()).unwrap().more);
+    }
+
     #[test]
     fn a_crowd_of_small_frames_comes_in_turns_and_whole() {
         let wire: Vec<u8> = (0..1000_u32).flat_map(|n| [&[4, 0][..], &n.to_le_bytes()].concat()).collect();
         let (mut framing, mut got, mut calls) = (Framing::new(Prefix::Le16), Vec::new(), 0);
         let mut from = Pieces(&wire, vec![]);
         while got.len() < 1000 {
-            let batch = framing.receive(&mut from, |f| got.push(f.to_vec())).unwrap();
+            let batch = framing.receive(&mut from, keep(&mut got)).unwrap();
             assert!(batch.frames <= FRAMES && batch.more);
             calls += 1;
         }
@@ -192,7 +233,7 @@ mod tests {
                 let (mut framing, mut got) = (Framing::new(prefix), Vec::new());
                 let mut from = Pieces(&wire, pieces.clone());
                 while !from.0.is_empty() {
-                    framing.receive(&mut from, |f| got.push(f.to_vec())).unwrap();
+                    framing.receive(&mut from, keep(&mut got)).unwrap();
                 }
                 prop_assert_eq!(got, frames);
             }
@@ -216,7 +257,7 @@ mod tests {
             transmit.frame(14, Offload::default(), |f| f.fill(2)).unwrap();
             let wire = transmit.pending().to_vec();
             let mut got = Vec::new();
-            Framing::new(prefix).receive(&mut Pieces(&wire, vec![]), |f| got.push(f.to_vec())).unwrap();
+            Framing::new(prefix).receive(&mut Pieces(&wire, vec![]), keep(&mut got)).unwrap();
             assert_eq!(got, [vec![1; 60], vec![2; 14]]);
         }
     }

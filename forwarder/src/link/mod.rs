@@ -26,6 +26,7 @@ pub mod vnet;
 pub mod vpnkit;
 
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -576,12 +577,12 @@ impl Link {
     }
 
     /// Reads one batch and hands every whole frame to `handle`, in place.
-    pub fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> LinkState {
+    pub fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload) -> ControlFlow<()>) -> LinkState {
         let Some(carrier) = &mut self.carrier else { return LinkState::Same };
         let (implied, mtu) = (self.implied, self.mtu);
         match carrier.receive(|frame, offload| {
             let offload = if implied { portway_netstack::segments::implied(frame, mtu) } else { offload };
-            handle(frame, offload);
+            handle(frame, offload)
         }) {
             Ok(batch) => {
                 self.counters.frames_from_guest += batch.frames;

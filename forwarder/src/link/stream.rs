@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::framing::{Framing, Prefix};
@@ -154,7 +155,7 @@ impl Stream {
     ///
     /// # Errors
     /// When the peer is gone, or breaks the framing.
-    pub fn receive(&mut self, handle: impl FnMut(&[u8])) -> io::Result<Batch> {
+    pub fn receive(&mut self, handle: impl FnMut(&[u8]) -> ControlFlow<()>) -> io::Result<Batch> {
         if self.handshake.is_some() {
             return self.greet();
         }

@@ -3,6 +3,7 @@
 //! Wrapping makes captures cost nothing when there are none: no carrier asks for every frame whether somebody looks.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use portway_netstack::{FrameSink, Offload};
@@ -43,12 +44,15 @@ impl Tapped {
         self.inner
     }
 
-    pub(super) fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
+    pub(super) fn receive(
+        &mut self,
+        mut handle: impl FnMut(&[u8], Offload) -> ControlFlow<()>,
+    ) -> io::Result<Batch> {
         let taps = &self.taps;
         // As a trait object: `Carrier::receive` calls this, and would otherwise be made for ever deeper closures.
-        let see: &mut dyn FnMut(&[u8], Offload) = &mut |frame, offload| {
+        let see: &mut dyn FnMut(&[u8], Offload) -> ControlFlow<()> = &mut |frame, offload| {
             taps.see(false, frame);
-            handle(frame, offload);
+            handle(frame, offload)
         };
         self.inner.receive(see)
     }

@@ -149,9 +149,62 @@ pub fn refuse(reason: &str) -> Vec<u8> {
     response
 }
 
+/// Sums the IPv4 header of `frame` where nobody has: vpnkit's own Go client, with which rootlesskit asks for its address, leaves the sum
+/// 0 in the packet of its DHCPDISCOVER, "as if offloaded".
+///
+/// Only a header whose sum is 0 is touched: of a right one that is what comes out again (RFC 1071 §1: 0 and ffff are the same).
+pub fn finish_header(frame: &mut [u8]) {
+    // Ethernet's 14 bytes; version 4, words of the header; the sum at 10.
+    let Some([.., 0x08, 0x00, first]) = frame.first_chunk::<15>() else { return };
+    let length = usize::from(first & 15) * 4;
+    if first >> 4 != 4 || length < 20 {
+        return;
+    }
+    let Some(header) = frame.get_mut(14..14 + length) else { return };
+    if header[10..12] != [0, 0] {
+        return;
+    }
+    let words = header.chunks_exact(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let sum = !u16::try_from(sum).unwrap_or(u16::MAX);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The header of vpnkit's Go client, and the sum it has by RFC 1071.
+    #[test]
+    fn a_header_without_a_sum_gets_its_own_and_nothing_else_is_touched() {
+        let header = [0x45, 0, 1, 0x10, 0x7f, 0x61, 0, 0, 0x40, 0x11, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255];
+        let frame = [&[2; 12][..], &[8, 0], &header, &[7; 252]].concat();
+        let mut finished = frame.clone();
+        finish_header(&mut finished);
+        let sum = |bytes: &[u8]| {
+            let words = bytes[14..34].chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(w[1])).sum::<u32>();
+            (words & 0xffff) + (words >> 16)
+        };
+        assert_eq!(sum(&finished), 0xffff);
+        finished[24..26].fill(0);
+        assert_eq!(finished, frame);
+        // Those with a sum, right or wrong; of another kind; cut; with a header that is none.
+        let changed = |at: usize, byte: u8| {
+            let mut frame = frame.clone();
+            frame[at] = byte;
+            frame
+        };
+        let others =
+            [changed(24, 1), changed(12, 0x86), changed(14, 0x65), changed(14, 0x44), frame[..33].to_vec()];
+        for other in others.into_iter().chain((0..34).map(|n| frame[..n].to_vec())) {
+            let mut after = other.clone();
+            finish_header(&mut after);
+            assert_eq!(after, other);
+        }
+    }
 
     const UUID: &[u8; 36] = b"d7a1e0c6-8a5c-4b6e-9f0e-0123456789ab";
 

@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use portway_netstack::{Mac, Services};
 
-use crate::config::Config;
+use crate::config::{Config, Settings};
 use crate::sidecar::Door;
 
 /// What of a [`Config`] only a personality sets; the default is Portway's own way.
@@ -79,6 +79,16 @@ pub fn main(args: &[OsString]) -> Option<ExitCode> {
         "vpnkit" => Some(vpnkit::main(args)),
         _ => None,
     }
+}
+
+/// What of `PORTWAY_*` counts under another name too: how the process confines itself, for which no other program has a flag.
+///
+/// # Errors
+/// A value that is none for its setting.
+pub(crate) fn confinement() -> Result<Settings, String> {
+    const ALONE: [&str; 3] = ["PORTWAY_SANDBOX", "PORTWAY_RUNAS", "PORTWAY_ALLOW_PATH"];
+    let set = std::env::vars_os().filter(|(name, _)| ALONE.iter().any(|known| name == known));
+    Settings::from_env(set).map_err(|e| e.to_string())
 }
 
 /// The program that is meant, and its argv: by the file name of `argv[0]`, or by the first argument of `portway`.

@@ -60,6 +60,7 @@ pub(crate) const ALL: &[(&str, &[Call])] = &[
     ("link: VMMs that come and go", crate::link::CALLS),
     ("publish: listeners", crate::publish::CALLS),
     ("dns: files that are read again", crate::dns::CALLS),
+    ("ssh: keys that are not swapped out", crate::ssh::CALLS),
     ("sidecar: state files", crate::sidecar::CALLS),
     ("sidecar: its supervisor", crate::sidecar::SUPERVISOR_CALLS),
 ];

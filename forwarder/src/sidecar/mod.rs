@@ -353,7 +353,11 @@ fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
-        gateway: both(config.gateway, config.ipv6.as_ref().map(|v6| v6.gateway)),
+        // gvproxy's guests ask port 80 of the gateway by its name, which is served over IPv4; some try one address alone.
+        gateway: both(
+            config.gateway,
+            config.ipv6.as_ref().map(|v6| v6.gateway).filter(|_| config.guest_api != GuestApi::Any),
+        ),
         // Where nothing of the host is behind the gateway's own address, the host has none.
         host: if config.host_loopback || config.host_alias != config.gateway {
             both(config.host_alias, config.ipv6.as_ref().map(|v6| v6.host_alias))
@@ -460,7 +464,8 @@ impl Control {
                 Arc::clone(&log),
                 self.kept.clone(),
                 self.guest_api,
-            );
+            )
+            .within(Arc::clone(&self.allowed));
             if let Some(path) = self.notification.clone() {
                 let followed = log.follow(0);
                 tokio::spawn(crate::gvproxy::notify::run(path, followed.1, app.clone()));

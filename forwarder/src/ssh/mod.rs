@@ -11,6 +11,9 @@
 //! SSH is spoken in this process (russh), through the stack and not through the host's network. The guest's host key is not checked
 //! unless that is asked for (`secure=true`): nobody but the guest is at the other end of its link.
 //!
+//! No RSA, neither of keys nor of hosts: the crate that russh has it from leaks private keys by the time it takes (RUSTSEC-2023-0071,
+//! without a remedy), to whom but a guest.
+//!
 //! Limits: [`FORWARDS`] in all, [`CLIENTS`] of each at once; further ones wait to be accepted.
 
 mod remote;
@@ -30,7 +33,12 @@ use tokio::task::JoinHandle;
 pub(crate) use self::remote::{Remote, RemoteError};
 use self::session::Session;
 use crate::request::Requests;
+use crate::sandbox::paths::Paths;
 use crate::unix_path::Removed;
+
+/// What the sandbox lets forwards do: russh keeps its secrets in memory that is not swapped out.
+#[cfg(target_os = "linux")]
+pub(crate) const CALLS: &[crate::sandbox::Call] = crate::sandbox::sandbox_calls![SYS_mlock, SYS_munlock];
 
 /// Forwards of one network.
 pub const FORWARDS: usize = 256;
@@ -77,7 +85,7 @@ impl std::fmt::Debug for Key {
 }
 
 impl Key {
-    /// Reads the key in the file at `path`: OpenSSH's format, PKCS#1, PKCS#8 or PuTTY's.
+    /// Reads the key in the file at `path`, an Ed25519 or ECDSA one: OpenSSH's format, PKCS#8 or PuTTY's.
     ///
     /// # Errors
     /// When it cannot be read or used; the text says why and names the file, and nothing that is in it.
@@ -88,8 +96,16 @@ impl Key {
             return Err(fault(&"not a file that could hold a private key"));
         }
         let text = std::fs::read_to_string(path).map_err(|e| fault(&e))?;
+        // PKCS#1 says what it is; the other formats once they are read.
+        let rsa = || fault(&"an RSA key; Ed25519 and ECDSA are used here: ssh-keygen -t ed25519 makes one");
+        if text.contains("BEGIN RSA PRIVATE KEY") {
+            return Err(rsa());
+        }
         let key = russh::keys::decode_secret_key(&text, passphrase)
             .map_err(|e| fault(&format_args!("not a private key that can be used: {e}")))?;
+        if key.algorithm().is_rsa() {
+            return Err(rsa());
+        }
         Ok(Self(Arc::new(key)))
     }
 }
@@ -116,7 +132,11 @@ impl Bound {
 
 /// The forwards of one network that are served.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Forwards(Arc<Mutex<BTreeMap<PathBuf, Served>>>);
+pub(crate) struct Forwards {
+    served: Arc<Mutex<BTreeMap<PathBuf, Served>>>,
+    /// Where sockets may be made while the network runs; nowhere unless told.
+    allowed: Arc<Paths>,
+}
 
 /// One of them; it ends with the value, established connections stay.
 #[derive(Debug)]
@@ -139,11 +159,18 @@ pub(crate) enum ForwardError {
     Taken,
     /// [`FORWARDS`] are there.
     Limit,
+    /// Sockets are not made there while the network runs.
+    Outside(PathBuf),
     /// The socket cannot be made; why.
     Socket(String),
 }
 
 impl Forwards {
+    /// None yet; while the network runs they are made in `allowed` places.
+    pub(crate) fn within(allowed: Arc<Paths>) -> Self {
+        Self { served: Arc::default(), allowed }
+    }
+
     /// Serves `bound`, until it is taken away or the runtime ends. `remote`: as listings show it.
     pub(crate) fn serve(&self, bound: Bound, remote: Option<String>, requests: Requests) {
         let path = bound.forward.socket.clone();
@@ -170,6 +197,9 @@ impl Forwards {
                 return Err(ForwardError::Limit);
             }
         }
+        if !self.allowed.may_make(&forward.socket) {
+            return Err(ForwardError::Outside(forward.socket));
+        }
         let bound = Bound::new(forward).map_err(|e| ForwardError::Socket(e.to_string()))?;
         self.serve(bound, Some(remote), requests);
         Ok(())
@@ -194,7 +224,7 @@ impl Forwards {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<PathBuf, Served>> {
         // Each critical section is one step: what a panicking holder leaves is whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -143,12 +143,8 @@ impl Session {
         let server = Server { address: login.server, known: login.known_host };
         let stream = UnixStream::from_std(ours)?;
         let mut handle = client::connect_stream(Arc::new(config), stream, server).await?;
-        let hash = match login.key.0.algorithm().is_rsa() {
-            // None is SHA-1, for a server that knows nothing better (RFC 8332 §3.3).
-            true => handle.best_supported_rsa_hash().await?.flatten(),
-            false => None,
-        };
-        let key = PrivateKeyWithHashAlg::new(Arc::clone(&login.key.0), hash);
+        // The hash is for RSA keys alone.
+        let key = PrivateKeyWithHashAlg::new(Arc::clone(&login.key.0), None);
         let answer = handle.authenticate_publickey(login.user.clone(), key).await?;
         if !answer.success() {
             return Err(SshError::Login { user: login.user.clone(), server: login.server });

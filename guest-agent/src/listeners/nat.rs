@@ -118,7 +118,7 @@ fn follow(changes: &OwnedFd, bell: &OwnedFd, tell: &Sender<Vec<Listener>>, node_
 fn read_rules(node_ports: bool) -> Vec<Listener> {
     let mut ports = BTreeSet::new();
     if let Some(text) = run("nft", &["-j", "list", "ruleset"]) {
-        from_nft(&text, &mut ports);
+        from_nft(&text, node_ports, &mut ports);
     }
     for (tool, any) in [
         ("iptables-save", IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
@@ -190,10 +190,13 @@ fn port_range(text: &str) -> Option<(u16, u16)> {
 }
 
 /// Rules such as netavark's: `{"rule": {"expr": [{"match": {"left": {"payload": {"protocol": "tcp", "field": "dport"}},
-/// "right": 8080}}, {"dnat": {…}}]}}`.
-fn from_nft(text: &str, into: &mut BTreeSet<Listener>) {
+/// "right": 8080}}, {"dnat": {…}}]}}`, and kube-proxy's map of ports.
+fn from_nft(text: &str, node_ports: bool, into: &mut BTreeSet<Listener>) {
     let Ok(document) = serde_json::from_str::<Value>(text) else { return };
     let Some(items) = document.get("nftables").and_then(Value::as_array) else { return };
+    if node_ports {
+        items.iter().filter_map(|i| i.get("map")).for_each(|map| from_kube_proxy(map, into));
+    }
     for rule in items.iter().filter_map(|i| i.get("rule")) {
         let Some(expressions) = rule.get("expr").and_then(Value::as_array) else { continue };
         if !expressions.iter().any(|e| e.get("dnat").is_some()) {
@@ -227,6 +230,35 @@ fn from_nft(text: &str, into: &mut BTreeSet<Listener>) {
         if let Some(proto) = proto {
             into.extend(ports.into_iter().map(|port| redirected(proto, address, port)));
         }
+    }
+}
+
+/// kube-proxy's nftables mode: a map `service-nodeports` of its table, `tcp . 30080 comment "default/web" : goto external-…`,
+/// which is `[{"elem": {"val": {"concat": ["tcp", 30080]}, …}}, {"goto": …}]`, without a comment `[{"concat": …}, …]`.
+fn from_kube_proxy(map: &Value, into: &mut BTreeSet<Listener>) {
+    let word = |key: &str| map.get(key).and_then(Value::as_str);
+    if (word("table"), word("name")) != (Some("kube-proxy"), Some("service-nodeports")) {
+        return;
+    }
+    let any = if word("family") == Some("ip6") {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+    } else {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    };
+    let elements = map.get("elem").and_then(Value::as_array).into_iter().flatten();
+    for key in elements.take(PORTS).filter_map(|e| e.get(0)) {
+        let key = key.pointer("/elem/val").unwrap_or(key);
+        let Some([proto, port]) = key.get("concat").and_then(Value::as_array).map(Vec::as_slice) else {
+            continue;
+        };
+        let proto = match proto.as_str() {
+            Some("tcp") => Protocol::Tcp,
+            Some("udp") => Protocol::Udp,
+            _ => continue,
+        };
+        let mut ports = Vec::new();
+        numbers(port, &mut ports);
+        into.extend(ports.into_iter().map(|port| redirected(proto, any, port)));
     }
 }
 
@@ -289,8 +321,25 @@ mod tests {
             {"rule": {"family": "ip", "expr": [
             {"match": {"op": "==", "left": {"payload": {"protocol": "tcp", "field": "dport"}}, "right": 22}}, {"accept": null}]}}]}"#;
         let mut ports = BTreeSet::new();
-        from_nft(rules, &mut ports);
+        from_nft(rules, true, &mut ports);
         assert_eq!(shown(&ports), ["tcp 127.0.0.1:8080", "udp [::]:53", "udp [::]:60", "udp [::]:61"]);
+    }
+
+    #[test]
+    fn node_ports_of_kube_proxys_nftables_mode_are_ports_when_they_are_wanted() {
+        let rules = r#"{"nftables": [
+            {"map": {"family": "ip", "name": "service-nodeports", "table": "kube-proxy", "map": "verdict", "elem": [
+                [{"concat": ["udp", 30053]}, {"goto": {"target": "external-A"}}],
+                [{"elem": {"val": {"concat": ["tcp", 30080]}, "comment": "default/web:http"}}, {"goto": {"target": "external-A"}}],
+                [{"concat": ["sctp", 30009]}, {"goto": {"target": "external-A"}}], [], [7], 7]}},
+            {"map": {"family": "ip6", "name": "service-nodeports", "table": "kube-proxy", "elem": [[{"concat": ["tcp", 30081]}, {}]]}},
+            {"map": {"family": "ip", "name": "no-endpoint-nodeports", "table": "kube-proxy", "elem": [[{"concat": ["tcp", 30999]}, {"drop": null}]]}},
+            {"map": {"family": "ip", "name": "service-nodeports", "table": "other", "elem": [[{"concat": ["tcp", 1]}, {}]]}}]}"#;
+        let mut ports = BTreeSet::new();
+        from_nft(rules, false, &mut ports);
+        assert!(ports.is_empty());
+        from_nft(rules, true, &mut ports);
+        assert_eq!(shown(&ports), ["tcp 0.0.0.0:30080", "tcp [::]:30081", "udp 0.0.0.0:30053"]);
     }
 
     #[test]
@@ -303,7 +352,7 @@ mod tests {
         for text in
             ["", "[]", "{\"nftables\": 7}", "{\"nftables\": [{\"rule\": {\"expr\": [{\"dnat\": 1}]}}]}"]
         {
-            from_nft(text, &mut ports);
+            from_nft(text, true, &mut ports);
         }
         assert!(ports.is_empty());
     }

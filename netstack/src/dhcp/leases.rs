@@ -20,7 +20,7 @@ use crate::time::Instant;
 use crate::types::{Mac, PortId, Subnet};
 
 /// Addresses remembered; at it the lease that ended longest ago is forgotten.
-pub(super) const LEASES: usize = 4096;
+pub const LEASES: usize = 4096;
 
 /// Who asks: the identifier the client sent (option 61), else its Ethernet address.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -28,6 +28,7 @@ use crate::drop_reason::DropReason;
 use crate::time::{Duration, Instant};
 use crate::types::{Mac, PortId, Subnet};
 
+pub use self::leases::LEASES;
 use self::leases::{Asker, Client, Lease, Leases, Pool, State};
 use self::message::{Kind, Message};
 pub(crate) use self::reply::Settings;

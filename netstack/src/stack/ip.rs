@@ -228,10 +228,10 @@ impl Netstack {
         match packet.protocol {
             ipv4::TCP => self.tcp(now, &packet).map(|()| Handled::Done),
             ipv4::ICMP => {
-                if !icmp::is_echo_request(packet.payload)? {
-                    return Err(DropReason::UnknownProtocol);
+                if icmp::is_echo_request(packet.payload)? {
+                    return self.echo(now, &packet);
                 }
-                self.echo(now, &packet)
+                self.refusal(&packet).map(|()| Handled::Done)
             }
             _ => self.unknown(now, &packet),
         }
@@ -309,8 +309,19 @@ impl Netstack {
             }
             // Reports of multicast listeners, with which every guest begins.
             _ if h.dst.is_multicast() => Err(DropReason::Multicast),
-            _ => Err(DropReason::UnknownProtocol),
+            _ => self.refusal(packet).map(|()| Handled::Done),
         }
+    }
+
+    /// A guest's ICMP message that asks for nothing. One that says that nobody has a port any more ends that port's binding, and
+    /// with it the host's socket: the host's kernel tells the same to who goes on sending. About somebody else than the
+    /// guest sent to last it says nothing, for a connected socket of the guest's refuses others.
+    fn refusal(&mut self, packet: &Packet<'_>) -> Result<(), DropReason> {
+        let about = icmp::refused_datagram(packet.payload, packet.src.is_ipv6());
+        let (guest, seen) = about.filter(|(g, _)| g.ip() == packet.src).ok_or(DropReason::UnknownProtocol)?;
+        let remote = self.forwarded(seen, Transport::Udp).map_or_else(|| self.host_view(seen), Ok)?;
+        self.udp.refused(packet.port, guest, remote);
+        Ok(())
     }
 
     fn neighbour_discovery(

@@ -680,6 +680,12 @@ impl Netstack {
         &self.drops
     }
 
+    /// How many flows and bindings there ever were. Each costs the host a socket, and so more than any other frame does.
+    #[must_use]
+    pub fn opened(&self) -> u64 {
+        self.tcp.opened_total() + self.udp.opened_total
+    }
+
     /// Numbers of the whole stack.
     #[must_use]
     pub fn counters(&self) -> StackCounters {

@@ -8,7 +8,7 @@ use super::flow::FlowKey;
 use super::window::Advertised;
 use crate::sink::{FrameSink, Offload, PartialChecksum, SegmentKind, Segments};
 use crate::stack::Outbox;
-use crate::wire::{self, ethernet, ipv4};
+use crate::wire::{self, ethernet, ipv4, tcp};
 
 /// The capabilities an `Interface` copies when it is made.
 #[derive(Clone, Copy)]
@@ -22,13 +22,13 @@ fn capabilities(mtu: u16, offload: bool) -> DeviceCapabilities {
     let mut caps = DeviceCapabilities::default();
     caps.medium = Medium::Ip;
     caps.max_transmission_unit = usize::from(mtu);
-    // Not verified on the way in: see `wire`. IPv4's header was, before smoltcp sees the packet.
-    caps.checksum.tcp = if offload { Checksum::None } else { Checksum::Tx };
+    // Not verified on the way in: see `wire`. IPv4's header was, before smoltcp sees the packet. On the way out `sum` does it,
+    // where the link does not.
+    caps.checksum.tcp = Checksum::None;
     caps.checksum.ipv4 = Checksum::Tx;
     if offload {
         caps.segmentation.tcpv4 = std::num::NonZeroUsize::new(65_535);
-        // Not for IPv6: smoltcp 0.14 drops what is larger than the MTU there, segments of its own included
-        // (`dispatch_ip`), and counts it as sent: the flow would stand still for good.
+        caps.segmentation.tcpv6 = caps.segmentation.tcpv4;
     }
     caps
 }
@@ -69,9 +69,22 @@ impl Out {
         Self { header, mtu: shape.mtu, offload: shape.offload, v6 }
     }
 
+    /// Data bytes of a segment that fits the link's MTU, without TCP options.
+    fn mss(self) -> u16 {
+        self.mtu.saturating_sub(if self.v6 { 60 } else { 40 })
+    }
+
     /// Bytes of the IP header smoltcp writes: it has no options.
     const fn ip(self) -> usize {
         if self.v6 { 40 } else { 20 }
+    }
+}
+
+/// Writes the checksum of the segment behind the IP header of `ip` bytes, or the part of it that is left to a link.
+fn sum(packet: &mut [u8], ip: usize, partial: bool) {
+    wire::partial_checksum(packet, ip, ipv4::TCP, 16);
+    if !partial {
+        wire::finish_checksum(packet, ip, 16);
     }
 }
 
@@ -114,11 +127,8 @@ impl TxToken for Reply<'_> {
         let Self { outbox, out, window } = self;
         outbox.frame(&out.header, len, |packet| {
             let result = f(packet);
-            if out.offload {
-                // smoltcp left the checksum to the link; frames of the outbox are whole.
-                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
-                wire::finish_checksum(packet, out.ip(), 16);
-            }
+            // Frames of the outbox are whole, whatever the link could do.
+            sum(packet, out.ip(), false);
             if let (Some(window), Some(segment)) = (window, packet.get_mut(out.ip()..)) {
                 window.advertised.curb(window.share, segment, true);
             }
@@ -184,8 +194,16 @@ impl<S: FrameSink> Slot<'_, S> {
         let checksum = Some(PartialChecksum { start, offset: 16 });
         let kind = if self.out.v6 { SegmentKind::Tcp6 } else { SegmentKind::Tcp4 };
         // Data segments of an open connection carry no options: smoltcp's timestamps are off.
-        let segments = (self.segment_size != 0 && len > self.out.ip() + 20 + usize::from(self.segment_size))
-            .then_some(Segments { kind, size: self.segment_size, headers: start + 20 });
+        let size = match self.segment_size {
+            // smoltcp says it for IPv4 alone.
+            0 if self.out.v6 => self.advertised.guest_mss.min(self.out.mss()),
+            said => said,
+        };
+        let segments = (size != 0 && len > self.out.ip() + 20 + usize::from(size)).then_some(Segments {
+            kind,
+            size,
+            headers: start + 20,
+        });
         Offload { checksum, segments }
     }
 }
@@ -199,9 +217,11 @@ impl<S: FrameSink> TxToken for Slot<'_, S> {
             let (head, packet) = frame.split_at_mut(ethernet::HEADER);
             head.copy_from_slice(&out.header);
             let result = f.take().map(|f| f(packet));
-            if out.offload {
-                wire::partial_checksum(packet, out.ip(), ipv4::TCP, 16);
+            if let Some(segment) = packet.get_mut(out.ip()..).filter(|_| out.v6) {
+                // Its engine knows no MTU.
+                tcp::lower_mss(segment, out.mss());
             }
+            sum(packet, out.ip(), out.offload);
             if let Some(segment) = packet.get_mut(out.ip()..) {
                 advertised.note_sent(segment);
                 advertised.curb(share, segment, !out.offload);

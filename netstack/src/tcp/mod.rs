@@ -89,7 +89,10 @@ pub(crate) enum Verdict {
 
 /// The TCP side of one port.
 struct TcpPort {
-    iface: Interface,
+    engine: Interface,
+    /// Of IPv6 with offload, whose segments smoltcp 0.14 drops when they exceed its MTU (`dispatch_ip`): so it has none.
+    /// Segments are cut, and the MSS told, by the link's MTU all the same; see [`device`].
+    engine6: Option<Interface>,
     /// Without sockets: smoltcp answers a segment for it with the RST that RFC 9293 §3.10.7.1 asks for.
     nobody: SocketSet<'static>,
     shape: Shape,
@@ -101,6 +104,11 @@ struct TcpPort {
 }
 
 impl TcpPort {
+    /// The engine of a flow.
+    fn engine(&mut self, v6: bool) -> &mut Interface {
+        self.engine6.as_mut().filter(|_| v6).unwrap_or(&mut self.engine)
+    }
+
     /// The bytes of window one flow may tell the guest.
     fn share(&self) -> u32 {
         // With offload a frame of the guest's queue is up to 64 KiB long, whatever the MTU.
@@ -148,25 +156,29 @@ impl Tcp {
         own: IpAddress,
         seed: u64,
     ) {
-        let mut config = Config::new(HardwareAddress::Ip);
-        config.random_seed = seed;
-        let mut shape = Shape { mtu, offload };
-        let mut iface = Interface::new(config, &mut shape, engine_time(now));
-        iface.set_any_ip(true);
-        iface.update_ip_addrs(|addresses| {
-            // The list holds two entries by default; any_ip makes the one address stand for all.
-            let _ =
-                addresses.push(IpCidr::new(own, if matches!(own, IpAddress::Ipv4(_)) { 32 } else { 128 }));
-        });
-        if let IpAddress::Ipv4(own) = own {
-            let _ = iface.routes_mut().add_default_ipv4_route(own);
-        }
+        let shape = Shape { mtu, offload };
+        let engine = |mut shape: Shape| {
+            let mut config = Config::new(HardwareAddress::Ip);
+            config.random_seed = seed;
+            let mut engine = Interface::new(config, &mut shape, engine_time(now));
+            engine.set_any_ip(true);
+            engine.update_ip_addrs(|addresses| {
+                // The list holds two entries by default; any_ip makes the one address stand for all.
+                let bits = if matches!(own, IpAddress::Ipv4(_)) { 32 } else { 128 };
+                let _ = addresses.push(IpCidr::new(own, bits));
+            });
+            if let IpAddress::Ipv4(own) = own {
+                let _ = engine.routes_mut().add_default_ipv4_route(own);
+            }
+            engine
+        };
         let slot = usize::from(port.0);
         if self.ports.len() <= slot {
             self.ports.resize_with(slot + 1, || None);
         }
         self.ports[slot] = Some(TcpPort {
-            iface,
+            engine: engine(shape),
+            engine6: offload.then(|| engine(Shape { mtu: u16::MAX, offload })),
             nobody: SocketSet::new(Vec::new()),
             shape,
             senders: Senders::default(),
@@ -254,7 +266,8 @@ impl Tcp {
         let calling = live.socket.tcp_ref().state() == State::SynSent;
         let mut device = Ingress::new(shown, outbox, path, key.is_v6(), &port.shape).with_window(window);
         let taken = caught(|| {
-            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
+            let engine = port.engine(key.is_v6());
+            engine.poll_ingress_single(engine_time(now), &mut device, &mut live.socket.set);
         });
         if taken.is_err() {
             self.fault(id, commands);
@@ -263,7 +276,8 @@ impl Tcp {
         if calling && live.is_remembered(segment) {
             // smoltcp has answered with RST, which ends what the guest remembers, and would say SYN again in a second.
             live.socket.tcp().abort();
-            let _ = live.socket.tcp().connect(port.iface.context(), key.guest(), listen_on(&key));
+            let _ =
+                live.socket.tcp().connect(port.engine(key.is_v6()).context(), key.guest(), listen_on(&key));
         }
         live.note_segment(segment, packet);
         flow.last_active = now;
@@ -302,7 +316,7 @@ impl Tcp {
         if let Some(port) = self.port(port) {
             let v6 = packet.first().is_some_and(|b| b >> 4 == 6);
             let mut device = Ingress::new(packet, outbox, path, v6, &port.shape);
-            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut port.nobody);
+            port.engine.poll_ingress_single(engine_time(now), &mut device, &mut port.nobody);
         }
     }
 
@@ -426,13 +440,14 @@ impl Tcp {
         let Some(port) = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut) else {
             return false;
         };
-        let path = Path { gateway: self.gateway_mac, guest: flow.guest_mac };
+        let (path, v6) = (Path { gateway: self.gateway_mac, guest: flow.guest_mac }, flow.key.is_v6());
         let clock = live.clock(now) + live.take_ack_haste();
         let window = Window { share: port.share(), advertised: &mut live.advertised };
         let mut device = Egress::new(sink, path, flow.key, &port.shape, window);
         let turn = caught(|| {
             (0..TURN).all(|_| {
-                let polled = port.iface.poll_egress(engine_time(clock), &mut device, &mut live.socket.set);
+                let engine = port.engine(v6);
+                let polled = engine.poll_egress(engine_time(clock), &mut device, &mut live.socket.set);
                 polled != PollResult::None
             })
         });
@@ -524,6 +539,11 @@ impl Tcp {
 
     pub(crate) fn reports(&self, now: Instant) -> impl Iterator<Item = FlowReport> + '_ {
         self.table.ids().filter_map(move |id| self.table.get(id)).map(move |flow| flow.report(now))
+    }
+
+    /// Flows since the start.
+    pub(crate) const fn opened_total(&self) -> u64 {
+        self.opened_total
     }
 
     pub(crate) fn counts(&self) -> (usize, usize, u64) {

@@ -178,7 +178,11 @@ impl Tcp {
         let local = listen_on(&flow.key);
         // Before the socket begins: later, smoltcp would ask at once.
         live.socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
-        let done = live.socket.tcp().connect(port.iface.context(), flow.key.guest(), local).is_ok();
+        let done = live
+            .socket
+            .tcp()
+            .connect(port.engine(flow.key.is_v6()).context(), flow.key.guest(), local)
+            .is_ok();
         Self::queue(port, flow, id);
         self.arm(now, id);
         done
@@ -272,7 +276,7 @@ impl Tcp {
         socket.tcp().set_keep_alive(self.limits.tcp_keepalive.map(engine_span));
         if socket.tcp().listen(local).is_ok() {
             let mut device = Ingress::new(&dialing.syn, outbox, path, key.is_v6(), &port.shape);
-            port.iface.poll_ingress_single(engine_time(now), &mut device, &mut socket.set);
+            port.engine(key.is_v6()).poll_ingress_single(engine_time(now), &mut device, &mut socket.set);
         }
         let mut live = Live::new(socket, Some(dialing.irs));
         live.begin_window(&dialing.syn);

@@ -19,11 +19,12 @@ impl Tcp {
         if flow.warm {
             at = at.min(flow.last_active + self.limits.ring_idle);
         }
+        let v6 = flow.key.is_v6();
         match &mut flow.life {
             Life::Live(live) => {
                 let port = self.ports.get_mut(usize::from(flow.key.port.0)).and_then(Option::as_mut);
                 if let Some(t) =
-                    port.and_then(|p| p.iface.poll_at(engine_time(live.clock(now)), &live.socket.set))
+                    port.and_then(|p| p.engine(v6).poll_at(engine_time(live.clock(now)), &live.socket.set))
                     && live.time_wait_since.is_none()
                 {
                     at = at.min(our_time(t));
@@ -97,7 +98,7 @@ impl Tcp {
                         let due = {
                             let Life::Live(live) = &mut flow.life else { continue };
                             let due = port
-                                .iface
+                                .engine(flow.key.is_v6())
                                 .poll_at(engine_time(live.clock(now)), &live.socket.set)
                                 .is_some_and(|t| our_time(t) <= now);
                             if due {

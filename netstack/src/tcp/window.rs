@@ -6,6 +6,8 @@
 //! [`Advertised`] puts a flow's share into the segments smoltcp writes. Without it eight streams at MTU 1500 lose 7 %
 //! of their frames inside the guest and run at a third of the speed.
 //!
+//! What else is told when a connection opens is kept beside it: the guest's MSS.
+//!
 //! A window once told is never taken back (RFC 9293 §3.8.6: a receiver should not shrink it); a share that has become
 //! smaller takes effect as bytes arrive.
 
@@ -19,6 +21,8 @@ use crate::wire::tcp as wire;
 const QUEUE: u32 = 768;
 /// No flow is told less, however many send: ten segments, as an initial window (RFC 6928).
 const LEAST: u32 = 16 * 1024;
+/// A guest that tells less gets these all the same: a segment for each byte would be a flood of our own making.
+const LEAST_MSS: u16 = 64;
 /// Microseconds; two flows that sent within the same or the next span of this length count as sending at once.
 const EPOCH: u64 = 10_000;
 
@@ -59,6 +63,8 @@ pub(super) struct Advertised {
     edge: Option<Wrapping<u32>>,
     /// The first sequence number beyond what was sent to it, FIN included.
     sent: Option<Wrapping<u32>>,
+    /// The data bytes of a segment the guest takes: what it told, or what everybody takes over IPv6 (RFC 9293 §3.7.1).
+    pub(super) guest_mss: u16,
 }
 
 impl Advertised {
@@ -70,6 +76,7 @@ impl Advertised {
             shift: u8::try_from(shift).ok().filter(|_| wire::offers_scaling(segment)),
             edge: None,
             sent: self.sent,
+            guest_mss: wire::mss(segment).map_or(1220, |mss| mss.max(LEAST_MSS)),
         };
     }
 

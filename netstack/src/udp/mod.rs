@@ -8,7 +8,7 @@
 //! The mapping is endpoint-independent (RFC 4787 REQ-1): one host socket for each address and port of a guest, for
 //! every destination. The filter is address-dependent (§5) unless [`crate::UdpFilter`] says otherwise: any port of an address the
 //! guest has sent to may answer. A binding lives 5 min (or [`UdpConfig::idle`]) after the last datagram *from the guest*
-//! (REQ-5, REQ-6), 30 s when it has only ever spoken to port 53 (REQ-5a allows it there). At most `Limits::udp_bindings` per
+//! (REQ-5, REQ-6), or until the guest says that nobody has the port any more; 30 s when it has only ever spoken to port 53 (REQ-5a allows it there). At most `Limits::udp_bindings` per
 //! port of each kind; the idlest goes. Each remembers the [`PEERS`] it sent to last, or up to twice as many.
 //!
 //! Echo requests are bindings too (RFC 5508 §3): the identifier stands for the port, they live [`IDLE_ECHO`], and
@@ -149,6 +149,8 @@ pub(crate) struct Bindings {
     limits: [usize; 3],
     config: UdpConfig,
     bindings: usize,
+    /// Of all kinds, since the start.
+    pub(crate) opened_total: u64,
 }
 
 impl Bindings {
@@ -165,6 +167,7 @@ impl Bindings {
             limits: [limits.udp_bindings, limits.udp_bindings, limits.pings],
             config,
             bindings: 0,
+            opened_total: 0,
         }
     }
 
@@ -253,6 +256,15 @@ impl Bindings {
         let filter = self.config.filter;
         let entry = self.known(id).filter(|e| e.peers.admit(filter, remote)).ok_or(DropReason::Filtered)?;
         Ok((entry.target(), matches!(entry.key, Key::Echo(..))))
+    }
+
+    /// Nobody has the `guest`'s port any more, says the guest about a datagram of `remote`.
+    pub(crate) fn refused(&mut self, port: PortId, guest: SocketAddr, remote: SocketAddr) {
+        if let Some(slot) = self.by_key.get(&Key::Guest(port, guest)).copied()
+            && self.entry(slot).is_some_and(|e| e.remote == remote)
+        {
+            self.remove(slot);
+        }
     }
 
     fn known(&mut self, id: BindingId) -> Option<&mut Entry> {
@@ -414,6 +426,7 @@ impl Bindings {
         };
         self.by_key.insert(key, slot);
         self.bindings += usize::from(matches!(key, Key::Guest(..)));
+        self.opened_total += 1;
         let mut age = *self.ages(port, &key);
         self.lru.push_newest(&mut age, slot);
         *self.ages(port, &key) = age;

@@ -15,23 +15,26 @@ pub mod tcp;
 pub mod udp;
 
 /// The Internet checksum (RFC 1071) over `parts`, each but the last of even length, ready to be stored.
+///
+/// The sum does not depend on the byte order it is made in (RFC 1071 §2 B): words are added as they lie in memory, which
+/// compilers turn into vector instructions, and the result is turned round once.
 #[must_use]
 pub fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0u64;
     for part in parts {
         let (words, rest) = part.as_chunks::<4>();
         for word in words {
-            sum += u64::from(u32::from_be_bytes(*word));
+            sum += u64::from(u32::from_ne_bytes(*word));
         }
-        for (i, byte) in rest.iter().enumerate() {
-            sum += u64::from(*byte) << if i % 2 == 0 { 8 } else { 0 };
-        }
+        let mut last = [0; 4];
+        last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+        sum += u64::from(u32::from_ne_bytes(last));
     }
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     // The loop above leaves 16 bits.
-    !u16::try_from(sum).unwrap_or(0)
+    !u16::from_be(u16::try_from(sum).unwrap_or(0))
 }
 
 /// What an IP packet carries, IPv6's extension headers not looked at; nothing when it is none.
@@ -62,13 +65,16 @@ pub fn partial_checksum(packet: &mut [u8], header: usize, protocol: u8, offset: 
     *field = (!checksum(&[addresses, &[0, 0, 0, protocol], &length])).to_be_bytes();
 }
 
+/// Where UDP has its checksum (RFC 768), in bytes.
+const UDP_FIELD: usize = 6;
+
 /// Finishes a partial checksum: sums `bytes` from `start`, the pseudo-header's sum in the field included, and stores
 /// the result `offset` bytes behind `start` (virtio 1.2, §5.1.6.2). A field outside of `bytes` is left alone.
 pub fn finish_checksum(bytes: &mut [u8], start: usize, offset: usize) {
     let Some(covered) = bytes.get_mut(start..) else { return };
     let sum = match checksum(&[covered]) {
-        // For UDP zero would mean that there is none (RFC 768); for TCP both are the same number.
-        0 => 0xffff,
+        // In UDP's field zero means that there is none (RFC 768).
+        0 if offset == UDP_FIELD => 0xffff,
         sum => sum,
     };
     if let Some(field) = covered.get_mut(offset..).and_then(|f| f.first_chunk_mut()) {

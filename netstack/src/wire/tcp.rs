@@ -72,19 +72,44 @@ pub fn parse(bytes: &[u8]) -> Result<Segment, DropReason> {
     Ok(Segment { src, dst, seq: Wrapping(u32::from_be_bytes([q0, q1, q2, q3])), flags, payload })
 }
 
+/// Where in `segment` the option of `kind` begins (RFC 9293 §3.1).
+fn option(segment: &[u8], kind: u8) -> Option<usize> {
+    let header = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
+    let all = segment.get(20..header)?;
+    let mut options = all;
+    loop {
+        options = match options {
+            [] | [0, ..] => return None,
+            [1, rest @ ..] => rest,
+            [found, ..] if *found == kind => return Some(20 + all.len() - options.len()),
+            [_, length, ..] if *length >= 2 => options.get(usize::from(*length)..).unwrap_or_default(),
+            _ => return None,
+        };
+    }
+}
+
 /// Whether a SYN or SYN|ACK carries the window scale option (RFC 7323 §2.2).
 #[must_use]
 pub fn offers_scaling(segment: &[u8]) -> bool {
-    let header = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
-    let mut options = segment.get(20..header).unwrap_or_default();
-    loop {
-        options = match options {
-            [] | [0, ..] => return false,
-            [1, rest @ ..] => rest,
-            [3, ..] => return true,
-            [_, length, ..] if *length >= 2 => options.get(usize::from(*length)..).unwrap_or_default(),
-            _ => return false,
-        };
+    option(segment, 3).is_some()
+}
+
+/// The maximum segment size a SYN or SYN|ACK tells (RFC 9293 §3.7.1).
+#[must_use]
+pub fn mss(segment: &[u8]) -> Option<u16> {
+    match segment.get(option(segment, 2)?..)? {
+        [_, 4, high, low, ..] => Some(u16::from_be_bytes([*high, *low])),
+        _ => None,
+    }
+}
+
+/// Makes the maximum segment size of a SYN or SYN|ACK no larger than `most`; the checksum is the caller's.
+pub fn lower_mss(segment: &mut [u8], most: u16) {
+    if segment.get(13).is_some_and(|flags| flags & SYN != 0)
+        && mss(segment).is_some_and(|mss| mss > most)
+        && let Some([_, _, high, low]) = option(segment, 2).and_then(|at| segment.get_mut(at..at + 4))
+    {
+        [*high, *low] = most.to_be_bytes();
     }
 }
 

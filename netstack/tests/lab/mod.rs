@@ -159,6 +159,22 @@ pub struct Lab {
     pub ports: Vec<PortId>,
 }
 
+/// A link that keeps what came with each frame.
+#[derive(Default)]
+pub struct Unfinished(pub Vec<(Vec<u8>, Offload)>);
+
+impl FrameSink for Unfinished {
+    fn has_room(&self) -> bool {
+        true
+    }
+    fn frame<R>(&mut self, len: usize, offload: Offload, fill: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
+        let mut frame = vec![0xa5; len];
+        let result = fill(&mut frame);
+        self.0.push((frame, offload));
+        Some(result)
+    }
+}
+
 /// One segment a guest sends.
 #[derive(Clone)]
 pub struct Segment {
@@ -170,12 +186,24 @@ pub struct Segment {
     pub window: u16,
     /// The window scale option, of a SYN.
     pub scale: Option<u8>,
+    /// The maximum segment size, of a SYN.
+    pub mss: Option<u16>,
     pub payload: Vec<u8>,
 }
 
 pub fn segment(flags: &'static str, from: &str, to: &str, seq: u32, ack: u32) -> Segment {
     let ack = (flags != "S" && flags != "R").then_some(ack);
-    Segment { from: addr(from), to: addr(to), seq, ack, flags, window: 65_535, scale: None, payload: vec![] }
+    Segment {
+        from: addr(from),
+        to: addr(to),
+        seq,
+        ack,
+        flags,
+        window: 65_535,
+        scale: None,
+        mss: None,
+        payload: vec![],
+    }
 }
 
 impl Segment {
@@ -210,6 +238,9 @@ impl Segment {
         }
         if let Some(shift) = self.scale {
             b = b.options(&[TcpOptionElement::WindowScale(shift)]).unwrap();
+        }
+        if let Some(mss) = self.mss {
+            b = b.options(&[TcpOptionElement::MaximumSegmentSize(mss)]).unwrap();
         }
         let mut out = Vec::new();
         b.write(&mut out, &self.payload).unwrap();

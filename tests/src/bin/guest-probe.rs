@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -21,6 +22,7 @@ const USAGE: &str = "usage: guest-probe connect ADDR:PORT
        guest-probe udp-echo PORT
        guest-probe listen tcp|udp|udp-nc ADDR:PORT
        guest-probe unix-echo PATH
+       guest-probe unix-exec PATH PROGRAM [ARGUMENT…]
        guest-probe unix-send PATH
        guest-probe give LEN
        guest-probe vsock-exec PORT PROGRAM [ARGUMENT…]
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         ["udp-echo", port] => udp_echo(port),
         ["listen", kind, address] => listen(kind, address),
         ["unix-echo", path] => unix_echo(path),
+        ["unix-exec", path, program, arguments @ ..] => unix_exec(path, program, arguments),
         ["unix-send", path] => unix_send(path),
         ["give", len] => give(len),
         ["vsock-exec", port, program, arguments @ ..] => vsock_exec(port, program, arguments),
@@ -156,6 +159,17 @@ fn unix_echo(path: &str) -> io::Result<()> {
     for stream in UnixListener::bind(path)?.incoming() {
         let stream = stream?;
         thread::Builder::new().stack_size(64 * 1024).spawn(move || echo(&mut &stream, &mut &stream))?;
+    }
+    Ok(())
+}
+
+/// Runs a program for each client of a unix socket, which is its input and its output.
+fn unix_exec(path: &str, program: &str, arguments: &[&str]) -> io::Result<()> {
+    for stream in UnixListener::bind(path)?.incoming() {
+        let stream: OwnedFd = stream?.into();
+        let (input, output) = (Stdio::from(stream.try_clone()?), Stdio::from(stream));
+        let mut child = Command::new(program).args(arguments).stdin(input).stdout(output).spawn()?;
+        thread::spawn(move || child.wait());
     }
     Ok(())
 }

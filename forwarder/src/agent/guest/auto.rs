@@ -25,7 +25,7 @@ use crate::request::{PublishError, Request};
 /// Listeners of one guest; further ones are not seen.
 pub(crate) const LISTENERS: usize = 4096;
 /// Refused listeners that are known beside as many published ones.
-const REFUSED: usize = 256;
+pub(crate) const REFUSED: usize = 256;
 /// How often a refused port is tried again, and a port that is carried for want of an address looked at.
 const RETRY: Duration = Duration::from_secs(5);
 /// Between two comparisons of what is published with what is wanted, however fast listeners come and go.

@@ -214,6 +214,7 @@ fn tunnel(app: &App, body: &Body) -> Result<(), String> {
     app.ssh.add(forward, remote.shown(), app.requests.clone()).map_err(|error| match error {
         ForwardError::Taken => format!("proxy already running for unix on {}", body.local),
         ForwardError::Limit => format!("limit reached: {} unix sockets over SSH", crate::ssh::FORWARDS),
+        ForwardError::Outside(path) => crate::request::PublishError::Outside(path).to_string(),
         ForwardError::Socket(why) => format!("listen unix {}: bind: {why}", body.local),
     })
 }

@@ -64,6 +64,31 @@ async fn an_alias_without_the_wanted_type_is_a_negative_answer() {
     assert_eq!(dns.stats().cached, 1);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_chain_of_aliases_is_passed_on_whole_and_kept_for_its_shortest_ttl() {
+    let address = || RData::A(A("198.51.100.1".parse().unwrap()));
+    let server = Resolver::start(move |q| {
+        let mut reply = reply_to(&q, ResponseCode::NoError);
+        let alias =
+            |from: &str, to: &str, ttl| Record::from_rdata(name(from), ttl, RData::CNAME(CNAME(name(to))));
+        reply.add_answer(alias("www.example.", "edge.example.", 30));
+        reply.add_answer(alias("edge.example.", "node.cdn.example.", 300));
+        reply.add_answer(Record::from_rdata(name("node.cdn.example."), 600, address()));
+        bytes(&reply)
+    })
+    .await;
+    let dns = dns_with(&[&server]);
+    for ttls in [[30, 300, 600], [10, 280, 580]] {
+        let answer = lookup(&dns, "www.example.", RecordType::A).await;
+        assert_eq!(answer.answers.iter().map(|r| r.ttl).collect::<Vec<_>>(), ttls);
+        assert_eq!(answer.answers[2].data, address());
+        advance(Duration::from_secs(20)).await;
+    }
+    assert_eq!(server.asked(), 1);
+    lookup(&dns, "www.example.", RecordType::A).await;
+    assert_eq!(server.asked(), 2, "the first alias has ended");
+}
+
 #[tokio::test]
 async fn servfail_is_not_kept() {
     let server = Resolver::start(|q| bytes(&reply_to(&q, ResponseCode::ServFail))).await;

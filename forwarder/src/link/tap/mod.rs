@@ -14,6 +14,7 @@ mod setup;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 
 pub use join::{CHILD, child};
@@ -107,7 +108,10 @@ impl Tap {
     ///
     /// # Errors
     /// When the device is gone.
-    pub fn receive(&mut self, mut handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
+    pub fn receive(
+        &mut self,
+        mut handle: impl FnMut(&[u8], Offload) -> ControlFlow<()>,
+    ) -> io::Result<Batch> {
         let mut batch = Batch { more: true, frames: 0, bytes: 0 };
         while batch.frames < FRAMES && batch.bytes < BATCH {
             match self.device.read(&mut self.scratch) {
@@ -116,7 +120,9 @@ impl Tap {
                     batch.frames += 1;
                     batch.bytes += frame.len() as u64;
                     // The header is the kernel's own word.
-                    handle(frame, vnet::parse(*header).unwrap_or_default());
+                    if handle(frame, vnet::parse(*header).unwrap_or_default()).is_break() {
+                        break;
+                    }
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {

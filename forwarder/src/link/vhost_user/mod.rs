@@ -18,6 +18,7 @@ mod to_host;
 
 use std::fmt;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -208,7 +209,7 @@ impl VhostUser {
     ///
     /// # Errors
     /// When the ring is beyond use: the link is down.
-    pub fn receive(&mut self, handle: impl FnMut(&[u8], Offload)) -> io::Result<Batch> {
+    pub fn receive(&mut self, handle: impl FnMut(&[u8], Offload) -> ControlFlow<()>) -> io::Result<Batch> {
         let Device { rings, memory, .. } = &mut self.front.device;
         let ring = &mut rings[TO_HOST];
         if !ring.runs() {

@@ -213,7 +213,7 @@ fn while_frames_are_read_the_guest_need_not_kick() {
         for _ in 0..70 {
             lab.post(1, &piece, false);
         }
-        let batch = lab.link.receive(|_, _| ()).unwrap();
+        let batch = lab.link.receive(|_, _| ControlFlow::Continue(())).unwrap();
         assert_eq!((batch.frames, batch.more), (64, true));
         assert!(!lab.post(1, &piece, false), "a ring in work wants none");
         assert_eq!(lab.received().len(), 71 + 1 - 64);
@@ -389,12 +389,20 @@ fn an_impossible_index_or_head_ends_the_link() {
         let mut lab = Lab::new(ALL);
         lab.lie_about_index(queue, SIZE + 1);
         lab.kick(queue);
-        let ended = if queue == 0 { lab.link.flush().err() } else { lab.link.receive(|_, _| ()).err() };
+        let ended = if queue == 0 {
+            lab.link.flush().err()
+        } else {
+            lab.link.receive(|_, _| ControlFlow::Continue(())).err()
+        };
         assert_eq!(ended.unwrap().to_string(), "the guest offers 257 chains on a ring of 256");
         let mut lab = Lab::new(ALL);
         lab.offer(queue, SIZE);
         lab.kick(queue);
-        let ended = if queue == 0 { lab.link.flush().err() } else { lab.link.receive(|_, _| ()).err() };
+        let ended = if queue == 0 {
+            lab.link.flush().err()
+        } else {
+            lab.link.receive(|_, _| ControlFlow::Continue(())).err()
+        };
         assert_eq!(ended.unwrap().to_string(), "the guest offers descriptor 256 on a ring of 256");
     }
 }
@@ -547,7 +555,7 @@ proptest! {
         }
         lab.kick(queue);
         for _ in 0..20 {
-            if lab.link.receive(|_, _| ()).is_err() || lab.link.flush().is_err() {
+            if lab.link.receive(|_, _| ControlFlow::Continue(())).is_err() || lab.link.flush().is_err() {
                 return Ok(());
             }
             while lab.link.has_room() {
@@ -558,6 +566,6 @@ proptest! {
         }
         lab.lie_about_index(queue, index);
         lab.kick(queue);
-        let _ = (lab.link.receive(|_, _| ()), lab.link.flush());
+        let _ = (lab.link.receive(|_, _| ControlFlow::Continue(())), lab.link.flush());
     }
 }

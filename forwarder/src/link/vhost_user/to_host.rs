@@ -1,6 +1,7 @@
 //! Frames from the guest: its transmit ring, queue 1, by [`FromGuest`]. Each is behind a virtio-net header.
 
 use std::io;
+use std::ops::ControlFlow;
 
 use portway_netstack::Offload;
 
@@ -31,15 +32,15 @@ impl ToHost {
         ring: &mut Ring,
         memory: &Memory,
         header: usize,
-        mut handle: impl FnMut(&[u8], Offload),
+        mut handle: impl FnMut(&[u8], Offload) -> ControlFlow<()>,
     ) -> io::Result<Batch> {
         let mut batch = Batch { more: false, frames: 0, bytes: 0 };
         let moved = self.0.receive(ring, memory, FRAMES, |packet| {
             let (frame, offload) = split(packet, header)?;
             batch.frames += 1;
             batch.bytes += frame.len() as u64;
-            handle(frame, offload);
-            Some(Taken { bytes: frame.len(), goes_on: true })
+            let goes_on = handle(frame, offload).is_continue();
+            Some(Taken { bytes: frame.len(), goes_on })
         });
         batch.more = moved.map_err(io::Error::other)?.more;
         Ok(batch)

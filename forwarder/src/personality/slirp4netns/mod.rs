@@ -220,7 +220,7 @@ fn prepare(args: &Args) -> Result<(Config, Vec<Door>), String> {
         ready_fd: args.ready_fd,
         hosts_file: Some("off".into()),
         log_level: Some(if args.debug { LogLevel::Debug } else { LogLevel::Warn }),
-        ..Settings::default()
+        ..super::confinement()?
     };
     let mut config = Config::try_from(settings).map_err(|e| e.to_string())?;
     config.links = vec![LinkConfig {

@@ -25,14 +25,15 @@ pub(super) struct Args {
     /// Answer each connection to this socket with an archive of what there is to know; repeatable
     #[arg(long, value_name = "ADDRESS")]
     pub(super) diagnostics: Vec<String>,
-    /// Not served: accepted with a warning
+    /// Show the same as a tree of files on this socket, by 9P; repeatable
     #[arg(long, value_name = "ADDRESS")]
-    introspection: Vec<String>,
+    pub(super) introspection: Vec<String>,
     /// Send the frames that pass to each connection to this socket, as a pcap file without end; repeatable
     #[arg(long, value_name = "ADDRESS")]
     pub(super) pcap: Vec<String>,
-    #[arg(long, hide = true)]
-    pcap_snaplen: Option<u32>,
+    /// Bytes of each frame in the capture of all frames that --diagnostics and --introspection show; at most 2048
+    #[arg(long, value_name = "BYTES", default_value_t = 128, value_parser = snaplen)]
+    pub(super) pcap_snaplen: usize,
     /// TCP connections at a time; each VM has as many [default: 65536; 2000 through --vsock-path]
     #[arg(long, value_name = "N", value_parser = most)]
     pub(super) max_connections: Option<usize>,
@@ -125,6 +126,10 @@ fn most(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| (1..=1_000_000).contains(n)).ok_or_else(|| "1 to 1000000 is needed".into())
 }
 
+fn snaplen(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n >= 14).ok_or_else(|| "14 or more is needed".into())
+}
+
 /// Where a socket is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Door {
@@ -160,11 +165,6 @@ impl Args {
     pub(super) fn check(&self) -> Result<Vec<String>, String> {
         let mut warnings = Vec::new();
         let mut say = |given: bool, text: &str| warnings.extend(given.then(|| text.to_owned()));
-        say(!self.introspection.is_empty(), "--introspection is not served: --diagnostics has the same");
-        say(
-            self.pcap_snaplen.is_some(),
-            "--pcap-snaplen has no effect: nothing is captured before somebody asks",
-        );
         say(self.listen_backlog.is_some(), "--listen-backlog has no effect: as many wait as the kernel lets");
         say(
             self.gc_compact_interval.is_some(),

@@ -1,7 +1,11 @@
-//! `--diagnostics`: each connection gets one tar archive of what there is to know, and its end.
+//! `--diagnostics`: each connection gets one tar archive of what there is to know, and its end. `--introspection` has the same as a tree
+//! of files, over 9P.
 //!
-//! Files: `connections` (the counters), `flows`, `endpoints` (the leases), `ports` (the forwards). The archive is POSIX
-//! ustar (IEEE Std 1003.1, pax). Left out: vpnkit's ring captures; nothing is recorded before somebody asks.
+//! ```text
+//!  Source ─┬─ connections (the counters), flows, endpoints (the leases), ports (the forwards)   ─┬─► tar (--diagnostics)
+//!          └─ capture/all.pcap, dns.pcap … (captures)                                           ─┴─► ninep::look (--introspection)
+//! ```
+//! The archive is POSIX ustar (IEEE Std 1003.1, pax). Limit: [`CONNECTIONS`] of each socket at once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,27 +13,91 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, oneshot};
 
+use super::captures::Captures;
 use super::control::{answer_once, lines};
 use super::expose::Exposer;
+use super::ninep::look;
 use crate::request::{Request, Requests};
 
 /// Clients at once; further ones wait to be accepted.
 const CONNECTIONS: usize = 8;
 
-pub(super) async fn serve(listener: UnixListener, requests: Requests, exposer: Arc<Exposer>) {
+/// Files that are no captures.
+const TOLD: [&str; 4] = ["connections", "flows", "endpoints", "ports"];
+/// The directory of those that are.
+const CAPTURE: &str = "capture/";
+
+/// Where the files come from.
+pub(super) struct Source {
+    pub(super) requests: Requests,
+    pub(super) exposer: Arc<Exposer>,
+    pub(super) captures: Arc<Captures>,
+}
+
+impl Source {
+    /// The paths of all files.
+    pub(super) fn names() -> impl Iterator<Item = String> {
+        TOLD.into_iter().map(str::to_owned).chain(Captures::names().map(|name| format!("{CAPTURE}{name}")))
+    }
+
+    /// The file called `name`, as it is now.
+    pub(super) async fn file(&self, name: &str) -> Option<Vec<u8>> {
+        let requests = &self.requests;
+        Some(match name {
+            "connections" => ask(requests, |reply| Request::Stats { reply }, |stats| stats).await,
+            "flows" => {
+                let shown = |flows: crate::request::FlowReports| flows.infos().collect::<Vec<_>>();
+                ask(requests, |reply| Request::Flows { reply }, shown).await
+            }
+            "endpoints" => ask(requests, |reply| Request::Leases { reply }, |leases| leases).await,
+            "ports" => lines(&self.exposer).await.into_bytes(),
+            other => return self.captures.file(other.strip_prefix(CAPTURE)?),
+        })
+    }
+
+    async fn archive(&self) -> Vec<u8> {
+        let mut files = Vec::new();
+        for name in Self::names() {
+            if let Some(content) = self.file(&name).await {
+                files.push((name, content));
+            }
+        }
+        tar(&files)
+    }
+}
+
+/// How a socket shows the files.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Shown {
+    /// As one archive.
+    Archive,
+    /// Over 9P.
+    Tree,
+}
+
+/// Serves one socket; ends with the runtime.
+pub(super) async fn serve(listener: UnixListener, shown: Shown, source: Arc<Source>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (requests, exposer) = (requests.clone(), Arc::clone(&exposer));
+                let source = Arc::clone(&source);
                 tokio::spawn(async move {
-                    answer_once(stream, archive(&requests, &exposer).await).await;
+                    match shown {
+                        Shown::Archive => answer_once(stream, source.archive().await).await,
+                        Shown::Tree => {
+                            let (from, to) = stream.into_split();
+                            if let Err(error) = look::serve(from, to, source).await {
+                                tracing::debug!(%error, "a client of --introspection went away");
+                            }
+                        }
+                    }
                     drop(place);
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "--diagnostics cannot accept, trying again");
+                tracing::warn!(%error, ?shown, "--diagnostics or --introspection cannot accept, trying again");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -54,23 +122,10 @@ async fn ask<T, S: serde::Serialize>(
     text.into_bytes()
 }
 
-async fn archive(requests: &Requests, exposer: &Exposer) -> Vec<u8> {
-    let files = [
-        ("connections", ask(requests, |reply| Request::Stats { reply }, |stats| stats).await),
-        (
-            "flows",
-            ask(requests, |reply| Request::Flows { reply }, |flows| flows.infos().collect::<Vec<_>>()).await,
-        ),
-        ("endpoints", ask(requests, |reply| Request::Leases { reply }, |leases| leases).await),
-        ("ports", lines(exposer).await.into_bytes()),
-    ];
-    tar(&files)
-}
-
 /// Bytes of a block: a header, and what contents are filled up to.
 const BLOCK: usize = 512;
 
-fn tar(files: &[(&str, Vec<u8>)]) -> Vec<u8> {
+fn tar(files: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut out = Vec::new();
     for (name, content) in files {
         out.extend(header(name, content.len()));
@@ -117,7 +172,11 @@ mod tests {
         let path = dir.path().join("a.tar");
         std::fs::write(
             &path,
-            tar(&[("flows", b"[]\n".to_vec()), ("ports", vec![b'x'; 1000]), ("none", vec![])]),
+            tar(&[
+                ("flows".into(), b"[]\n".to_vec()),
+                ("ports".into(), vec![b'x'; 1000]),
+                ("none".into(), vec![]),
+            ]),
         )
         .unwrap();
         let out = std::process::Command::new("tar").arg("-tvf").arg(&path).output().unwrap();

@@ -5,12 +5,13 @@
 //!  --port ─► control ─┬─ ninep (vpnkit's own way)  ─┐
 //!                     └─ HTTP (linuxkit's way)     ─┴─► expose ─► published ports, or plane ─► forwarder in the guest
 //!  --tcpv4-forwards, --udpv4-forwards, --gateway-forwards ─► ports of the gateway that lead to the host
-//!  --diagnostics ─► one tar archive per connection
+//!  --diagnostics ─► one tar archive per connection;  --introspection ─► the same over 9P
 //! ```
 //! docs/guide/vpnkit.md has every option, and what of it differs. Source: vpnkit's help text and documents, and what its
 //! callers exchange with it.
 
 mod args;
+mod captures;
 mod control;
 mod diagnostics;
 mod expose;
@@ -33,6 +34,8 @@ use std::sync::Arc;
 use portway_netstack::{Duration, Services, Subnet};
 
 use self::args::{Args, Door as Socket};
+use self::captures::Captures;
+use self::diagnostics::{Shown, Source};
 use self::expose::Exposer;
 pub use self::http::{Proxied, Settings as HttpSettings};
 pub use self::outgoing::{Outgoing, Taker};
@@ -139,7 +142,7 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
         } else {
             LogLevel::Warn
         }),
-        ..Settings::default()
+        ..super::confinement()?
     };
     let mut config = Config::try_from(settings).map_err(|e| e.to_string())?;
     (config.subnet, config.gateway) = (plan.subnet, plan.gateway);
@@ -202,6 +205,8 @@ fn doors(
     let plane = plane.map(|p| data_socket(p).map(|path| Plane::new(path, channels))).transpose()?;
     let ports = listen_all("--port", &args.port, &mut sockets)?;
     let diagnostics = listen_all("--diagnostics", &args.diagnostics, &mut sockets)?;
+    let introspection = listen_all("--introspection", &args.introspection, &mut sockets)?;
+    let captures = Arc::new(Captures::new(args.pcap_snaplen));
     let pcaps = listen_all("--pcap", &args.pcap, &mut sockets)?;
     let (subnet, allowed) = (plan.subnet, args.allowed_bind_addresses.clone());
     doors.push(Box::new(move |context| {
@@ -215,8 +220,14 @@ fn doors(
         for listener in ports.into_iter().filter_map(watch) {
             tokio::spawn(control::serve(listener, Arc::clone(&exposer)));
         }
-        for listener in diagnostics.into_iter().filter_map(watch) {
-            tokio::spawn(diagnostics::serve(listener, context.requests.clone(), Arc::clone(&exposer)));
+        if !diagnostics.is_empty() || !introspection.is_empty() {
+            tokio::spawn(Arc::clone(&captures).keep(context.requests.clone()));
+        }
+        let source = Arc::new(Source { requests: context.requests.clone(), exposer, captures });
+        for (listeners, shown) in [(diagnostics, Shown::Archive), (introspection, Shown::Tree)] {
+            for listener in listeners.into_iter().filter_map(watch) {
+                tokio::spawn(diagnostics::serve(listener, shown, Arc::clone(&source)));
+            }
         }
         for listener in pcaps.into_iter().filter_map(watch) {
             tokio::spawn(pcap::serve(listener, context.requests.clone()));

@@ -129,9 +129,21 @@ impl Frame {
     }
 }
 
+/// What a stream that carries one connection begins with, as the forwarder of 2017 takes it; `None` for what it does not know.
+#[must_use]
+pub fn destination(proto: Proto, end: &End) -> Option<Vec<u8>> {
+    let mut out = Vec::new();
+    put_destination(&mut out, proto, end);
+    (proto != Proto::Unix).then_some(out)
+}
+
 fn put_open(out: &mut Vec<u8>, proto: Proto, end: &End) {
     // 2: in this connection, with the others.
     out.push(2);
+    put_destination(out, proto, end);
+}
+
+fn put_destination(out: &mut Vec<u8>, proto: Proto, end: &End) {
     out.push(match proto {
         Proto::Tcp => 1,
         Proto::Udp => 2,

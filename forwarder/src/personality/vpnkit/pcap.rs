@@ -68,7 +68,8 @@ async fn send(mut stream: UnixStream, mut reader: Reader) -> std::io::Result<()>
     }
 }
 
-fn head() -> Vec<u8> {
+/// What a file begins with.
+pub(super) fn head() -> Vec<u8> {
     let mut head = MAGIC.to_le_bytes().to_vec();
     // Version 2.4, and two fields that are always 0.
     head.extend([2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
@@ -77,7 +78,8 @@ fn head() -> Vec<u8> {
     head
 }
 
-fn record(frame: &Frame, out: &mut Vec<u8>) {
+/// A frame, as it stands in a file.
+pub(super) fn record(frame: &Frame, out: &mut Vec<u8>) {
     let at = frame.at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let word = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
     // Seconds since 1970 do not fit for ever; nor does the format.

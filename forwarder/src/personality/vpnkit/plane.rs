@@ -3,10 +3,13 @@
 //! ```text
 //!  client ─► Listening ─► channel ─► Mux ─► `connect` socket of hyperkit: "00000003.0000f3a5\n" ─► vpnkit-forwarder in the guest
 //! ```
-//! Forwarders of two generations are met: those that greet (current ones) and those that do not; one that says nothing
-//! for [`GREETS_WITHIN`] is of the second kind. The stream is made at the first connection, and anew after it broke.
+//! Forwarders of three generations are met: those that greet (current ones), those that do not, and that of 2017, which takes a
+//! stream for each connection ([`single`]). One that says nothing for [`GREETS_WITHIN`] does not greet; one that then hangs up on the
+//! first channel is of 2017. The stream is made at the first connection, and anew after it broke.
 //! Limits: [`CHANNELS`] connections at a time, beyond which clients wait in the listener's queue; each side of a channel
 //! holds at most a window of bytes; a forwarder that sends more than its window ends the stream.
+
+mod single;
 
 use std::collections::HashMap;
 use std::io;
@@ -21,6 +24,7 @@ use tokio::net::{TcpListener, UdpSocket, UnixListener, UnixStream};
 use tokio::sync::{Mutex, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use self::single::Single;
 use super::forward::{End, Forward, Proto};
 use super::mux::{Command, DATAGRAM, Frame, GREETING, WINDOW, datagram, parse_datagram};
 
@@ -40,8 +44,42 @@ const CHUNK: usize = 32 * 1024;
 /// The way into the guest.
 pub(super) struct Plane {
     path: PathBuf,
-    mux: Mutex<Option<Arc<Mux>>>,
+    known: Mutex<Known>,
     places: Arc<Semaphore>,
+}
+
+/// What is known of the forwarder in the guest.
+#[derive(Default)]
+enum Known {
+    /// Nothing, or nothing any more.
+    #[default]
+    Nothing,
+    /// It takes all connections in this stream.
+    Channels(Arc<Mux>),
+    /// It takes a stream for each.
+    Singles,
+}
+
+/// One connection into the guest.
+enum Way {
+    Channel(Channel),
+    Single(Single),
+}
+
+impl Way {
+    async fn carry(self, stream: impl AsyncRead + AsyncWrite) {
+        match self {
+            Self::Channel(channel) => channel.carry(stream).await,
+            Self::Single(single) => single.carry(stream).await,
+        }
+    }
+
+    async fn carry_datagrams(self, socket: &UdpSocket, buffer: &mut [u8], first: usize, peer: SocketAddr) {
+        match self {
+            Self::Channel(channel) => channel.carry_datagrams(socket, buffer, first, peer).await,
+            Self::Single(single) => single.carry_datagrams(socket, buffer, first, peer).await,
+        }
+    }
 }
 
 /// Where clients of a forward come in.
@@ -84,7 +122,7 @@ impl Drop for Listening {
 
 impl Plane {
     pub(super) fn new(path: PathBuf, channels: usize) -> Arc<Self> {
-        Arc::new(Self { path, mux: Mutex::default(), places: Arc::new(Semaphore::new(channels)) })
+        Arc::new(Self { path, known: Mutex::default(), places: Arc::new(Semaphore::new(channels)) })
     }
 
     /// Listens for `forward`; the second answer has the real port.
@@ -121,7 +159,7 @@ impl Plane {
                     let (plane, to) = (Arc::clone(&self), to.clone());
                     tokio::spawn(async move {
                         match plane.open(proto, to).await {
-                            Ok(channel) => channel.carry(stream).await,
+                            Ok(way) => way.carry(stream).await,
                             // The client sees its connection end.
                             Err(error) => {
                                 tracing::warn!(%error, "the forwarder in the guest cannot be reached")
@@ -148,26 +186,51 @@ impl Plane {
                 Err(_) => continue,
             };
             match self.open(Proto::Udp, to.clone()).await {
-                Ok(channel) => channel.carry_datagrams(&socket, &mut buffer, n, peer).await,
+                Ok(way) => way.carry_datagrams(&socket, &mut buffer, n, peer).await,
                 Err(error) => tracing::warn!(%error, "the forwarder in the guest cannot be reached"),
             }
         }
     }
 
-    async fn open(&self, proto: Proto, to: End) -> io::Result<Channel> {
-        let mut known = self.mux.lock().await;
-        let mux = match &*known {
-            Some(mux) if !mux.broken.load(Ordering::Acquire) => Arc::clone(mux),
-            _ => {
-                let mut stream = UnixStream::connect(&self.path).await?;
-                stream.write_all(FORWARDER).await?;
-                let mux = Mux::begin(stream).await?;
-                *known = Some(Arc::clone(&mux));
-                mux
+    /// A connection to `to`, by what the forwarder in the guest understands.
+    async fn open(self: &Arc<Self>, proto: Proto, to: End) -> io::Result<Way> {
+        let mut known = self.known.lock().await;
+        match &*known {
+            Known::Channels(mux) if !mux.broken.load(Ordering::Acquire) => {
+                let mux = Arc::clone(mux);
+                drop(known);
+                return mux.open(proto, to).await.map(Way::Channel);
             }
-        };
+            Known::Singles => {}
+            Known::Channels(_) | Known::Nothing => {
+                *known = Known::Nothing;
+                let mux = Mux::begin(self.connect().await?).await?;
+                let opened = mux.open(proto, to.clone()).await;
+                if mux.answers().await {
+                    *known = Known::Channels(mux);
+                    return opened.map(Way::Channel);
+                }
+                tracing::info!("the forwarder in the guest takes a stream for each connection");
+                *known = Known::Singles;
+            }
+        }
         drop(known);
-        mux.open(proto, to).await
+        Single::begin(self.connect().await?, proto, &to, Arc::clone(self)).await.map(Way::Single)
+    }
+
+    /// A stream to the forwarder.
+    async fn connect(&self) -> io::Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.path).await?;
+        stream.write_all(FORWARDER).await?;
+        Ok(stream)
+    }
+
+    /// The forwarder may be another by now: the next connection finds out.
+    async fn forget(&self) {
+        let mut known = self.known.lock().await;
+        if matches!(*known, Known::Singles) {
+            *known = Known::Nothing;
+        }
     }
 }
 
@@ -196,12 +259,14 @@ struct Mux {
     slots: StdMutex<HashMap<u32, Slot>>,
     next: AtomicU32,
     broken: AtomicBool,
+    /// Whether the other side has said anything; false when it ended before it did.
+    spoke: watch::Sender<Option<bool>>,
 }
 
 impl Mux {
     async fn begin(mut stream: UnixStream) -> io::Result<Arc<Self>> {
         let mut first = vec![0; GREETING.len()];
-        let mut have = 0;
+        let (mut have, mut greeted) = (0, false);
         match tokio::time::timeout(GREETS_WITHIN, stream.read(&mut first)).await {
             Err(_) => {}
             Ok(Ok(0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -216,6 +281,7 @@ impl Mux {
                 let mut more = vec![0; usize::from(u16::from_le_bytes([a, b]))];
                 tokio::time::timeout(GREETS_WITHIN, stream.read_exact(&mut more)).await??;
                 stream.write_all(GREETING).await?;
+                greeted = true;
             }
             // One that does not greet has begun already.
             Ok(Ok(n)) => have = n,
@@ -227,6 +293,7 @@ impl Mux {
             slots: StdMutex::default(),
             next: AtomicU32::new(0x7fff_ffff),
             broken: AtomicBool::new(false),
+            spoke: watch::Sender::new((greeted || have > 0).then_some(true)),
         });
         let (reading, writing) = stream.into_split();
         let reader = Arc::clone(&mux);
@@ -252,7 +319,21 @@ impl Mux {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the other side takes channels: whether it answers the first with anything but its own end. One that is silent for
+    /// long has not hung up.
+    async fn answers(&self) -> bool {
+        let mut spoke = self.spoke.subscribe();
+        let heard = tokio::time::timeout(GREETS_WITHIN, spoke.wait_for(Option::is_some)).await;
+        heard.map_or(true, |heard| heard.is_ok_and(|heard| *heard == Some(true)))
+    }
+
+    /// What is known of [`Self::answers`] stays as it was first.
+    fn hear(&self, heard: bool) {
+        self.spoke.send_if_modified(|spoke| spoke.is_none() && spoke.replace(heard).is_none());
+    }
+
     fn end(&self) {
+        self.hear(false);
         self.broken.store(true, Ordering::Release);
         self.slots().clear();
     }
@@ -277,6 +358,7 @@ impl Mux {
             if from.read_buf(&mut bytes).await? == 0 {
                 return Ok(());
             }
+            self.hear(true);
         }
     }
 

@@ -90,6 +90,8 @@ fn what_is_wrong_is_said_before_anything_starts() {
         ("--ethernet /tmp/x --server-macaddr 01:00:00:00:00:01", "group address"),
         ("--ethernet /tmp/x --max-connections 0", "1 to 1000000"),
         ("--ethernet /tmp/x --mtu 100", "576"),
+        ("--ethernet /tmp/x --pcap-snaplen 13", "14 or more"),
+        ("--ethernet /tmp/x --introspection hyperkit://62373/./vms/0", "hyperkit sockets are not served"),
         ("--ethernet /tmp/x --forwards /nonexistent", "--forwards /nonexistent"),
         ("--ethernet /tmp/x --http /nonexistent", "/nonexistent"),
         ("--ethernet /tmp/x --http-api-path http://x", "--http-api-path"),

@@ -26,6 +26,7 @@ mod arrivals;
 mod credit;
 mod packet;
 mod rings;
+mod stream;
 pub(crate) mod streams;
 #[cfg(test)]
 mod tests;

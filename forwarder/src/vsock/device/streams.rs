@@ -22,20 +22,19 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recv};
 
+use super::Dial;
 use super::arrivals::Arrivals;
-use super::credit::{ToGuest as CreditToGuest, ToHost as CreditToHost};
 use super::packet::{Header, Op, PAYLOAD, STREAM, ends};
 use super::rings::ToGuest;
-use super::{Dial, Reply};
+use super::stream::{Guest, Key, Say, Stream, header};
 use crate::vhost_user::BadRing;
 use crate::vsock::{CONNECT_TIMEOUT, HOST_CID};
 
@@ -48,165 +47,15 @@ pub(super) const MOST: u32 = 256 * 1024;
 /// Bytes beyond `FIRST` of all streams.
 pub(crate) const SPARE: u32 = 16 * 1024 * 1024;
 /// Resets that wait for buffers of the guest's.
-pub(super) const RESETS: usize = 256;
+pub(crate) const RESETS: usize = 256;
 /// The first port that streams of ours come from: beyond those that services have.
 const FIRST_PORT: u32 = 1 << 30;
 /// What a packet without bytes counts for.
 const SMALL: usize = 1024;
 /// Bytes after which one call of [`Streams::speak`] ends.
 const BATCH: usize = 512 * 1024;
-
-/// The ports of a stream; both CIDs are always the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
-    guest: u32,
-    host: u32,
-}
-
-/// What the guest makes of a stream.
-#[derive(Debug)]
-enum Guest {
-    /// It has been asked and has not answered.
-    Asked(Reply),
-    Open,
-    /// It has forgotten it; what it sent before is still on its way to the host.
-    Gone,
-}
-
-/// What is to be said to the guest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Say {
-    request: bool,
-    response: bool,
-    credit: bool,
-    credit_request: bool,
-}
-
-#[derive(Debug)]
-struct Stream {
-    key: Key,
-    guest: Guest,
-    /// The host's side; `None` when it is closed.
-    socket: Option<UnixStream>,
-    say: Say,
-
-    to_guest: CreditToGuest,
-    /// The socket may have bytes.
-    readable: bool,
-    /// Nobody is at the socket's other end any more.
-    hung_up: bool,
-    /// The guest was asked for credit and has given none since.
-    begged: bool,
-
-    to_host: CreditToHost,
-    /// What the host has not taken yet.
-    kept: VecDeque<u8>,
-
-    /// Directions that the host has ended, as the guest is to be told, and what it was told.
-    host_ends: u32,
-    told_ends: u32,
-    /// Directions that the guest has ended, and what of it the socket knows.
-    guest_ends: u32,
-    shut: u32,
-}
-
-impl Stream {
-    fn new(key: Key, socket: UnixStream, guest: Guest, say: Say) -> Self {
-        Self {
-            key,
-            guest,
-            socket: Some(socket),
-            say,
-            to_guest: CreditToGuest::default(),
-            readable: true,
-            hung_up: false,
-            begged: false,
-            to_host: CreditToHost::new(FIRST),
-            kept: VecDeque::new(),
-            host_ends: 0,
-            told_ends: 0,
-            guest_ends: 0,
-            shut: 0,
-        }
-    }
-
-    /// Whether bytes of the socket's may go to the guest.
-    fn may_read(&self) -> bool {
-        matches!(self.guest, Guest::Open)
-            && self.socket.is_some()
-            && self.readable
-            && (self.host_ends & ends::SEND) | (self.guest_ends & ends::RECEIVE) == 0
-    }
-
-    /// Whether there is something to say.
-    fn has_say(&self) -> bool {
-        self.say != Say::default()
-            || (matches!(self.guest, Guest::Open) && self.host_ends != self.told_ends)
-            || (self.may_read() && (self.to_guest.free() > 0 || !self.begged))
-    }
-
-    /// Says the next thing but bytes: the header's fields, and no payload.
-    fn next_say(&mut self) -> Option<(Op, u32)> {
-        let Say { request, response, credit, credit_request } = &mut self.say;
-        for (due, op) in [
-            (request, Op::Request),
-            (response, Op::Response),
-            (credit_request, Op::CreditRequest),
-            (credit, Op::CreditUpdate),
-        ] {
-            if std::mem::take(due) {
-                return Some((op, 0));
-            }
-        }
-        // Ends come after the bytes, as far as the guest takes these.
-        let ends = self.host_ends != self.told_ends && matches!(self.guest, Guest::Open);
-        if ends && !(self.may_read() && self.to_guest.free() > 0) {
-            self.told_ends = self.host_ends;
-            return Some((Op::Shutdown, self.host_ends));
-        }
-        None
-    }
-
-    fn header(&mut self, cid: u32, op: Op, flags: u32) -> Header {
-        // Every packet tells the credit.
-        self.say.credit = false;
-        let (buf_alloc, fwd_cnt) = self.to_host.tell();
-        Header { flags, buf_alloc, fwd_cnt, ..header(cid, self.key, STREAM, op) }
-    }
-
-    /// Gives bytes to the socket; says how many it took. Errors are told as the end of this direction.
-    fn push(&mut self, bytes: &[u8]) -> usize {
-        let Some(socket) = &self.socket else { return 0 };
-        let mut done = 0;
-        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-            match send(socket.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
-                Ok(n) => done += n,
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN | Errno::ENOBUFS) => break,
-                Err(_) => {
-                    self.host_ends |= ends::RECEIVE;
-                    break;
-                }
-            }
-        }
-        done
-    }
-}
-
-fn header(cid: u32, key: Key, kind: u16, op: Op) -> Header {
-    Header {
-        src_cid: HOST_CID.into(),
-        dst_cid: cid.into(),
-        src_port: key.host,
-        dst_port: key.guest,
-        len: 0,
-        kind,
-        op: Some(op),
-        flags: 0,
-        buf_alloc: 0,
-        fwd_cnt: 0,
-    }
-}
+/// Buffers of streams whose hosts are not slow any more that are kept for the next slow one, so that none is made per chunk.
+const BUFFERS: usize = 16;
 
 /// What came of one stream's turn to speak.
 enum Spoke {
@@ -252,6 +101,8 @@ pub(super) struct Streams {
     /// Streams that wait for the guest's confirmation; as `asked`, some may be gone.
     lingering: VecDeque<(usize, Key)>,
     spare: u32,
+    /// Buffers nobody uses, [`BUFFERS`] at most.
+    buffers: Vec<VecDeque<u8>>,
     next_port: u32,
     scratch: Box<[u8]>,
     pub(super) counters: Counters,
@@ -275,6 +126,7 @@ impl Streams {
             asked: VecDeque::new(),
             lingering: VecDeque::new(),
             spare: SPARE,
+            buffers: Vec::with_capacity(BUFFERS),
             next_port: FIRST_PORT,
             scratch: vec![0; PAYLOAD].into(),
             counters: Counters::default(),
@@ -294,6 +146,12 @@ impl Streams {
     #[cfg(test)]
     pub(super) fn kept(&self) -> usize {
         self.slots.iter().flatten().map(|s| s.kept.len()).sum()
+    }
+
+    /// Buffers that wait to be used again.
+    #[cfg(test)]
+    pub(super) fn spare_buffers(&self) -> usize {
+        self.buffers.len()
     }
 
     /// Streams that wait to speak.
@@ -508,17 +366,24 @@ impl Streams {
             return self.flush(slot);
         }
         if let Some(rest) = payload.get(taken..).filter(|rest| !rest.is_empty()) {
-            let first = stream.kept.is_empty();
-            if first {
-                stream.kept.reserve_exact(stream.to_host.alloc() as usize);
-            }
-            stream.kept.extend(rest);
-            if first {
-                // It may take more already: then the event comes at once.
-                self.watch(slot, Interest::READABLE | Interest::WRITABLE);
+            if stream.kept.is_empty() {
+                self.keep_first(slot, rest);
+            } else {
+                stream.kept.extend(rest);
             }
         }
         self.forwarded(slot, taken);
+    }
+
+    /// Keeps bytes for a host that has become slow.
+    fn keep_first(&mut self, slot: usize, bytes: &[u8]) {
+        let mut kept = self.buffers.pop().unwrap_or_default();
+        let Some(stream) = self.stream(slot) else { return };
+        kept.reserve_exact(stream.to_host.alloc() as usize);
+        kept.extend(bytes);
+        stream.kept = kept;
+        // It may take more already: then the event comes at once.
+        self.watch(slot, Interest::READABLE | Interest::WRITABLE);
     }
 
     /// Gives the socket what is kept for it, and settles what hung on that.
@@ -541,7 +406,10 @@ impl Streams {
             stream.kept.clear();
         }
         if waited && stream.kept.is_empty() {
-            stream.kept = VecDeque::new();
+            let buffer = std::mem::take(&mut stream.kept);
+            if self.buffers.len() < BUFFERS {
+                self.buffers.push(buffer);
+            }
             self.watch(slot, Interest::READABLE);
         }
         self.forwarded(slot, taken);

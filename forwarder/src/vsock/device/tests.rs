@@ -14,7 +14,7 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 use self::lab::{ALL, BUFFERS, CID, CREDIT, GUEST, Lab, REGION, SIZE, packet, read_all, talk, write_some};
 use super::packet::{Header, LEN, Op, PAYLOAD, ends};
 use super::rings::{EVENTS, RINGS, TO_GUEST, TO_HOST};
-use super::streams::{FIRST, MOST, RESETS};
+use super::streams::{FIRST, MOST, RESETS, SPARE};
 use super::*;
 use crate::vhost_user::feature;
 
@@ -380,6 +380,28 @@ fn a_slow_host_stops_its_own_stream_and_a_quick_one_gets_more_at_once() {
         (got.len() == sent.len() && told + MOST as usize / 2 > sent.len()).then_some(())
     });
     assert!(got == sent);
+    // The next slow one has the buffer that is free now.
+    assert_eq!((lab.worker.streams.kept(), lab.worker.streams.spare_buffers()), (0, 1));
+    lab.sees();
+    let mut next = lab.opened(5002, 80);
+    fill(&mut lab, &mut next, 5002, &bytes);
+    assert_eq!(lab.worker.streams.spare_buffers(), 0);
+}
+
+#[test]
+fn what_is_kept_for_slow_hosts_is_bounded_for_all_of_them_together() {
+    let mut lab = Lab::new();
+    let bytes = pattern(FIRST as usize);
+    let mut slow = Vec::new();
+    let most = |streams: usize| SPARE as usize + streams * FIRST as usize;
+    for src in 5000..5000 + 2 * SPARE / MOST {
+        let mut host = lab.opened(src, 80);
+        fill(&mut lab, &mut host, src, &bytes);
+        slow.push(host);
+        assert!(lab.worker.streams.kept() <= most(slow.len()));
+    }
+    let kept = lab.worker.streams.kept();
+    assert!(kept > SPARE as usize / 2, "{kept}: the limit was not near");
 }
 
 #[test]
@@ -683,6 +705,61 @@ async fn the_handle_and_the_thread_do_the_same() {
     let mut answer = [0; 20];
     vmm.read_exact(&mut answer).unwrap();
     assert_eq!(answer[12..], ALL.to_le_bytes());
+}
+
+/// One stream's bytes in each direction, with a guest that does nothing but write and read its rings, on the device's own thread.
+#[test]
+#[ignore = "a measurement: cargo test -p portway --lib -- --ignored --nocapture gigabits"]
+fn gigabits_of_one_stream() {
+    const TIME: Duration = Duration::from_secs(3);
+    let mut lab = Lab::new();
+    let mut host = lab.opened(5000, 80);
+    host.set_nonblocking(false).unwrap();
+    let mut reader = host.try_clone().unwrap();
+    let taken = std::thread::spawn(move || {
+        let (mut total, mut buffer) = (0, vec![0; 256 * 1024]);
+        while let Ok(n @ 1..) = reader.read(&mut buffer) {
+            total += n;
+        }
+        total
+    });
+    let bytes = pattern(PAYLOAD);
+    let (mut sent, mut alloc, mut forwarded) = (0u32, FIRST, 0u32);
+    let began = Instant::now();
+    while began.elapsed() < TIME {
+        let n = (alloc - sent.wrapping_sub(forwarded)) as usize;
+        let n = n.min(PAYLOAD);
+        if n > 0 {
+            lab.offers(packet(5000, 80, Op::Data), &bytes[..n]);
+            sent = sent.wrapping_add(u32::try_from(n).unwrap());
+        }
+        for (header, _) in lab.sees() {
+            (alloc, forwarded) = (header.buf_alloc, header.fwd_cnt);
+        }
+    }
+    lab.sends(Header { flags: ends::SEND, ..packet(5000, 80, Op::Shutdown) }, &[]);
+    let (to_host, time) = (taken.join().unwrap(), began.elapsed());
+    eprintln!("to the host: {:.1} Gbit/s", to_host as f64 * 8e-9 / time.as_secs_f64());
+
+    std::thread::spawn(move || {
+        let bytes = pattern(256 * 1024);
+        while host.write_all(&bytes).is_ok() {}
+    });
+    let (mut got, mut told) = (0u32, 0u32);
+    let mut total = 0;
+    let began = Instant::now();
+    while began.elapsed() < TIME {
+        for (_, payload) in lab.sees() {
+            got = got.wrapping_add(u32::try_from(payload.len()).unwrap());
+            total += payload.len();
+        }
+        if got.wrapping_sub(told) > CREDIT / 2 {
+            told = got;
+            lab.offers(Header { fwd_cnt: got, ..packet(5000, 80, Op::CreditUpdate) }, &[]);
+        }
+    }
+    eprintln!("to the guest: {:.1} Gbit/s", total as f64 * 8e-9 / began.elapsed().as_secs_f64());
+    assert!(to_host > 0 && total > 0);
 }
 
 proptest! {

@@ -109,7 +109,12 @@ impl Lab {
     pub(super) fn received(&mut self) -> Vec<(Vec<u8>, Offload)> {
         let mut frames = Vec::new();
         while self.link.wants_receive() {
-            self.link.receive(|frame, offload| frames.push((frame.to_vec(), offload))).unwrap();
+            self.link
+                .receive(|frame, offload| {
+                    frames.push((frame.to_vec(), offload));
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
         }
         self.link.flush().unwrap();
         frames

@@ -8,6 +8,7 @@
 //! removing it ends the forward. Names of one connection are its own and die with it.
 //! Limits: [`MESSAGE`], [`FIDS`] and [`ENTRIES`] per connection; beyond them the request is an error.
 
+pub(super) mod look;
 pub mod wire;
 
 use std::collections::HashMap;
@@ -85,6 +86,53 @@ struct Session {
     number: u64,
 }
 
+/// A tree that a connection shows: what each request is answered with.
+trait Tree {
+    /// The bytes that a message may have.
+    fn largest(&self) -> u32;
+
+    /// Does what is asked.
+    ///
+    /// # Errors
+    /// What the client is told instead of an answer.
+    fn done(&mut self, request: Request<'_>) -> impl Future<Output = Result<Answer, &'static str>> + Send;
+}
+
+/// Answers requests until the client's end.
+///
+/// # Errors
+/// When the connection breaks, or what comes over it cannot be a message.
+async fn converse(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+    tree: &mut impl Tree,
+) -> io::Result<()> {
+    let mut message = Vec::new();
+    loop {
+        let mut size = [0; 4];
+        match from.read_exact(&mut size).await {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            other => other?,
+        };
+        let size = u32::from_le_bytes(size);
+        let body = usize::try_from(size).unwrap_or(usize::MAX).saturating_sub(4);
+        if size > tree.largest() || body < HEADER - 4 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a message of a wrong size"));
+        }
+        message.resize(body, 0);
+        from.read_exact(&mut message).await?;
+        let answer = match wire::parse(&message) {
+            Ok((tag, request)) => {
+                let done = tree.done(request).await;
+                done.unwrap_or_else(|fault| Answer::Error(fault.to_owned())).bytes(tag)
+            }
+            Err((Some(tag), fault)) => Answer::Error(fault.to_string()).bytes(tag),
+            Err((None, fault)) => return Err(io::Error::new(io::ErrorKind::InvalidData, fault)),
+        };
+        to.write_all(&answer).await?;
+    }
+}
+
 /// Serves one client until its end; its forwards end with it.
 pub(super) async fn serve(
     mut from: impl AsyncRead + Unpin,
@@ -92,54 +140,14 @@ pub(super) async fn serve(
     exposer: Arc<Exposer>,
 ) -> io::Result<()> {
     let mut session = Session::new(exposer);
-    let done = session.run(&mut from, &mut to).await;
+    let done = converse(&mut from, &mut to, &mut session).await;
     session.end().await;
     done
 }
 
-impl Session {
-    fn new(exposer: Arc<Exposer>) -> Self {
-        static SESSIONS: AtomicU64 = AtomicU64::new(0);
-        let number = SESSIONS.fetch_add(1, Ordering::Relaxed);
-        Self { exposer, fids: HashMap::new(), entries: Vec::new(), largest: MESSAGE, number }
-    }
-
-    async fn run(
-        &mut self,
-        from: &mut (impl AsyncRead + Unpin),
-        to: &mut (impl AsyncWrite + Unpin),
-    ) -> io::Result<()> {
-        let mut message = Vec::new();
-        loop {
-            let mut size = [0; 4];
-            match from.read_exact(&mut size).await {
-                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-                other => other?,
-            };
-            let size = u32::from_le_bytes(size);
-            let body = usize::try_from(size).unwrap_or(usize::MAX).saturating_sub(4);
-            if size > self.largest || body < HEADER - 4 {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a message of a wrong size"));
-            }
-            message.resize(body, 0);
-            from.read_exact(&mut message).await?;
-            let answer = match wire::parse(&message) {
-                Ok((tag, request)) => self.answer(request).await.bytes(tag),
-                Err((Some(tag), fault)) => Answer::Error(fault.to_string()).bytes(tag),
-                Err((None, fault)) => return Err(io::Error::new(io::ErrorKind::InvalidData, fault)),
-            };
-            to.write_all(&answer).await?;
-        }
-    }
-
-    async fn end(&mut self) {
-        for n in 0..self.entries.len() {
-            self.release(n).await;
-        }
-    }
-
-    async fn answer(&mut self, request: Request<'_>) -> Answer {
-        self.done(request).await.unwrap_or_else(|fault| Answer::Error(fault.to_owned()))
+impl Tree for Session {
+    fn largest(&self) -> u32 {
+        self.largest
     }
 
     async fn done(&mut self, request: Request<'_>) -> Result<Answer, &'static str> {
@@ -200,6 +208,20 @@ impl Session {
             Request::Wstat(_) => return Err("Permission denied"),
             Request::Unknown(_) => return Err("not a message of 9P2000"),
         })
+    }
+}
+
+impl Session {
+    fn new(exposer: Arc<Exposer>) -> Self {
+        static SESSIONS: AtomicU64 = AtomicU64::new(0);
+        let number = SESSIONS.fetch_add(1, Ordering::Relaxed);
+        Self { exposer, fids: HashMap::new(), entries: Vec::new(), largest: MESSAGE, number }
+    }
+
+    async fn end(&mut self) {
+        for n in 0..self.entries.len() {
+            self.release(n).await;
+        }
     }
 
     fn unit(&self) -> u32 {

@@ -191,6 +191,7 @@ async fn what_a_guest_sends_without_being_asked_is_not_collected() {
         slots: StdMutex::default(),
         next: AtomicU32::new(9),
         broken: AtomicBool::new(false),
+        spoke: watch::Sender::new(None),
     });
     let mut channel = mux.open(Proto::Tcp, End::Port([10, 0, 0, 1].into(), 80)).await.unwrap();
     assert_eq!((frames.len(), channel.id), (2, 9));
@@ -209,4 +210,88 @@ async fn what_a_guest_sends_without_being_asked_is_not_collected() {
     assert_eq!(tell(9, Command::Close).unwrap(), Some(Command::Close));
     assert_eq!(mux.slots().len(), 0);
     assert!(channel.incoming.recv().await.is_none());
+}
+
+/// A forwarder of 2017: `connections` streams, each echoed to its end; what is no header of its own ends.
+async fn of_2017(listener: &UnixListener, connections: usize, seen: mpsc::UnboundedSender<Vec<u8>>) {
+    for _ in 0..connections {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut line = vec![0; FORWARDER.len()];
+        stream.read_exact(&mut line).await.unwrap();
+        assert_eq!(line, FORWARDER);
+        let seen = seen.clone();
+        tokio::spawn(async move {
+            let mut header = vec![0; 9];
+            stream.read_exact(&mut header).await.unwrap();
+            let known = matches!(header[0], 1 | 2);
+            seen.send(header).unwrap();
+            if known {
+                let (mut reading, mut writing) = stream.split();
+                tokio::io::copy(&mut reading, &mut writing).await.unwrap();
+            }
+        });
+    }
+}
+
+#[tokio::test]
+async fn the_forwarder_of_2017_has_a_stream_for_each_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("connect");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (seen, mut headers) = mpsc::unbounded_channel();
+    tokio::spawn(async move { of_2017(&listener, usize::MAX, seen).await });
+    let plane = Plane::new(path, 16);
+    let (_listening, real) = plane.listen(&forward("tcp:127.0.0.1:0:tcp:172.17.0.2:80")).await.unwrap();
+    let bytes: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[n as usize % 3]).collect();
+    for size in [1, 65_537, 1_000_000] {
+        sends_and_gets_back(TcpStream::connect(address(&real)).await.unwrap(), &bytes[..size]).await;
+    }
+    // The question what it is costs one stream, and no client.
+    assert_eq!(headers.recv().await.unwrap()[0], 17, "an Open, whose header has 17 bytes");
+    for _ in 0..3 {
+        assert_eq!(headers.recv().await.unwrap(), [1, 4, 0, 172, 17, 0, 2, 80, 0]);
+    }
+    let (_listening, real) = plane.listen(&forward("udp:127.0.0.1:0:udp:192.168.65.3:53")).await.unwrap();
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let mut buffer = vec![0; 65_536];
+    for size in [1, 60_000, 0] {
+        client.send_to(&bytes[..size], address(&real)).await.unwrap();
+        let (got, from) = client.recv_from(&mut buffer).await.unwrap();
+        assert_eq!((&buffer[..got], from), (&bytes[..size], address(&real)));
+    }
+    assert_eq!(headers.recv().await.unwrap(), [2, 4, 0, 192, 168, 65, 3, 53, 0]);
+    // It has no word for unix sockets: the client sees its connection end.
+    let out = dir.path().join("out.sock");
+    let inner = End::Path("/run/docker.sock".into());
+    let unix = Forward { proto: Proto::Unix, out: End::Path(out.clone()), inner, annotation: String::new() };
+    let (_listening, _) = plane.listen(&unix).await.unwrap();
+    let got = UnixStream::connect(&out).await.unwrap().read(&mut [0; 1]).await;
+    assert_eq!(got.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_guest_that_comes_back_with_another_forwarder_is_understood_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("connect");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (seen, _headers) = mpsc::unbounded_channel();
+    let (opened, mut channels) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        of_2017(&listener, 2, seen).await;
+        // The current one, spoken to as if it were the old one.
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(GREETING).await.unwrap();
+        let mut all = Vec::new();
+        let _ = stream.read_to_end(&mut all).await;
+        drop(stream);
+        Echo { greets: true, opened }.serve(&listener).await;
+    });
+    let plane = Plane::new(path, 16);
+    let (_listening, real) = plane.listen(&forward("tcp:127.0.0.1:0:tcp:172.17.0.2:80")).await.unwrap();
+    sends_and_gets_back(TcpStream::connect(address(&real)).await.unwrap(), b"old").await;
+    let mut lost = TcpStream::connect(address(&real)).await.unwrap();
+    let _ = lost.read(&mut [0; 1]).await;
+    drop(lost);
+    sends_and_gets_back(TcpStream::connect(address(&real)).await.unwrap(), b"new").await;
+    assert!(channels.recv().await.is_some());
 }
