@@ -19,7 +19,7 @@ END
 chmod 755 "$traces/portway"
 
 # What stops or times its sidecar, attaches a tracer of its own or needs it untraced is not of use here.
-filter=${FILTER:-'binary(serve) + binary(control) + binary(links) + binary(security) + binary(join) + binary(agent) + binary(dns_clients) + binary(dhcp_clients)'}
+filter=${FILTER:-'binary(serve) + binary(control) + binary(links) + binary(security) + binary(security_services) + binary(security_peers) + binary(join) + binary(agent) + binary(dns_clients) + binary(dhcp_clients)'}
 status=0
 PORTWAY_BIN="$traces/portway" cargo nextest run --workspace --no-fail-fast -E "$filter" || status=$?
 [ "$status" = 0 ] || echo "calls: some tests failed under strace, which is slow; what they called is compared all the same"

@@ -2,7 +2,9 @@
 //!
 //! One place in the program may say [`BURST`] lines in [`WINDOW`]; further ones are counted, and the count is told with the next
 //! line of that place. So neither a guest nor a broken host fills a disk. `debug` and `trace` are not limited: who asks for
-//! every decision gets it.
+//! every decision gets it. A log that nobody reads loses lines; it holds nobody up ([`output`]).
+
+mod output;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,6 +21,7 @@ use tracing_subscriber::fmt::format::{Format, Full, Json, JsonFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
+use self::output::Output;
 use crate::config::{ConfigError, LogFormat, LogLevel};
 
 /// Lines one place may say in a window.
@@ -31,6 +34,11 @@ static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
 /// Lines that were not written since the start.
 pub(crate) fn suppressed() -> u64 {
     SUPPRESSED.load(Ordering::Relaxed)
+}
+
+/// Counts one more of them.
+fn lose() {
+    SUPPRESSED.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Starts logging.
@@ -71,12 +79,11 @@ pub(crate) fn start(level: LogLevel, format: LogFormat, file: Option<&Path>) -> 
             json: true,
             limit: Limit::default(),
         });
+    let output = Output::new(file);
     // A second start in one process (tests) keeps the first.
-    let _ = match (format, file) {
-        (LogFormat::Text, None) => text.with_writer(std::io::stderr).try_init(),
-        (LogFormat::Text, Some(file)) => text.with_writer(Mutex::new(file)).try_init(),
-        (LogFormat::Json, None) => json.with_writer(std::io::stderr).try_init(),
-        (LogFormat::Json, Some(file)) => json.with_writer(Mutex::new(file)).try_init(),
+    let _ = match format {
+        LogFormat::Text => text.with_writer(output).try_init(),
+        LogFormat::Json => json.with_writer(output).try_init(),
     };
     Ok(())
 }
@@ -147,7 +154,7 @@ impl Limit {
         }
         if said.lines >= BURST {
             said.suppressed += 1;
-            SUPPRESSED.fetch_add(1, Ordering::Relaxed);
+            lose();
             return None;
         }
         said.lines += 1;

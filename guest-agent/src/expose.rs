@@ -24,6 +24,7 @@ use crate::args::{Arg, Args};
 use crate::carry::{BUFFER, Carried, Turn};
 use crate::console::say;
 use crate::dial;
+use crate::harden;
 use crate::local::{Agent, Answer, Ask};
 
 /// How long the agent and the host have to publish the port.
@@ -218,6 +219,7 @@ pub(crate) fn run(args: Args) -> ExitCode {
         Ok(agent) => agent,
         Err(reason) => return parent.fail(&reason),
     };
+    harden::carrier();
     parent.tell("0\n");
     let container = SocketAddr::new(wish.container_ip, wish.container_port);
     let served = std::thread::Builder::new().name("proxy".into()).spawn(move || match local {

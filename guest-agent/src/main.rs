@@ -16,6 +16,7 @@ mod console;
 mod dial;
 mod events;
 mod expose;
+mod harden;
 mod init;
 mod kernel;
 mod listeners;

@@ -80,6 +80,13 @@ impl Agent {
         inside(&self.namespace, program)
     }
 
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        // nsenter becomes the program.
+        self.child.id()
+    }
+
     /// Whether it still runs.
     ///
     /// # Errors

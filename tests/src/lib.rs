@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod agent_lab;
+pub mod attack;
 pub mod guest;
 pub mod host;
 pub mod launch;
@@ -12,4 +13,5 @@ pub mod raw;
 pub mod resolver;
 pub mod secure;
 pub mod sidecar;
+pub mod vhost;
 pub mod vm;

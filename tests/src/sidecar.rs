@@ -93,6 +93,16 @@ impl Sidecar {
         Ok(Duration::from_millis(ticks * 10))
     }
 
+    /// Its resident memory, in bytes.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn resident(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let kib = status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        Ok(kib.context("VmRSS")?.trim().parse::<u64>()? * 1024)
+    }
+
     /// A command of the CLI about this network.
     ///
     /// # Errors

@@ -2,15 +2,19 @@
 //! fail (`--inject`), on every thread. While they do, what is open lives as far as the call lets it, and what is new is refused;
 //! when they stop, everything is as before within a second.
 
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use portway_tests::attack::Lab;
 use portway_tests::guest::Guest;
+use portway_tests::host::echo_server;
 use portway_tests::sidecar::{Sidecar, until};
+use portway_tests::vhost::{Card, request};
 use smoltcp::socket::tcp::State;
 
 const ALIAS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 254);
@@ -47,17 +51,6 @@ impl Drop for Injected {
         }
         let _ = self.0.wait();
     }
-}
-
-fn echo_server() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
-        }
-    });
-    Ok(port)
 }
 
 /// A query for an A record.
@@ -101,11 +94,73 @@ fn try_everything(guest: &mut Guest, sidecar: &Sidecar, to: u16, published: u16,
     Ok(())
 }
 
+/// Whether calls of another process can be made to fail here.
+fn may_inject() -> bool {
+    let may_trace = Command::new("strace").args(["-qq", "true"]).stderr(Stdio::null()).status();
+    let may = may_trace.is_ok_and(|s| s.success()) && nix::unistd::geteuid().is_root();
+    if !may {
+        eprintln!("skipped: strace, and root to attach it to a process that is not dumpable, are needed");
+    }
+    may
+}
+
+#[test]
+fn links_that_come_while_the_host_refuses_are_there_a_second_after_it_does_not() -> Result<()> {
+    if !may_inject() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let at = |name: &str| dir.path().join(name);
+    let (card, third, many) = (at("card"), at("third"), at("many"));
+    let links = [
+        format!("vhost-user:unix:{},name=card", card.display()),
+        format!("qemu:unix:{},name=third", third.display()),
+        format!("vpnkit:unix:{},name=many", many.display()),
+    ];
+    let options: Vec<&str> = links.iter().flat_map(|l| ["--link", l]).collect();
+    let uuid = b"d7a1e0c6-8a5c-4b6e-9f0e-0000000000bb";
+    let mut lab = Lab::in_dir(dir, &options)?;
+    for (calls, error) in [
+        ("accept4", "EMFILE"),
+        ("accept4", "ENFILE"),
+        ("accept4", "ENOBUFS"),
+        ("epoll_ctl", "ENOMEM"),
+        ("recvmsg", "ENOBUFS"),
+        ("setsockopt,getsockopt", "ENOMEM"),
+        ("eventfd2,fcntl", "EMFILE"),
+    ] {
+        let fault = format!("{calls} → {error}");
+        {
+            let _injected = Injected::new(&lab.sidecar, calls, error)?;
+            // They may come in or not; what they must not do is hurt.
+            let came = (Card::connect(&card), UnixStream::connect(&third), UnixStream::connect(&many));
+            if let (Ok(card), ..) = &came {
+                let _ = card.say(request::GET_FEATURES, &[], None);
+            }
+            for _ in 0..5 {
+                lab.open_flow_lives().context(fault.clone())?;
+            }
+            ensure!(lab.sidecar.is_alive()?, "{fault}: it ended: {}", lab.sidecar.log());
+        }
+        let began = Instant::now();
+        until(Duration::from_secs(1), || {
+            let frame = [&[0xff; 6][..], &[2, 0, 0, 0, 4, 1, 8, 6], &[0; 46]].concat();
+            Card::start(&card).and_then(|mut c| c.send(&frame)).is_ok()
+        })
+        .with_context(|| format!("{fault}: vhost-user after {:?}", began.elapsed()))?;
+        let mut guest = Guest::attach(&third, 34)?;
+        guest.dhcp().with_context(|| format!("{fault}: the stream link"))?;
+        let mut guest = Guest::attach_vpnkit(&many, uuid).with_context(|| format!("{fault}: vpnkit"))?;
+        guest.dhcp().with_context(|| format!("{fault}: vpnkit"))?;
+        lab.everybody_is_served().context(fault)?;
+    }
+    ensure!(lab.stat(&["panics"])? == 0, "{}", lab.sidecar.log());
+    Ok(())
+}
+
 #[test]
 fn calls_that_fail_refuse_what_is_new_and_leave_what_is_open_and_pass_within_a_second() -> Result<()> {
-    let may_trace = Command::new("strace").args(["-qq", "true"]).stderr(Stdio::null()).status();
-    if !may_trace.is_ok_and(|s| s.success()) || !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: strace, and root to attach it to a process that is not dumpable, are needed");
+    if !may_inject() {
         return Ok(());
     }
     let dir = tempfile::tempdir()?;

@@ -1,9 +1,10 @@
 //! What the running sidecar may not do, looked at from outside: `/proc`, strace, files it is led to.
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -48,7 +49,27 @@ fn has_given_up(sidecar: &Sidecar) -> Result<()> {
         // A kernel without Landlock is the one thing a test machine may lack.
         ensure!(part["in_force"] == true || part["name"] == "landlock", "{part}");
     }
+    // The same is shown wherever one looks.
+    let network = get(&sidecar.dir.join("api"), "/v1/network")?;
+    ensure!(network["sandbox"]["parts"] == stats["sandbox"]["parts"], "{network}");
+    let doctor = sidecar.json(&["doctor"])?;
+    let line = doctor.as_array().and_then(|all| all.iter().find(|c| c["check"] == "sandbox-in-force"));
+    let line = line.with_context(|| format!("{doctor}"))?;
+    let complete = parts.iter().all(|p| p["in_force"] == true);
+    let found = line["found"].as_str().unwrap_or_default();
+    ensure!(found.starts_with("complete") == complete && found.contains("seccomp") == complete, "{line}");
     Ok(())
+}
+
+/// What the control API says to a question.
+fn get(api: &Path, route: &str) -> Result<serde_json::Value> {
+    let mut client = UnixStream::connect(api)?;
+    client.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(client, "GET {route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    client.read_to_string(&mut answer)?;
+    let (_, body) = answer.split_once("\r\n\r\n").with_context(|| answer.clone())?;
+    Ok(serde_json::from_str(body)?)
 }
 
 fn is_root() -> bool {
@@ -75,8 +96,18 @@ fn an_ordinary_users_sidecar_has_nothing_left_on_any_thread() -> Result<()> {
     }
     let sidecar = Sidecar::start_by(command, dir.path(), &["--sandbox", "require"])?;
     has_given_up(&sidecar)?;
+    // capabilities(7): only CAP_SETPCAP takes from the bounding set, and an ordinary user does not have it. What is in it can never be
+    // had: no_new_privs, and execve ends the process. That is said, too.
+    let mine = std::fs::read_to_string("/proc/self/status")?;
+    let mine = mine.lines().find_map(|l| l.strip_prefix("CapBnd:")).context("CapBnd")?.trim().to_owned();
+    all_are(sidecar.pid(), "CapBnd", &mine)?;
+    let parts = sidecar.json(&["stats"])?["sandbox"]["parts"].clone();
+    let empty = mine.bytes().all(|b| b == b'0');
+    ensure!(parts[1]["detail"].to_string().contains("the bounding set stays") != empty, "{parts}");
     let mut guest = Guest::attach(&dir.path().join("vm"), 1)?;
     guest.dhcp()?;
+    // Threads that came with the traffic are no different.
+    has_given_up(&sidecar)?;
     ensure!(sidecar.stop()?.code() == Some(0));
     Ok(())
 }
@@ -145,7 +176,7 @@ fn runas_names_the_user_and_hands_our_directory_over() -> Result<()> {
     let unknown = Command::new(&program)
         .args(["serve", "--link", "qemu:fd:0", "--runas", "no-such-user", "--api"])
         .arg(format!("unix:{}", dir.path().join("other").display()))
-        .stdin(std::os::unix::net::UnixStream::pair().map(|(a, _)| std::os::fd::OwnedFd::from(a))?)
+        .stdin(UnixStream::pair().map(|(a, _)| std::os::fd::OwnedFd::from(a))?)
         .output()?;
     let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
     ensure!(unknown.status.code() == Some(2) && said.contains("no-such-user"), "{said}");
@@ -200,7 +231,24 @@ fn query(name: &str) -> Vec<u8> {
 
 #[test]
 fn a_file_outside_of_the_directories_cannot_be_opened() -> Result<()> {
-    let (inside, outside, run) = (tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?);
+    reads_nothing_outside(Command::new(portway()?), tempfile::tempdir()?)
+}
+
+#[test]
+fn an_ordinary_user_cannot_open_a_file_outside_that_everybody_may_read() -> Result<()> {
+    let (run, program) = anybodys()?;
+    let mut command = Command::new(program);
+    if is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    reads_nothing_outside(command, run)
+}
+
+fn reads_nothing_outside(command: Command, run: tempfile::TempDir) -> Result<()> {
+    let (inside, outside) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    for directory in [&inside, &outside] {
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755))?;
+    }
     let hosts = inside.path().join("hosts");
     std::fs::write(inside.path().join("first"), "192.0.2.1 name.test\n")?;
     std::fs::write(outside.path().join("second"), "192.0.2.2 name.test\n")?;
@@ -212,7 +260,7 @@ fn a_file_outside_of_the_directories_cannot_be_opened() -> Result<()> {
         "--dns-upstream",
         &silent.local_addr()?.to_string(),
     ];
-    let sidecar = Sidecar::start(run.path(), &options)?;
+    let sidecar = Sidecar::start_by(command, run.path(), &options)?;
     let landlock = sidecar.json(&["stats"])?["sandbox"]["parts"][4]["in_force"] == true;
     if !landlock {
         eprintln!("skipped: this kernel has no Landlock");
@@ -252,7 +300,7 @@ fn a_socket_is_published_live_in_the_allowed_directories_and_nowhere_else() -> R
     }
     // It works, and goes when it is told to.
     let server = guest.listen(22)?;
-    let mut client = std::os::unix::net::UnixStream::connect(allowed.path().join("published"))?;
+    let mut client = UnixStream::connect(allowed.path().join("published"))?;
     client.write_all(b"hello")?;
     ensure!(guest.exchange(server, b"", 5)? == b"hello");
     let spec = format!("unix:{}:22", allowed.path().join("published").display());

@@ -16,7 +16,7 @@ use portway_launcher::{Accel, BootImage, LaunchConfig, LaunchError, Net, run};
 const PRELUDE: &str = r#"#!/bin/bash
 # The guard, which is the sidecar's program: the real one is tested with the real program (tests/tests/launch.rs).
 [ "$1" = __guard ] && exec cat > /dev/null
-[ "$1" = --version ] && { echo "QEMU emulator version 7.2.0"; exit; }
+case " $* " in *" --version "*) echo "QEMU emulator version 7.2.0"; exit;; esac
 after() { local want=$1 last; shift; for word; do [ "$last" = "$want" ] && { echo "$word"; return; }; last=$word; done; }
 note() { echo "$2" > "$DIR/$1.new" && mv "$DIR/$1.new" "$DIR/$1"; }
 "#;

@@ -306,7 +306,9 @@ fn a_port_that_is_taken_is_refused_and_said_or_published_at_the_next_free_one() 
     assert!(told.into_iter().any(|e| matches!(e, crate::events::Event::NotPublished(..))));
 
     let free = Host::start(vec![Rule::everything(true)]);
-    free.agent().listens(&[tcp(port)]);
+    // Kept: its ports go with it.
+    let mut agent = free.agent();
+    agent.listens(&[tcp(port)]);
     free.until("published elsewhere", |ports| ports.len() == 1 && ports[0].host_port > port);
     assert_eq!(free.ports()[0].guest_port, port);
 }

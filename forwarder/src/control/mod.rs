@@ -249,9 +249,13 @@ pub async fn serve_metrics(listener: TcpListener, app: App) {
     }
 }
 
+/// Between two attempts of a listener that cannot accept. Each may let in only as many as there are descriptors, and behind a crowd of
+/// clients that have gone again somebody waits who has not.
+const AGAIN: Duration = Duration::from_millis(10);
+
 async fn cannot_accept(error: &std::io::Error) {
     tracing::warn!(%error, "a listener of the control thread cannot accept, trying again");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    tokio::time::sleep(AGAIN).await;
 }
 
 async fn serve_client<T>(stream: T, router: Router, place: tokio::sync::OwnedSemaphorePermit)

@@ -146,6 +146,8 @@ impl Driver {
         self.tell_faults();
         if state == LinkState::Gone || panicked {
             self.take_down(n);
+        } else if state == LinkState::Restarted {
+            self.restart(n);
         } else if let Some(hello) = self.links[n].take_hello() {
             let answer = self.admit(hello);
             if let Ok(mac) = answer

@@ -583,7 +583,7 @@ impl Link {
             Ok(batch) => {
                 self.counters.frames_from_guest += batch.frames;
                 self.counters.bytes_from_guest += batch.bytes;
-                LinkState::Same
+                if peer_went(carrier) { LinkState::Restarted } else { LinkState::Same }
             }
             Err(error) => self.lost(&error),
         }
@@ -592,12 +592,8 @@ impl Link {
     /// Brings what the stack wrote to the VMM, as far as that takes it.
     pub fn flush(&mut self) -> LinkState {
         let Some(carrier) = &mut self.carrier else { return LinkState::Same };
-        let lost = |carrier: &mut Carrier| match carrier.bare_mut() {
-            Carrier::Packets(p) => p.take_lost(),
-            _ => false,
-        };
         match carrier.flush() {
-            Ok(()) if lost(carrier) => LinkState::Restarted,
+            Ok(()) if peer_went(carrier) => LinkState::Restarted,
             Ok(()) => LinkState::Same,
             Err(error) => self.lost(&error),
         }
@@ -644,5 +640,13 @@ impl Drop for Link {
     /// A start that fails behind this link must not leave its socket.
     fn drop(&mut self) {
         self.close();
+    }
+}
+/// Whether the peer of a socket without connections went, so that another may come in its place.
+fn peer_went(carrier: &mut Carrier) -> bool {
+    match carrier.bare_mut() {
+        #[cfg(target_os = "linux")]
+        Carrier::Packets(p) => p.take_lost(),
+        _ => false,
     }
 }

@@ -25,6 +25,8 @@ use portway_api::agent::Listener;
 use portway_api::control::Protocol;
 use serde_json::Value;
 
+use crate::harden;
+
 /// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h, as a bit of `nl_groups`.
 const NFTABLES_GROUP: u32 = 1 << (7 - 1);
 /// An engine changes many rules at a time: they are read when it is done.
@@ -81,6 +83,7 @@ fn subscribe() -> io::Result<OwnedFd> {
 }
 
 fn follow(changes: &OwnedFd, bell: &OwnedFd, tell: &Sender<Vec<Listener>>, node_ports: bool) {
+    harden::reader();
     let mut told = Vec::new();
     loop {
         let ports = read_rules(node_ports);

@@ -33,6 +33,7 @@ use self::talk::Talk;
 use crate::carry::BUFFER;
 use crate::console::say;
 use crate::dial::Host;
+use crate::harden;
 use crate::listeners::{Redirections, Watch};
 use crate::slab::{Key, Slab};
 
@@ -200,14 +201,6 @@ impl Agent {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let local = listen_at(&options.socket, 0o666)?;
         watch(&epoll, &local, Token::Local, false)?;
-        let redirections = options.redirections.then(|| Redirections::watch(options.node_ports)).transpose();
-        let redirections = redirections.unwrap_or_else(|error| {
-            say(&format!("redirected ports are not seen: {error}"));
-            None
-        });
-        if let Some(redirections) = &redirections {
-            watch(&epoll, redirections, Token::Redirections, false)?;
-        }
         let mut inports = Vec::new();
         for (n, (port, _)) in (0u32..).zip(&options.inports) {
             let socket = listen_vsock(*port).map_err(|errno| {
@@ -216,6 +209,17 @@ impl Agent {
             watch(&epoll, &socket, Token::Inport(n), false)?;
             inports.push(socket);
         }
+        // Everything that needs more than what stays is bound; nothing has been read yet.
+        harden::every_thread(options.clock, options.redirections);
+        let redirections = options.redirections.then(|| Redirections::watch(options.node_ports)).transpose();
+        let redirections = redirections.unwrap_or_else(|error| {
+            say(&format!("redirected ports are not seen: {error}"));
+            None
+        });
+        if let Some(redirections) = &redirections {
+            watch(&epoll, redirections, Token::Redirections, false)?;
+        }
+        harden::service(options.clock);
         let kept = clients::restore(&options.socket);
         Ok(Self {
             options,

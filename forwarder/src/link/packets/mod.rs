@@ -7,8 +7,8 @@
 //! (On macOS a system call for each frame: [`calls`].)
 //!
 //! A datagram socket we bind has no connection that would say who is at the other end. The peer is the first sender that has
-//! an address itself; others are ignored and counted while its socket lives, and when a frame to it finds nobody
-//! (`ECONNREFUSED`, `ENOENT`), the next sender takes over. vfkit and krunkit begin with a datagram of the four bytes `VFKT`,
+//! an address itself; others are ignored and counted while its socket lives. When another speaks, or a frame to the peer finds nobody
+//! (`ECONNREFUSED`, `ENOENT`), it is seen whether it does; if not, the next sender takes over. vfkit and krunkit begin with a datagram of the four bytes `VFKT`,
 //! which is no frame.
 
 #[cfg(target_os = "linux")]
@@ -23,7 +23,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::UnixAddr;
+use nix::sys::socket::{UnixAddr, connect};
 use portway_netstack::{FrameSink, Offload};
 
 #[cfg(target_os = "linux")]
@@ -160,16 +160,31 @@ impl<C: Calls> Packets<C> {
         let Self { socket, calls, received, bound, peer, ignored, .. } = self;
         let mut end = false;
         let mut first = true;
+        let (mut looked, mut gone) = (false, false);
         let done = calls.receive(socket.as_raw_fd(), received, LARGEST + 1, *bound, |message| {
             let is_first = std::mem::replace(&mut first, false);
+            if gone {
+                // What the next one says is heard when the stack has forgotten the one before.
+                *ignored += 1;
+                return;
+            }
             if *bound {
-                match (message.from, &peer) {
+                match (message.from, *peer) {
                     (Some(from), None) => {
                         tracing::info!(peer = %from, "VMM attached");
                         *peer = Some(from);
                     }
-                    (Some(from), Some(peer)) if from == *peer => {}
-                    _ => {
+                    (Some(from), Some(known)) if from == known => {}
+                    (from, known) => {
+                        // Once in a batch: nothing may ever be sent to a peer that is gone, and then no error tells of it.
+                        if let Some(known) = known.filter(|_| from.is_some())
+                            && !std::mem::replace(&mut looked, true)
+                            && is_gone(&known)
+                        {
+                            tracing::info!(peer = %known, "VMM detached");
+                            *peer = None;
+                            gone = true;
+                        }
                         *ignored += 1;
                         return;
                     }
@@ -197,6 +212,10 @@ impl<C: Calls> Packets<C> {
             Err(Errno::EINTR) => return Ok(batch),
             Err(e) => return Err(e.into()),
         };
+        if gone {
+            self.lost = true;
+            self.forget();
+        }
         batch.more = count == FRAMES;
         self.readable = batch.more || self.closing;
         Ok(batch)
@@ -267,6 +286,12 @@ impl<C: Calls> Packets<C> {
     pub const fn ignored(&self) -> u64 {
         self.ignored
     }
+}
+
+/// Whether nobody has the socket at `peer` any more. Where that cannot be known, somebody has.
+fn is_gone(peer: &UnixAddr) -> bool {
+    let Ok(probe) = UnixDatagram::unbound() else { return false };
+    matches!(connect(probe.as_raw_fd(), peer), Err(Errno::ECONNREFUSED | Errno::ENOENT))
 }
 
 impl<C> Drop for Packets<C> {

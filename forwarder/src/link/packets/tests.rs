@@ -44,6 +44,16 @@ fn the_first_sender_with_a_name_is_the_peer_until_it_is_gone<C: Calls>() {
     send(&mut packets, 60, 9).unwrap();
     packets.flush().unwrap();
     assert_eq!((second.recv(&mut buffer).unwrap(), buffer[0]), (60, 9));
+
+    // It goes, and nothing was on its way to it: the next is heard all the same, from its second frame on.
+    drop(second);
+    let third = named(dir.path(), "third");
+    for byte in [3, 4] {
+        third.send_to(&[byte; 60], &path).unwrap();
+        packets.note(true, false, false);
+        assert_eq!(frames(&mut packets).len(), usize::from(byte == 4));
+        assert_eq!(packets.take_lost(), byte == 3);
+    }
     drop(packets);
     assert!(!path.exists());
 }
