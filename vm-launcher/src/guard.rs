@@ -36,6 +36,8 @@ pub const GUARD: &str = "__guard";
 
 /// How long processes that may end in order have for it.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// Between two looks at a socket that should be dead.
+const LOOK: Duration = Duration::from_millis(20);
 /// The exit code that `portway wait` tells of a launcher that was killed: the shell's for SIGKILL.
 const KILLED: u8 = 137;
 
@@ -194,7 +196,7 @@ pub fn guard() -> ExitCode {
     }
     if !told.done {
         end_all(&watched);
-        clean(&told);
+        clean(&told, PATIENCE);
         if let Some(settings) = &told.terminal {
             // A terminal that is gone needs nothing put back.
             let _ = settings.put_on(&io::stdout());
@@ -231,12 +233,17 @@ fn ended_by(process: &Watched, deadline: Instant) -> bool {
     }
 }
 
-fn clean(told: &Told) {
+/// Sockets that somebody still listens on have `patience`: a process that was started in the moment the launcher was killed is not
+/// known here by its number, and the kernel is ending it.
+fn clean(told: &Told, patience: Duration) {
     for file in &told.files {
         let _ = fs::remove_file(file);
     }
+    let deadline = Instant::now() + patience;
     for socket in &told.sockets {
-        sockets::remove_dead(socket);
+        while !sockets::remove_dead(socket) && Instant::now() < deadline {
+            std::thread::sleep(LOOK);
+        }
     }
     for directory in &told.directories {
         let _ = fs::remove_dir_all(directory);
@@ -281,13 +288,14 @@ mod tests {
         fs::create_dir_all(path("tmp/deep")).expect("directories");
         drop(std::os::unix::net::UnixListener::bind(path("dead")).expect("a socket"));
         let _live = std::os::unix::net::UnixListener::bind(path("live")).expect("a socket");
-        clean(&Told {
+        let told = Told {
             files: vec![path("file"), path("never-made")],
             sockets: vec![path("dead"), path("live")],
             directories: vec![path("tmp")],
             end_note: Some(path("end")),
             ..Told::default()
-        });
+        };
+        clean(&told, Duration::ZERO);
         let mut left: Vec<_> = fs::read_dir(dir.path())
             .expect("a directory")
             .map(|e| e.expect("an entry").file_name())

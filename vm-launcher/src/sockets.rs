@@ -61,12 +61,16 @@ impl Drop for OwnedDir {
     }
 }
 
-/// Removes a socket on which nobody listens any more, and nothing else.
-pub(crate) fn remove_dead(path: &Path) {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if is_socket && connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+/// Removes a socket on which nobody listens any more, and nothing else. False when somebody does.
+pub(crate) fn remove_dead(path: &Path) -> bool {
+    if !std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
+        return true;
+    }
+    let dead = connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if dead {
         let _ = std::fs::remove_file(path);
     }
+    dead
 }
 
 #[cfg(test)]

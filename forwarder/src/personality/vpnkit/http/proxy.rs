@@ -220,6 +220,33 @@ enum Refused {
     Unreachable(String, io::Error),
     /// 502: the answer was none.
     NoAnswer(hyper::Error),
+    /// 502: the connection was closed before the request was on its way.
+    Closed,
+}
+
+/// A request without an answer.
+enum Unsent {
+    /// Nothing of it has left.
+    Whole(Box<Request<Incoming>>),
+    /// It may have been heard.
+    Partly(hyper::Error),
+}
+
+/// Sends `request`; the connection comes back with the answer.
+async fn send(
+    mut sender: SendRequest<Incoming>,
+    request: Request<Incoming>,
+) -> Result<(SendRequest<Incoming>, Response<Incoming>), Unsent> {
+    if sender.ready().await.is_err() {
+        return Err(Unsent::Whole(Box::new(request)));
+    }
+    match sender.try_send_request(request).await {
+        Ok(answer) => Ok((sender, answer)),
+        Err(mut error) => Err(match error.take_message() {
+            Some(request) => Unsent::Whole(Box::new(request)),
+            None => Unsent::Partly(error.into_error()),
+        }),
+    }
 }
 
 impl Next {
@@ -289,9 +316,16 @@ impl Next {
         }
         let from_guest = upgrade.then(|| hyper::upgrade::on(&mut request));
         let mut open = self.open.lock().await;
-        let mut sender = match open.take() {
-            Some((there, sender)) if there == place && !sender.is_closed() => sender,
-            _ => {
+        let kept = open.take().filter(|(there, sender)| *there == place && !sender.is_closed());
+        let done = match kept {
+            Some((_, sender)) => send(sender, request).await,
+            None => Err(Unsent::Whole(Box::new(request))),
+        };
+        let (sender, mut answer) = match done {
+            Ok(done) => done,
+            Err(Unsent::Partly(error)) => return Err(Refused::NoAnswer(error)),
+            // There is no connection yet, or its server has closed it in the moment it was to be used again (RFC 9112 §9.3.1).
+            Err(Unsent::Whole(request)) => {
                 let stream = match (proxy, self.to) {
                     (Some(proxy), _) => dial_proxy(proxy, &self.context).await,
                     (None, Some(place)) => connect(place.to).await,
@@ -308,11 +342,12 @@ impl Next {
                         tracing::debug!(%error, "the far side of a guest's HTTP connection ended");
                     }
                 });
-                sender
+                send(sender, *request).await.map_err(|unsent| match unsent {
+                    Unsent::Whole(_) => Refused::Closed,
+                    Unsent::Partly(error) => Refused::NoAnswer(error),
+                })?
             }
         };
-        sender.ready().await.map_err(Refused::NoAnswer)?;
-        let mut answer = sender.send_request(request).await.map_err(Refused::NoAnswer)?;
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
             let (Some(from_guest), from_far) = (from_guest, hyper::upgrade::on(&mut answer)) else {
                 return Err(Refused::NoHost);
@@ -338,6 +373,7 @@ impl Next {
                 (StatusCode::SERVICE_UNAVAILABLE, format!("No connection for {host}: {error}"))
             }
             Refused::NoAnswer(error) => (StatusCode::BAD_GATEWAY, format!("No answer: {error}")),
+            Refused::Closed => (StatusCode::BAD_GATEWAY, "No answer: the connection was closed".into()),
         };
         tracing::debug!(%status, text, "a guest's HTTP request was answered by the proxy");
         let text = text.replace('&', "&amp;").replace('<', "&lt;");
