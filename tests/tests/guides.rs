@@ -114,9 +114,16 @@ fn runs_as(dir: &Path, script: &str, ssh: Option<u16>, user: Option<u32>) -> Res
     }
     let _shell = Shell(shell.stdout(log.try_clone()?).stderr(log).spawn()?);
     let listing = |what: &str| {
-        let out =
-            Command::new(&program).args([what, "--format", "json"]).env("XDG_RUNTIME_DIR", dir).output();
-        out.ok().and_then(|o| serde_json::from_slice::<serde_json::Value>(&o.stdout).ok()).unwrap_or_default()
+        let mut cli = Command::new(&program);
+        cli.args([what, "--format", "json"]).env("XDG_RUNTIME_DIR", dir);
+        if let Some(user) = user {
+            // Another user's control sockets are refused, to root too.
+            cli.uid(user).gid(user);
+        }
+        cli.output()
+            .ok()
+            .and_then(|o| serde_json::from_slice::<serde_json::Value>(&o.stdout).ok())
+            .unwrap_or_default()
     };
     let leased = || {
         let leases = listing("leases");
@@ -221,10 +228,9 @@ fn podman_machine_by_gvproxys_name() -> Result<()> {
     runs(dir.path(), &block("podman")?, Some(port))
 }
 
-/// libvirt's daemon of one user, which it does not have for root: there it is nobody's.
-#[test]
-fn libvirt_by_stream() -> Result<()> {
-    let domain = block("libvirt-stream")?;
+/// Creates the domain of a block under libvirt's daemon of one user, which it does not have for root: there it is nobody's.
+fn libvirt(name: &str, link: &str) -> Result<()> {
+    let domain = block(name)?;
     let found = |program: &str| Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok();
     if !found("virsh") || !found("libvirtd") || qemu().is_none() {
         eprintln!("SKIPPED: virsh, libvirtd and QEMU are needed for libvirt");
@@ -233,12 +239,28 @@ fn libvirt_by_stream() -> Result<()> {
     let dir = tempfile::tempdir()?;
     fs::write(dir.path().join("domain.xml"), domain)?;
     // virsh would start the daemon itself, and nobody would end it.
-    let script = "libvirtd & daemon=$!\n\
-        portway serve --link qemu:unix:$PWD/vm.sock,name=vm --publish 0:22 & network=$!\n\
+    let script = format!(
+        "libvirtd & daemon=$!\n\
+        portway serve --link {link}:unix:$PWD/vm.sock,name=vm --publish 0:22 & network=$!\n\
         trap 'virsh -c qemu:///session destroy portway-guide; kill $daemon $network' EXIT\n\
         trap exit TERM\n\
         until [ -S vm.sock ] && [ -S libvirt/libvirt-sock ]; do sleep 0.1; done\n\
-        sed \"s|PWD|$PWD|g\" domain.xml > here.xml && virsh -c qemu:///session create here.xml\nwait";
+        sed \"s|PWD|$PWD|g\" domain.xml > here.xml && virsh -c qemu:///session create here.xml\nwait"
+    );
     let user = nix::unistd::geteuid().is_root().then_some(NOBODY);
-    runs_as(dir.path(), script, None, user)
+    runs_as(dir.path(), &script, None, user)
+}
+
+#[test]
+fn libvirt_by_stream() -> Result<()> {
+    libvirt("libvirt-stream", "qemu")
+}
+
+#[test]
+fn libvirt_by_vhost_user() -> Result<()> {
+    if qemu().is_none_or(|major| major < 8) {
+        eprintln!("SKIPPED: vhost-user under TCG needs QEMU 8 or newer");
+        return Ok(());
+    }
+    libvirt("libvirt-vhost-user", "vhost-user")
 }
