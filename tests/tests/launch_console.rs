@@ -68,10 +68,16 @@ fn keys_are_the_guests_and_the_terminal_is_as_it_was_however_the_console_is_left
 
     for (name, signal, code) in [("told", Signal::SIGTERM, 143), ("killed", Signal::SIGKILL, 137)] {
         terminal.types(&[&script(dir.path(), name, "web")?, "Enter"])?;
+        // Until the shell has cleared the screen, it shows the console before.
+        let mut console = None;
+        until(Duration::from_secs(20), || {
+            console = process(dir.path(), "console").ok();
+            console.is_some()
+        })?;
         terminal.shows("Ctrl-] leaves it")?;
         terminal.types(&["", "Enter"])?;
         terminal.shows("/ #")?;
-        kill(process(dir.path(), "console")?, signal)?;
+        kill(console.context("no console")?, signal)?;
         terminal.shows(&format!("left={code}"))?;
         terminal.shows(&format!("{name} is-as-it-was"))?;
     }
