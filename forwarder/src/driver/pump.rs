@@ -35,7 +35,7 @@ const TURNS: usize = 8;
 struct Share {
     /// Of frames of the link.
     frames: u64,
-    /// Of [`Netstack::opened`](netstack::Netstack::opened).
+    /// Of [`Netstack::opened`](portway_netstack::Netstack::opened).
     opened: u64,
 }
 
