@@ -16,13 +16,13 @@ use std::sync::{Arc, OnceLock};
 use portway_api::agent::AgentInfo;
 use portway_api::control::{FlowInfo, LeaseInfo, LinkInfo, PortInfo, Protocol, Stats};
 use portway_netstack::udp::BindingReport;
-use portway_netstack::{Direction, FlowReport, FlowState, Mac, PortId, Reach};
+use portway_netstack::{Direction, FlowReport, FlowState, Mac, PortId, Reach, Transport};
 use tokio::sync::oneshot;
 
 use crate::capture::{CAPTURES, Capture};
 use crate::config::LinkConfig;
 use crate::events::Event;
-use crate::publish::spec::{GuestName, PublishSpec};
+use crate::publish::spec::{GuestName, HostEnd, PublishSpec};
 
 /// One thing asked of the data thread.
 #[derive(Debug)]
@@ -40,6 +40,33 @@ pub enum Request {
         spec: PublishSpec,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<Vec<PortInfo>, PublishError>>,
+    },
+    /// What a guest publishes of its own at the gateway's port 80; never kept over a restart: it asks again.
+    GuestPublish {
+        /// One port.
+        spec: PublishSpec,
+        /// The guest that asks.
+        guest: IpAddr,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<PortInfo, PublishError>>,
+    },
+    /// Stop publishing what was asked for under these words. A guest takes away none but what it published itself.
+    Unexpose {
+        /// The host's end, with port 0 where that was asked for.
+        host: HostEnd,
+        /// The protocol.
+        proto: Protocol,
+        /// The guest that asks, when one does.
+        guest: Option<IpAddr>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Option<PortInfo>>,
+    },
+    /// What a guest has published of its own.
+    GuestPorts {
+        /// The guest.
+        guest: IpAddr,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Vec<PortInfo>>,
     },
     /// Every published port.
     Ports {
@@ -65,8 +92,10 @@ pub enum Request {
     Reach {
         /// The address.
         to: SocketAddr,
-        /// Where the answer goes, with the name of the guest's link when it is a guest.
-        reply: oneshot::Sender<(Reach, Option<String>)>,
+        /// By what.
+        transport: Transport,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Reached>,
     },
     /// Begin a capture. It ends when its reader is dropped and [`Request::EndCaptures`] has been said.
     Capture {
@@ -159,6 +188,17 @@ pub enum Request {
     Leave(PortId),
     /// Close listeners, reset flows, end the loop.
     Shutdown,
+}
+
+/// What stands behind an address for a guest.
+#[derive(Debug)]
+pub struct Reached {
+    /// As the stack decides it.
+    pub reach: Reach,
+    /// The name of the guest's link, when it is a guest.
+    pub guest: Option<String>,
+    /// Who takes such connections in place of the host's own network: what it is, and whether there is anybody.
+    pub taker: Option<(String, bool)>,
 }
 
 /// Where the answer to a guest's DNS datagram goes: the guest, and the address it asked.
@@ -287,6 +327,11 @@ pub enum PublishError {
     /// The guest the spec names is not known.
     #[error("no guest is called {0:?}: a link's name=, or an address, is needed")]
     NoGuest(String),
+    /// The address is none that a guest can have.
+    #[error(
+        "{0} is no guest's address: it lies outside of the guests' networks, or is one of the network's own"
+    )]
+    NotAGuest(IpAddr),
     /// A named limit is reached.
     #[error("limit reached: {0}")]
     Limit(String),

@@ -44,14 +44,29 @@ pub enum HostTarget {
 /// What stands behind an address for a guest ([`crate::Netstack::reach`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
-    /// The gateway itself: DHCP, DNS, echo, and no port else.
+    /// The gateway itself, where nothing serves this port.
     Gateway,
+    /// A service of the gateway's.
+    Served(Served),
+    /// A port of the gateway that leads here.
+    Forwarded(SocketAddr),
     /// A guest on this port of the switch; the switch carries the frames.
     Guest(PortId),
     /// The host connects here.
     Host(SocketAddr),
     /// Nobody, for this reason.
     Nowhere(DropReason),
+}
+
+/// What the gateway serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// Names.
+    Dns,
+    /// Addresses: DHCP, and DHCPv6.
+    Dhcp,
+    /// The API for guests.
+    Api,
 }
 
 /// What the stack asks of the host side. `FlowId`s in commands stay valid until the driver has been told `Close`

@@ -32,6 +32,10 @@ pub(crate) struct Neighbours {
     /// The IPv6 addresses of each Ethernet address, in the order in which they were learned: together those of `by_ip`.
     of_mac: HashMap<(PortId, Mac), VecDeque<Ipv6Addr>, RandomState>,
     per_port: Vec<usize>,
+    /// By port, the addresses by which the guest there may be named: its IPv4 and its first IPv6 one with a route.
+    known_by: Vec<[Option<(IpAddr, Mac)>; 2]>,
+    /// Whether one of `known_by` has changed.
+    changed: bool,
     /// The address seen last: a burst of one guest needs no hash.
     last: Option<(IpAddr, Neighbour)>,
     limit: usize,
@@ -42,7 +46,7 @@ impl Neighbours {
     pub(crate) fn new(limit: usize, seed: u64) -> Self {
         let keys = RandomState::with_seeds(!seed, seed, seed.rotate_left(31), seed ^ 0x5bd1_e995);
         let (by_ip, of_mac) = (HashMap::with_hasher(keys.clone()), HashMap::with_hasher(keys));
-        Self { by_ip, of_mac, per_port: Vec::new(), last: None, limit }
+        Self { by_ip, of_mac, per_port: Vec::new(), known_by: Vec::new(), changed: false, last: None, limit }
     }
 
     /// Notes that `ip` was used by `mac` on `port`. True when that is news.
@@ -78,7 +82,47 @@ impl Neighbours {
             }
         }
         self.last = Some((ip, new));
+        if before.is_none() {
+            self.name(ip, new);
+        }
         Ok(before != Some(new))
+    }
+
+    /// Notes the address of a guest that nobody has leased it. IPv4: the newest of the machine that spoke first, which may be
+    /// given another. IPv6: the first, for those a guest makes itself later are not to be found again (RFC 8981).
+    fn name(&mut self, ip: IpAddr, at: Neighbour) {
+        let slot = usize::from(at.port.0);
+        if self.known_by.len() <= slot {
+            self.known_by.resize(slot + 1, [None; 2]);
+        }
+        let place = match ip {
+            IpAddr::V4(_) => 0,
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => return,
+            IpAddr::V6(_) => 1,
+        };
+        let known = &mut self.known_by[slot][place];
+        if known.is_none_or(|(_, mac)| place == 0 && mac == at.mac) {
+            *known = Some((ip, at.mac));
+            self.changed = true;
+        }
+    }
+
+    /// The addresses by which the guest on `port` may be named, of each version one at the most.
+    pub(crate) fn known_by(&self, port: PortId) -> impl Iterator<Item = IpAddr> + '_ {
+        let known = self.known_by.get(usize::from(port.0)).into_iter().flatten();
+        known.filter_map(|known| known.map(|(ip, _)| ip))
+    }
+
+    /// Whether what [`Self::known_by`] says has changed since this was last asked.
+    pub(crate) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// Nobody is known by `ip` any more.
+    fn unname(&mut self, ip: IpAddr, port: PortId) {
+        for known in self.known_by.get_mut(usize::from(port.0)).into_iter().flatten() {
+            self.changed |= known.take_if(|(known, _)| *known == ip).is_some();
+        }
     }
 
     /// Puts an IPv6 address among those of its Ethernet address, in place of the first when there are enough.
@@ -90,6 +134,7 @@ impl Neighbours {
             && let Some(first) = addresses.pop_front()
             && self.by_ip.remove(&IpAddr::V6(first)).is_some()
         {
+            self.unname(first.into(), at.port);
             self.per_port[usize::from(at.port.0)] -= 1;
         }
     }
@@ -109,6 +154,7 @@ impl Neighbours {
         if let Some(known) = self.by_ip.get(&ip).copied().filter(|known| known.port != port) {
             self.disown(ip, known);
             self.by_ip.remove(&ip);
+            self.unname(ip, known.port);
             self.per_port[usize::from(known.port.0)] -= 1;
             self.last = None;
         }
@@ -124,11 +170,20 @@ impl Neighbours {
         self.by_ip.iter().filter(|(_, n)| n.port == port).map(|(ip, _)| *ip).min()
     }
 
+    /// Every address that is remembered of `port`.
+    pub(crate) fn on(&self, port: PortId) -> impl Iterator<Item = IpAddr> + '_ {
+        self.by_ip.iter().filter(move |(_, n)| n.port == port).map(|(ip, _)| *ip)
+    }
+
     pub(crate) fn port_down(&mut self, port: PortId) {
         self.by_ip.retain(|_, n| n.port != port);
         self.of_mac.retain(|(p, _), _| *p != port);
         if let Some(n) = self.per_port.get_mut(usize::from(port.0)) {
             *n = 0;
+        }
+        if let Some(known) = self.known_by.get_mut(usize::from(port.0)) {
+            self.changed |= known.iter().any(Option::is_some);
+            *known = [None; 2];
         }
         self.last = None;
     }
@@ -183,6 +238,31 @@ mod tests {
             assert_eq!(table.learn(v6(1), PortId(0), Mac([2, 0, 0, 0, a, b])), Ok(true));
         }
         assert_eq!((table.by_ip.len(), table.of_mac.len(), table.per_port[0]), (1, 1, 1));
+    }
+
+    #[test]
+    fn a_guest_is_named_by_its_newest_ipv4_address_and_its_first_of_ipv6_until_its_link_goes() {
+        let mut table = Neighbours::new(1000, 1);
+        let (port, mac) = (PortId(0), Mac([2; 6]));
+        let v4 = |last| IpAddr::from([10, 0, 0, last]);
+        table.learn("fe80::1".parse().unwrap(), port, mac).unwrap();
+        assert!(!table.take_changed());
+        for ip in [v4(1), v6(1), v4(2), v6(2)] {
+            table.learn(ip, port, mac).unwrap();
+        }
+        // Another machine behind the same link is not the one that has its name.
+        table.learn(v4(3), port, Mac([4; 6])).unwrap();
+        assert!(table.take_changed());
+        assert_eq!(table.known_by(port).collect::<Vec<_>>(), [v4(2), v6(1)]);
+        // Ever new addresses are no news, but for one in as many as are remembered.
+        let mut news = 0;
+        for n in 3..3 + 10 * PER_MAC {
+            table.learn(v6(n), port, mac).unwrap();
+            news += usize::from(table.take_changed());
+        }
+        assert!(news <= 10, "{news}");
+        table.port_down(port);
+        assert!(table.take_changed() && table.known_by(port).next().is_none());
     }
 
     #[test]

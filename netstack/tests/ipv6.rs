@@ -249,12 +249,16 @@ fn host_alias_and_dns_are_reached_and_what_policy_forbids_is_not() {
     lab.guest_sends(&syn(FROM, "[fd00:77::1]:53"));
     let dns = HostTarget::Service(Service::Dns);
     assert!(matches!(lab.host_sees()[..], [HostCommand::Connect { target, .. }] if target == dns));
+    // The name of the gateway has both addresses: what its port 80 serves is at both.
+    lab.guest_sends(&syn(FROM, "[fd00:77::1]:80"));
+    let api = HostTarget::Service(Service::Api);
+    assert!(matches!(lab.host_sees()[..], [HostCommand::Connect { target, .. }] if target == api));
     let mut frame = Vec::new();
     for resolver in ["[fd00:77::1]:53", "[fe80::5894:efff:fee4:cdd]:53"] {
         assert!(matches!(lab.udp(FROM, resolver, b"q", &mut frame), Handled::Dns { .. }));
     }
     for forbidden in [
-        "[fd00:77::1]:80",
+        "[fd00:77::1]:81",
         "[fd00:ec2::254]:80",
         "[::1]:80",
         "[::ffff:127.0.0.1]:80",

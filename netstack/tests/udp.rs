@@ -140,6 +140,17 @@ fn what_the_host_learns_of_a_datagram_reaches_the_guest() {
     // A connected socket of the guest's gets ECONNREFUSED: the error names the address it knows.
     let [Seen::Icmp { src, kind: 3, code: 3, rest, .. }] = &lab.guest_sees()[..] else { panic!() };
     assert_eq!((src.as_str(), &rest[16..20]), ("192.168.127.254", &[192, 168, 127, 254][..]));
+    // Listings name what the guest names.
+    let listed: Vec<_> = lab.stack.bindings(lab.now).map(|b| b.remote.to_string()).collect();
+    assert_eq!(listed, ["192.168.127.254:9000"]);
+    // Over IPv6 it was ::1 that refused, or 127.0.0.1 after it.
+    let (alias6, remote) = binding(&mut lab, "[fd00:77::2]:5000", &format!("[{}]:9000", lab::ALIAS6));
+    for reporter in ["::1", "::ffff:127.0.0.1", "127.0.0.1"] {
+        let reporter = Some(reporter.parse().unwrap());
+        lab.stack.host_fault(lab.now, alias6, remote, reporter, refused, b"x");
+        let [Seen::Icmp { src, kind: 1, code: 4, .. }] = &lab.guest_sees()[..] else { panic!() };
+        assert_eq!(src, lab::ALIAS6);
+    }
     let (far, remote) = binding(&mut lab, GUEST, FAR);
     for (fault, code) in [
         (Fault::Unreachable(Unreachable::Network), 0),

@@ -129,6 +129,8 @@ fn every_route_of_the_document_refuses_what_is_none_and_nothing_changes() -> Res
     for (path, body, status, code) in [
         ("v1/ports", format!("{{\"specs\":[\"{taken}:22\"]}}"), 409, "already_published"),
         ("v1/ports", "{\"specs\":[\"0:nobody:22\"]}".into(), 409, "no_guest"),
+        ("v1/ports", "{\"specs\":[\"0:10.9.9.9:22\"]}".into(), 409, "not_a_guest"),
+        ("v1/ports", "{\"specs\":[\"0:192.168.127.1:22\"]}".into(), 409, "not_a_guest"),
     ] {
         let answer = curl(dir.path(), &["-d", &body, &format!("http://portway/{path}")])?;
         ensure!(answer.0 == status && answer.2.contains(code), "{path} {body}: {answer:?}");

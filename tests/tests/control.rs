@@ -434,6 +434,35 @@ fn explain_doctor_and_support_tell_what_is() -> Result<()> {
     ensure!(out.status.code() == Some(1) && said.contains("--metadata allow"), "{said}");
     let told = sidecar.json(&["explain", "192.168.127.2:22"])?;
     ensure!(told["addresses"][0]["target"] == "guest", "{told}");
+    // What the data path does: over IPv6 the host's 127.0.0.1 is found too, DHCP is served, and groups are nobody.
+    let network: serde_json::Value =
+        serde_json::from_str(&curl(dir.path(), &["http://portway/v1/network"])?.1)?;
+    let of = |name: &str| Ok::<_, anyhow::Error>(network[name].as_str().context("no IPv6")?.to_owned());
+    let (alias6, gateway6) = (of("host_alias6")?, of("gateway6")?);
+    for (dest, proto, allowed, why) in [
+        (format!("[{alias6}]:{port}"), "tcp", true, "the host alias"),
+        ("192.168.127.1:67".into(), "udp", true, "DHCP server"),
+        (format!("[{gateway6}]:547"), "udp", true, "DHCP server"),
+        (format!("[{gateway6}]:80"), "tcp", true, "--guest-api on"),
+        ("192.168.127.1:67".into(), "tcp", false, "nothing serves tcp port 67"),
+        ("192.168.127.255:9".into(), "udp", false, "everybody's address"),
+        ("224.0.0.251:5353".into(), "udp", false, "group's"),
+        ("[ff02::fb]:5353".into(), "udp", false, "group's"),
+        ("[fd00:ec2::254]:80".into(), "tcp", false, "--metadata allow"),
+        (gateway6.trim_end_matches('1').to_owned() + "dead", "tcp", false, "in the guests' subnet fd"),
+    ] {
+        // The exit code is 1 for what is not allowed.
+        let how = if proto == "udp" { "--udp" } else { "--probe" };
+        let out = sidecar.cli(&["explain", &dest, how, "--format", "json"])?;
+        let told: serde_json::Value = serde_json::from_slice(&out.stdout)?;
+        let first = &told["addresses"][0];
+        ensure!(
+            first["allowed"] == allowed && first["why"].to_string().contains(why),
+            "{dest} {proto}: {told}"
+        );
+        let found = first["probe"].as_str().unwrap_or("open");
+        ensure!(found == "open" || found == format!("open at 127.0.0.1:{port}"), "{dest}: {told}");
+    }
     let checks = sidecar.json(&["doctor"])?;
     let network = checks.as_array().into_iter().flatten().find(|c| c["check"] == "network");
     ensure!(network.is_some_and(|c| c["outcome"] == "ok"), "{checks}");
@@ -442,7 +471,16 @@ fn explain_doctor_and_support_tell_what_is() -> Result<()> {
     ensure!(out.status.success(), "{out:?}");
     let list = Command::new("tar").arg("tzf").arg(&archive).output()?;
     let list = String::from_utf8_lossy(&list.stdout).into_owned();
-    for file in ["README", "network.json", "stats.json", "doctor.json", "cmdline.txt", "flows.json"] {
+    for file in [
+        "README",
+        "network.json",
+        "stats.json",
+        "doctor.json",
+        "cmdline.txt",
+        "flows.json",
+        "dns.json",
+        "agents.json",
+    ] {
         ensure!(list.contains(file), "{file} is not in {list}");
     }
     Ok(())
@@ -479,6 +517,10 @@ fn what_supporters_get_has_no_secret_in_it() -> Result<()> {
     let all = String::from_utf8_lossy(&all.stdout).into_owned();
     ensure!(!all.contains("hunter2"), "{all}");
     ensure!(all.contains("mtu = 1500") && all.contains("kept = 1") && all.contains("(left out)"), "{all}");
+    // A network that does not run, and is named, is a slip.
+    let slip =
+        Command::new(portway()?).args(["support", "--network", "no-such-network", "-o", "x"]).output()?;
+    ensure!(slip.status.code() == Some(1) && !Path::new("x").exists(), "{slip:?}");
     // For its owner alone, and never over a file that is there.
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(archive)?.permissions());
     ensure!(mode & 0o777 == 0o600, "{mode:o}");

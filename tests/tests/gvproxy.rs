@@ -140,6 +140,27 @@ fn podmans_line_serves_a_guest_until_the_guest_ends() -> Result<()> {
     let mut got = [0; 5];
     client.read_exact(&mut got)?;
     ensure!(&got == b"world");
+    let listed = ask_gateway(&mut guest, "/services/forwarder/all", "")?;
+    ensure!(listed.contains(&format!(r#"[{{"local":":{port}","remote":"192.168.127.3:8080","#)), "{listed}");
+    // What cannot be listened on is said in Go's words, which callers look for.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let taken_at = taken.local_addr()?;
+    for (local, why) in [
+        (taken_at.to_string(), "address already in use"),
+        ("192.0.2.1:1".into(), "cannot assign requested address"),
+    ] {
+        let body = format!(r#"{{"local":"{local}","remote":"192.168.127.3:1"}}"#);
+        let said = ask(&api, "POST", "/services/forwarder/expose", &body)?;
+        ensure!(said == (500, format!("listen tcp {local}: bind: {why}\n")), "{said:?}");
+    }
+    // A free port goes by the words it was asked for with; an IPv6 guest has brackets.
+    let body = r#"{"local":":0","remote":"[fe80::1]:80"}"#;
+    ensure!(ask(&api, "POST", "/services/forwarder/expose", body)?.0 == 200);
+    let listed = ask(&api, "GET", "/services/forwarder/all", "")?.1;
+    ensure!(listed.contains(r#""remote":"[fe80::1]:80""#), "{listed}");
+    let free = r#"{"local":":0"}"#;
+    ensure!(ask(&api, "POST", "/services/forwarder/unexpose", free)? == (200, String::new()));
+    ensure!(ask(&api, "POST", "/services/forwarder/unexpose", free)? == (500, "proxy not found\n".into()));
     for (route, body, text) in [
         ("/services/forwarder/expose", r#"{"local":"192.0.2.1:1","remote":":1"}"#, "loopback only"),
         (

@@ -665,11 +665,22 @@ fn a_guest_that_drives_the_gateways_door_gets_ports_of_its_own_and_not_more_than
     let path = dir.path().join("third");
     let mut lab = Lab::in_dir(
         dir,
-        &["--link", &format!("qemu:unix:{},name=third", path.display()), "--publish", "0:9"],
+        &[
+            "--link",
+            &format!("qemu:unix:{},name=third", path.display()),
+            "--publish",
+            "0:9",
+            "--publish",
+            "0:third:22",
+        ],
     )?;
     let mut guest = Guest::attach(&path, 33)?;
     let (ip, ..) = guest.dhcp()?;
     let theirs = lab.sidecar.json(&["ports"])?[0]["host_port"].as_u64().context("port")?;
+    // What the operator publishes for this very guest is his too, whether he did it at the start or since.
+    let live =
+        lab.sidecar.json(&["publish", &format!("0:{ip}:80")])?[0]["host_port"].as_u64().context("port")?;
+    let ssh = lab.sidecar.json(&["ports"])?[1]["host_port"].as_u64().context("port")?;
     let ask = |guest: &mut Guest, route: &str, body: &str| -> Result<String> {
         let flow = guest.connect((ROUTER, 80).into())?.context("the gateway's port 80")?;
         let request = format!(
@@ -690,6 +701,11 @@ fn a_guest_that_drives_the_gateways_door_gets_ports_of_its_own_and_not_more_than
         ("expose", format!(r#"{{"local":"{}","remote":"tcp://{ip}:22","protocol":"unix"}}"#, file.display())),
         ("expose", format!(r#"{{"local":"127.0.0.1:{theirs}","remote":"{ip}:22"}}"#)),
         ("unexpose", format!(r#"{{"local":"127.0.0.1:{theirs}","protocol":"tcp"}}"#)),
+        ("unexpose", format!(r#"{{"local":"127.0.0.1:{ssh}","protocol":"tcp"}}"#)),
+        ("unexpose", format!(r#"{{"local":"localhost:{ssh}","protocol":"tcp"}}"#)),
+        ("unexpose", format!(r#"{{"local":"127.0.0.1:{live}","protocol":"tcp"}}"#)),
+        ("unexpose", format!(r#"{{"local":"localhost:{live}","protocol":"tcp"}}"#)),
+        ("unexpose", r#"{"local":"localhost:0","protocol":"tcp"}"#.to_owned()),
         ("expose", "{".repeat(10_000)),
     ] {
         let answer = ask(&mut guest, route, &body)?;
@@ -700,6 +716,13 @@ fn a_guest_that_drives_the_gateways_door_gets_ports_of_its_own_and_not_more_than
         );
     }
     ensure!(!file.exists());
+    // Its own it takes away, by the words it asked with, the free port's too.
+    for _ in 0..2 {
+        let body = format!(r#"{{"local":"127.0.0.1:0","remote":"{ip}:1"}}"#);
+        ensure!(ask(&mut guest, "expose", &body)?.starts_with("HTTP/1.1 200"));
+        let gone = ask(&mut guest, "unexpose", r#"{"local":"127.0.0.1:0","protocol":"tcp"}"#)?;
+        ensure!(gone.starts_with("HTTP/1.1 200"), "{gone}");
+    }
     let mut given = 0;
     for n in 0..300 {
         let body = format!(r#"{{"local":"127.0.0.1:0","remote":"{ip}:{}"}}"#, 1000 + n);
@@ -710,6 +733,7 @@ fn a_guest_that_drives_the_gateways_door_gets_ports_of_its_own_and_not_more_than
     }
     ensure!(given == 256, "{given} ports");
     let ports = lab.sidecar.json(&["ports"])?;
-    ensure!(ports[0]["host_port"] == theirs, "{ports}");
+    let kept = [&ports[0], &ports[1], &ports[2]].map(|p| p["host_port"].as_u64());
+    ensure!(kept == [Some(theirs), Some(ssh), Some(live)], "{ports}");
     lab.everybody_is_served()
 }

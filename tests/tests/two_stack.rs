@@ -120,6 +120,14 @@ fn a_guest_makes_itself_an_address_and_reaches_gateway_and_host_over_both() -> R
             }
         }
     }
+    // The guest leased nothing: it goes by the addresses it uses.
+    for (kind, address) in [("A", GUEST.to_owned()), ("AAAA", made.to_string())] {
+        let question = format!("dig +short +time=5 @{} box.portway.internal {kind}", GATEWAY[0]);
+        until(PATIENCE, || run(&guest, &question).is_ok_and(|answer| answer.trim() == address))
+            .with_context(|| question.clone())?;
+        let back = run(&guest, &format!("dig +short +time=5 @{} -x {address}", GATEWAY[0]))?;
+        assert_eq!(back.trim(), "box.portway.internal.");
+    }
     assert_eq!(
         run(&guest, "dig +short +tcp +time=5 @fd00:77::1 host.portway.internal AAAA")?.trim(),
         HOST[1]
@@ -129,10 +137,29 @@ fn a_guest_makes_itself_an_address_and_reaches_gateway_and_host_over_both() -> R
 }
 
 #[test]
+fn domains_the_host_begins_to_search_are_advertised_at_once_and_those_it_does_not_withdrawn() -> Result<()> {
+    let Some(guest) = Namespace::new()? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let resolv = dir.path().join("resolv.conf");
+    let says = |domain: &str| std::fs::write(&resolv, format!("nameserver 127.0.0.1\nsearch {domain}\n"));
+    says("office.example")?;
+    let path = resolv.display().to_string();
+    let sidecar = attach(dir.path(), None, &guest, &["--ipv6", "on", "--resolv-conf", &path])?;
+    made_itself(&guest)?;
+    // Advertisements are asked for here, and no name: nothing else has the file looked at.
+    let advertised = |domain: &str| run(&guest, "rdisc6 -1 tap0").is_ok_and(|said| said.contains(domain));
+    until(PATIENCE, || advertised("office.example"))?;
+    says("home.example")?;
+    until(PATIENCE, || advertised("home.example") && !advertised("office.example"))?;
+    drop(sidecar);
+    Ok(())
+}
+
+#[test]
 fn a_stock_dhcpv6_client_gets_a_lease_that_is_listed_and_named() -> Result<()> {
     let Some(guest) = Namespace::new()? else { return Ok(()) };
     let dir = tempfile::tempdir()?;
-    let sidecar = attach(dir.path(), None, &guest, &[])?;
+    let sidecar = attach(dir.path(), None, &guest, &["--lease-time", "600"])?;
     made_itself(&guest)?;
     let (leases, pid) = (dir.path().join("dhclient.leases"), dir.path().join("dhclient.pid"));
     // Never with its own script, which rewrites /etc/resolv.conf of the whole machine: a network namespace has no files of its own.
@@ -143,9 +170,22 @@ fn a_stock_dhcpv6_client_gets_a_lease_that_is_listed_and_named() -> Result<()> {
     let ip =
         kept.lines().find_map(|l| l.trim().strip_prefix("iaaddr ")?.split(' ').next()).context("no lease")?;
     ensure!(kept.contains("dhcp6.name-servers fd00:77::1"), "{kept}");
+    ensure!(kept.contains("max-life 600;"), "{kept}");
+    let events = sidecar.json(&["events"])?;
+    let is = |event: &serde_json::Value, kind: &str| event["type"] == kind;
+    ensure!(events.as_array().is_some_and(|e| e.iter().any(|e| is(e, "link_up"))), "{events}");
+    ensure!(events.as_array().is_some_and(|e| e.iter().any(|e| is(e, "lease") && e["ip"] == ip)), "{events}");
     let listed = sidecar.json(&["leases"])?;
     let ours = listed.as_array().into_iter().flatten().find(|l| l["ip"] == ip).context("it is not listed")?;
     assert_eq!(ours["name"], "box");
+    // gvproxy's listing knows IPv4 alone: its callers look a MAC up, and would find this address.
+    for route in ["leases", "services/dhcp/leases"] {
+        let api = dir.path().join("api").display().to_string();
+        let url = format!("http://portway/{route}");
+        let out = std::process::Command::new("curl").args(["-fsS", "--unix-socket", &api, &url]).output()?;
+        let leases: serde_json::Map<_, _> = serde_json::from_slice(&out.stdout)?;
+        ensure!(leases.keys().all(|ip| ip.parse::<std::net::Ipv4Addr>().is_ok()), "{leases:?}");
+    }
     until(PATIENCE, || {
         let answer = guest.run("dig +short +time=5 @fd00:77::1 box.portway.internal AAAA");
         answer.is_ok_and(|(_, text)| text.trim() == ip)

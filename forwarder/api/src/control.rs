@@ -171,6 +171,12 @@ pub struct DnsStats {
     pub rejected: u64,
     /// Dropped or refused because too many were at the resolvers.
     pub over_limit: u64,
+    /// Answers kept from guests, which led inside (`--dns-rebind-protection`).
+    #[serde(default)]
+    pub rebinding: u64,
+    /// Answers too large for a datagram, for which the guest comes again over TCP.
+    #[serde(default)]
+    pub truncated: u64,
     /// Queries at the resolvers now.
     pub in_flight: u64,
     /// Answers in the cache now.
@@ -193,6 +199,9 @@ pub struct LinkInfo {
     pub ip: Option<String>,
     /// The largest IP packet, in bytes.
     pub mtu: u16,
+    /// Every address its guests leased or use, IPv4 first.
+    #[serde(default)]
+    pub addresses: Vec<String>,
     /// Whether other guests are out of its reach.
     pub isolate: bool,
     /// Whether the guest takes segments and checksums that are not finished.
@@ -409,6 +418,18 @@ pub struct NetworkInfo {
     pub gateway_mac: String,
     /// Behind it stands the host's loopback.
     pub host_alias: String,
+    /// Whether guests have IPv6.
+    #[serde(default)]
+    pub ipv6: bool,
+    /// The guests' IPv6 network, when they have one.
+    #[serde(default)]
+    pub subnet6: Option<String>,
+    /// Router, DHCPv6 and DNS server there.
+    #[serde(default)]
+    pub gateway6: Option<String>,
+    /// Behind it stands the host's loopback, over IPv6.
+    #[serde(default)]
+    pub host_alias6: Option<String>,
     /// The domain of our own names.
     pub domain: String,
     /// Resolvers that are asked now.

@@ -12,12 +12,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use portway_api::control::NetworkInfo;
+use serde_json::Value;
 
 use super::{Failure, Target, client, doctor, listing};
 
 /// Bytes of a log or state file that are taken, from its end.
 const MOST: u64 = 1 << 20;
 
+/// What stands in the place of a secret.
+const LEFT_OUT: &str = "(left out)";
 /// Words in a key that make its value a secret.
 const SECRET_WORDS: [&str; 7] =
     ["secret", "token", "passw", "passphrase", "credential", "authorization", "private"];
@@ -36,13 +39,15 @@ pub(super) struct SupportArgs {
 }
 
 /// Resources of the API that go in, and their names there.
-const RESOURCES: [(&str, &str); 8] = [
+const RESOURCES: [(&str, &str); 10] = [
     ("/v1/network", "network.json"),
     ("/v1/links", "links.json"),
     ("/v1/ports", "ports.json"),
     ("/v1/leases", "leases.json"),
     ("/v1/flows?limit=1000", "flows.json"),
     ("/v1/stats", "stats.json"),
+    ("/v1/dns", "dns.json"),
+    ("/v1/agents", "agents.json"),
     ("/v1/events", "events.json"),
     ("/v1/metrics", "metrics.txt"),
 ];
@@ -57,6 +62,10 @@ pub(super) fn support(args: &SupportArgs) -> Result<ExitCode, Failure> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let name = format!("portway-support-{now}");
     let output = args.output.clone().unwrap_or_else(|| format!("{name}.tar.gz").into());
+    // A network that is named is meant; the one that is not may be what does not run.
+    if args.at.api.is_some() || args.at.network != "default" {
+        client(&args.at)?.get::<NetworkInfo>("/v1/network").map_err(Failure::failed)?;
+    }
     let report = collect(args);
     let written = write(&output, &name, now, &report);
     written.map_err(|e| Failure::failed(format!("{}: {e}", output.display())))?;
@@ -102,7 +111,7 @@ fn collect(args: &SupportArgs) -> Report {
 
 impl Report {
     fn add(&mut self, name: &str, text: &str) {
-        self.files.push((name.to_owned(), redacted(text)));
+        self.files.push((name.to_owned(), redacted(name, text)));
     }
 
     /// The end of a file of this host.
@@ -153,36 +162,104 @@ fn tail(path: &Path) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// `text` with the values of keys that look like secrets replaced: `key = value`, `"key": value`, `--key=value`, and the
-/// word after `--key`. Whole lines go: it is better to know too little.
-fn redacted(text: &str) -> String {
+/// Whether a key's value is a secret.
+fn is_secret(key: &str) -> bool {
+    let key = key.to_ascii_lowercase();
+    SECRET_WORDS.iter().any(|word| key.contains(word))
+}
+
+/// A file's `text` without secrets: JSON by its keys, everything else line by line.
+fn redacted(name: &str, text: &str) -> String {
+    let json = if name.ends_with(".json") { serde_json::from_str::<Value>(text).ok() } else { None };
+    match json.map(redacted_value).as_ref().map(serde_json::to_string_pretty) {
+        Some(Ok(pretty)) => pretty + "\n",
+        _ => redacted_lines(text),
+    }
+}
+
+fn redacted_value(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let of = |(key, value): (String, Value)| {
+                let value = if is_secret(&key) { LEFT_OUT.into() } else { redacted_value(value) };
+                (key, value)
+            };
+            map.into_iter().map(of).collect()
+        }
+        Value::Array(list) => list.into_iter().map(redacted_value).collect(),
+        Value::String(text) => redacted_lines(&text).trim_end_matches('\n').into(),
+        other => other,
+    }
+}
+
+/// The values of keys that look like secrets go: `key = value`, `"key": value`, `key: value`, `--key=value`, and the word after
+/// `--key`; and with them the rest of their lines, for it is better to know too little. So do lines with a URL that has a
+/// user in it, and the paths of `https://`, where resolvers' tokens stand.
+fn redacted_lines(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut next = false;
     for line in text.split_inclusive('\n') {
-        let lower = line.to_ascii_lowercase();
-        let found = SECRET_WORDS.iter().filter_map(|w| lower.find(w)).min();
-        let userinfo = lower.match_indices("://").any(|(at, _)| {
-            let host = lower[at + 3..].split(['/', ' ', '"']).next().unwrap_or_default();
+        let userinfo = line.match_indices("://").any(|(at, _)| {
+            let host = line[at + 3..].split(['/', ' ', '"']).next().unwrap_or_default();
             host.contains('@')
         });
         if std::mem::take(&mut next) || userinfo {
-            out.push_str("(left out)\n");
+            out.push_str(LEFT_OUT);
+            out.push('\n');
             continue;
         }
-        match found {
-            None => out.push_str(line),
-            Some(at) => {
-                let end = line[at..].find(['=', ':', ' ']).map(|n| at + n);
-                // An option alone on its line, as in a command line: its value is the next.
-                next = end.is_none();
-                out.push_str(end.map_or(line, |end| &line[..=end]));
-                if end.is_some() {
-                    out.push_str(" (left out)\n");
-                }
+        // An option alone on its line, as in a command line: its value is the next.
+        next = line.starts_with('-') && !line.contains('=') && is_secret(line);
+        match end_of_secret_key(line) {
+            Some(end) => {
+                out.push_str(&without_paths(&line[..end]));
+                out.push(' ');
+                out.push_str(LEFT_OUT);
+                out.push('\n');
             }
+            None => out.push_str(&without_paths(line)),
         }
     }
     out
+}
+
+/// Where in `line` the value of a key begins that looks like a secret. A word by itself, such as a VM's name, is none.
+fn end_of_secret_key(line: &str) -> Option<usize> {
+    let in_key = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    let mut at = 0;
+    while let Some(start) = line[at..].find(in_key).map(|n| at + n) {
+        let end = line[start..].find(|c| !in_key(c)).map_or(line.len(), |n| start + n);
+        let rest = &line[end..];
+        let quoted = rest.starts_with(['"', '\'']);
+        let after = rest.trim_start_matches(['"', '\'', ' ', '\t']);
+        let assigned =
+            after.starts_with('=') || after.starts_with(": ") || (quoted && after.starts_with(':'));
+        if assigned && is_secret(&line[start..end]) {
+            return Some(line.len() - after.len() + 1);
+        }
+        at = end;
+    }
+    None
+}
+
+/// `text` with `https://host` in place of `https://host/path`.
+fn without_paths(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("https://") {
+        let (before, url) = rest.split_at(at + "https://".len());
+        let path = url.find(|c: char| c == '/' || c.is_whitespace() || "\"',<>)]}?#".contains(c));
+        let (host, after) = url.split_at(path.unwrap_or(url.len()));
+        let end = after.find(|c: char| c.is_whitespace() || "\"',<>)]}".contains(c)).unwrap_or(after.len());
+        out.push_str(before);
+        out.push_str(host);
+        if end > 1 {
+            out.push('/');
+            out.push_str(LEFT_OUT);
+        }
+        rest = &after[end..];
+    }
+    out + rest
 }
 
 fn write(path: &Path, name: &str, now: u64, report: &Report) -> std::io::Result<()> {
@@ -214,11 +291,35 @@ mod tests {
     #[test]
     fn secrets_are_left_out_and_the_rest_is_not() {
         let text = "mtu = 1500\npassphrase = \"x\"\n\"api_token\": \"y\",\n--secret\nz\n--mtu\nhttp://u:v@proxy/\nplain\n";
-        let left = redacted(text);
+        let left = redacted("config.toml", text);
         assert!(!left.contains(['x', 'y', 'z', 'v']), "{left}");
         assert!(
             left.contains("mtu = 1500\n") && left.ends_with("plain\n") && left.contains("--mtu\n"),
             "{left}"
+        );
+    }
+
+    #[test]
+    fn json_is_redacted_by_key_and_a_vm_that_is_called_private_is_shown() {
+        let text = r#"[{"name":"private","ip":"192.168.127.2","nested":{"Auth_Token":["a","b"],"mtu":1}},{"name":"b"}]"#;
+        let left = redacted("links.json", text);
+        let value: Value = serde_json::from_str(&left).unwrap();
+        assert_eq!((&value[0]["name"], &value[1]["name"]), (&"private".into(), &"b".into()));
+        assert_eq!(value[0]["nested"], serde_json::json!({"Auth_Token": LEFT_OUT, "mtu": 1}));
+        assert!(left.lines().count() > 5, "{left}");
+        let line = "--publish\n0:private:22\nqemu:unix:/run/vm,name=private\n";
+        assert_eq!(redacted("cmdline.txt", line), line);
+    }
+
+    #[test]
+    fn the_path_of_an_encrypted_resolver_is_its_token() {
+        let left =
+            redacted("network.json", r#"{"dns_upstreams":["https://dns.example:8443/s3cret/q","tls://a"]}"#);
+        assert!(!left.contains("s3cret") && left.contains("https://dns.example:8443/(left out)\""), "{left}");
+        let line = "--dns-upstream\nexample=https://dns.example/s3cret?x=s3cret\nhttps://plain/\n";
+        assert_eq!(
+            redacted("cmdline.txt", line),
+            "--dns-upstream\nexample=https://dns.example/(left out)\nhttps://plain\n"
         );
     }
 }

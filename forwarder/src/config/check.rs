@@ -13,7 +13,7 @@ use super::{
 use crate::agent::AgentConfig;
 use crate::agent::rules::Rule;
 use crate::personality::Particulars;
-use crate::publish::spec::{HostEnd, PublishArg};
+use crate::publish::spec::{GuestName, HostEnd, PublishArg};
 
 impl TryFrom<Settings> for Config {
     type Error = ConfigError;
@@ -31,11 +31,17 @@ impl TryFrom<Settings> for Config {
                 format!("{subnet}: an IPv4 subnet from /8 to /29 is needed, such as 192.168.127.0/24"),
             ));
         };
+        if let Some(what) = unusable(&subnet) {
+            return Err(bad("--subnet", format!("{subnet}: {what}; such as 192.168.127.0/24 is good")));
+        }
         let gateway = host(1).ok_or_else(|| bad("--subnet", format!("{subnet} has no addresses")))?;
         let host_alias = Ipv4Addr::from(u32::from(broadcast) - 1);
         let usable = |setting, ip| usable(subnet, gateway, host_alias, setting, ip);
         let follows_host = s.ipv6.unwrap_or_default() == Ipv6Switch::Auto;
         let subnet6 = s.subnet6.unwrap_or_else(|| unique_local(&subnet));
+        if let Some(what) = unusable(&subnet6) {
+            return Err(bad("--subnet6", format!("{subnet6}: {what}; such as fd12:3456:789a::/64 is good")));
+        }
         let ipv6 = Ipv6::new(subnet6, follows_host).ok_or_else(|| {
             bad(
                 "--subnet6",
@@ -73,6 +79,9 @@ impl TryFrom<Settings> for Config {
             if links.iter().any(twice) {
                 return Err(bad("--link", "two links have the same address or name"));
             }
+            if let Some(ip) = link.ip.filter(|_| links.iter().any(|l| l.ip == link.ip)) {
+                return Err(bad("--link", format!("two links have ip={ip}")));
+            }
             let LinkSpec { kind, address, name, ip, isolate, offload, .. } = link;
             let mtu = link.mtu.or(s.mtu).unwrap_or(kind.mtu());
             links.push(LinkConfig { kind, address, name, ip, mtu, isolate, offload });
@@ -81,6 +90,10 @@ impl TryFrom<Settings> for Config {
             usable("--static-lease", lease.ip)?;
             if static_lease[..n].iter().any(|l| l.ip == lease.ip || l.mac == lease.mac) {
                 return Err(bad("--static-lease", format!("{} and {} are given twice", lease.mac, lease.ip)));
+            }
+            let Some(name) = &lease.name else { continue };
+            if static_lease[..n].iter().any(|l| l.name.as_ref() == Some(name)) {
+                return Err(bad("--static-lease", format!("two guests are called {name:?}")));
             }
         }
         let (mut publish, mut rules) = (Vec::new(), s.auto_publish);
@@ -91,6 +104,15 @@ impl TryFrom<Settings> for Config {
             }
         }
         for (n, spec) in publish.iter().enumerate() {
+            match &spec.guest {
+                GuestName::Name(name) if !links.iter().any(|l| l.name.as_ref() == Some(name)) => {
+                    let error = crate::request::PublishError::NoGuest(name.clone());
+                    return Err(bad("--publish", format!("{spec}: {error}")));
+                }
+                // What the agent carries goes to the guest's own addresses, its loopback among them.
+                GuestName::Address(IpAddr::V4(ip)) if !spec.needs_agent() => usable("--publish", *ip)?,
+                _ => {}
+            }
             let free = matches!(spec.host, HostEnd::Ports { first: 0, .. });
             if !free && publish[..n].iter().any(|o| o.host == spec.host && o.proto == spec.proto) {
                 return Err(bad("--publish", format!("{spec}: its host port is given twice")));
@@ -207,6 +229,24 @@ impl Config {
         }
         let LinkSpec { kind, address, name, ip, isolate, offload, .. } = link;
         Ok(LinkConfig { kind, address, name, ip, mtu: link.mtu.unwrap_or(kind.mtu()), isolate, offload })
+    }
+}
+
+/// Why guests cannot be numbered from `subnet`.
+fn unusable(subnet: &Subnet) -> Option<&'static str> {
+    let (first, last) = match (subnet.network(), subnet.broadcast()) {
+        (IpAddr::V4(first), Some(IpAddr::V4(last))) => (first, last),
+        (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
+            return Some("link-local addresses are each link's own");
+        }
+        (IpAddr::V6(ip), _) if ip.is_multicast() => return Some("these are addresses of groups"),
+        _ => return None,
+    };
+    match () {
+        () if first.octets()[0] == 0 => Some("a host in 0.0.0.0/8 is itself alone"),
+        () if first.is_loopback() || last.is_loopback() => Some("127.0.0.0/8 is each host's own loopback"),
+        () if last.octets()[0] >= 224 => Some("these are addresses of groups, or of nobody"),
+        () => None,
     }
 }
 

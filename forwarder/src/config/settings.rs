@@ -181,10 +181,21 @@ impl Settings {
     pub fn from_toml(text: &str) -> Result<Self, String> {
         toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].matches('\n').count() + 1);
-            let unknown = e.message().strip_prefix("unknown field `").and_then(|m| m.split('`').next());
-            let message = match unknown {
-                Some(key) => not_a_setting(key),
-                None => e.message().to_owned(),
+            // serde's own list, which is that of the table the key stands in: `unknown field `a`, expected one of `b`, `c``.
+            let mut words = e.message().strip_prefix("unknown field `").map(|m| m.split('`').step_by(2));
+            let message = match words.as_mut().and_then(Iterator::next) {
+                Some(key) => {
+                    let known = e.message().split('`').skip(3).step_by(2).collect::<Vec<_>>();
+                    not_a_setting(key, &known)
+                }
+                None => {
+                    let key = text.lines().nth(line - 1).and_then(|l| l.split_once('='));
+                    let bare =
+                        |k: &str| k.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+                    let key =
+                        key.map(|(key, _)| key.trim()).filter(|key| bare(key)).map(|key| format!("{key}: "));
+                    key.unwrap_or_default() + e.message()
+                }
             };
             format!("line {line}: {message}")
         })
@@ -295,9 +306,7 @@ pub fn variable(long: &str) -> String {
 }
 
 /// A key that is none, and the one that was probably meant.
-fn not_a_setting(key: &str) -> String {
-    let command = Settings::command();
-    let known: Vec<&str> = command.get_arguments().filter_map(clap::Arg::get_long).collect();
+fn not_a_setting(key: &str, known: &[&str]) -> String {
     match crate::nearest::name(key, known.iter().copied()) {
         Some(near) => format!("{key:?} is not a setting: did you mean {near:?}?"),
         None => format!("{key:?} is not a setting; there are {}", known.join(", ")),

@@ -111,7 +111,47 @@ fn a_bad_value_names_the_setting_the_value_and_what_to_do() {
         ("link = [\"qemu:unix:/x\"]\nvsock = [\"dir:/x\"]\nvsock-ports = [1]", "--vsock-ports: they need"),
         ("link = [\"qemu:unix:/x\"]\nmto = 3", "line 2: \"mto\" is not a setting: did you mean \"mtu\"?"),
         ("link = [\"qemu:unix:/x\"]\ncolour = 3", "is not a setting; there are link, subnet"),
-        ("link = [\"qemu:unix:/x\"]\nmtu = \"big\"", "line 2: invalid type"),
+        ("link = [\"qemu:unix:/x\"]\nmtu = \"big\"", "line 2: mtu: invalid type"),
+        (
+            "link = [\"qemu:unix:/x\"]\nguest-api = true",
+            "line 2: guest-api: invalid type: boolean `true`, expected \"on\" or \"off\"",
+        ),
+        (
+            "link = [\"qemu:unix:/x\"]\nhost-loopback = \"no\"",
+            "line 2: host-loopback: invalid value: string \"no\", expected \"on\" or \"off\"",
+        ),
+        ("link = [\"qemu:unix:/x\"]\n[limits]\nmax-tcp = 3", "line 3: \"max-tcp\" is not a setting"),
+        ("link = [\"qemu:unix:/x\"]\nsubnet = \"127.1.0.0/16\"", "--subnet: 127.1.0.0/16: 127.0.0.0/8 is"),
+        ("link = [\"qemu:unix:/x\"]\nsubnet = \"0.1.0.0/16\"", "--subnet: 0.1.0.0/16: a host in 0.0.0.0/8"),
+        (
+            "link = [\"qemu:unix:/x\"]\nsubnet = \"239.1.0.0/16\"",
+            "--subnet: 239.1.0.0/16: these are addresses of groups",
+        ),
+        ("link = [\"qemu:unix:/x\"]\nsubnet6 = \"fe80::/64\"", "--subnet6: fe80::/64: link-local"),
+        (
+            "link = [\"qemu:unix:/x\"]\nsubnet6 = \"ff02::/64\"",
+            "--subnet6: ff02::/64: these are addresses of groups",
+        ),
+        (
+            "link = [\"qemu:unix:/x,ip=192.168.127.9\", \"qemu:unix:/y,ip=192.168.127.9\"]",
+            "two links have ip=192.168.127.9",
+        ),
+        ("link = [\"qemu:unix:/x,name=gateway\"]", "\"gateway\" is the network's own name"),
+        ("link = [\"qemu:unix:/x\"]\npublish = [\"1:db:1\"]", "no guest is called \"db\""),
+        ("link = [\"qemu:unix:/x\"]\npublish = [\"1:10.0.0.9:1\"]", "10.0.0.9 is not in the subnet"),
+        (
+            "link = [\"qemu:unix:/x\"]\nstatic-lease = [\"01:00:5e:00:00:01=192.168.127.9\"]",
+            "no guest's Ethernet address",
+        ),
+        (
+            "link = [\"qemu:unix:/x\"]\nstatic-lease = [\"00:00:00:00:00:00=192.168.127.9\"]",
+            "no guest's Ethernet address",
+        ),
+        (
+            "link = [\"qemu:unix:/x\"]\nstatic-lease = [\"02:00:00:00:00:01=192.168.127.9,db\", \"02:00:00:00:00:02=192.168.127.8,db\"]",
+            "two guests are called \"db\"",
+        ),
+        ("link = [\"qemu:unix:/x\"]\ndns-upstream = [\"192.0.2.53:0\"]", "is not IP[:PORT]"),
         ("link = [\"qemu:unix:/x\"]\nmtu = 1500\nmtu = 1501", "duplicate key"),
         ("link = [\"qemu:unix:/x\"]\nmetrics = \"9110\"", "is not HOST:PORT"),
         ("link = [\"qemu:unix:/x\"]\nlog-format = \"xml\"", "unknown variant"),

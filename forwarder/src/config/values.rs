@@ -46,6 +46,9 @@ impl FromStr for LeaseSpec {
         let (ip, name) = rest.split_once(',').map_or((rest, None), |(ip, name)| (ip, Some(name)));
         let mac: Mac = mac.parse().map_err(|_| fault())?;
         let ip = ip.parse().map_err(|_| fault())?;
+        if mac.is_group() || mac.0 == [0; 6] {
+            return Err(format!("{text:?}: {mac} is no guest's Ethernet address, but a group's or nobody's"));
+        }
         Ok(Self(StaticLease { mac, ip, name: name.map(label).transpose()? }))
     }
 }
@@ -76,13 +79,33 @@ impl FromStr for Directory {
 }
 
 /// On or off.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Switch {
     /// On.
     On,
     /// Off.
     Off,
+}
+
+impl<'de> Deserialize<'de> for Switch {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Word;
+        impl serde::de::Visitor<'_> for Word {
+            type Value = Switch;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("\"on\" or \"off\"")
+            }
+            fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<Switch, E> {
+                match word {
+                    "on" => Ok(Switch::On),
+                    "off" => Ok(Switch::Off),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(word), &self)),
+                }
+            }
+        }
+        // A word that stands without quotes elsewhere, such as true, is told the words as well.
+        from.deserialize_any(Word)
+    }
 }
 
 /// Block or allow.
@@ -191,7 +214,9 @@ pub(super) fn label(text: &str) -> Result<String, String> {
         && !text.starts_with('-')
         && !text.ends_with('-')
         && !text.bytes().all(|b| b.is_ascii_digit());
-    if good {
+    if good && matches!(text.to_ascii_lowercase().as_str(), "host" | "gateway") {
+        Err(format!("{text:?} is the network's own name: a guest has another"))
+    } else if good {
         Ok(text.to_ascii_lowercase())
     } else {
         Err(format!("{text:?} is not a name: letters, digits and inner hyphens"))

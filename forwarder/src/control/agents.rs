@@ -46,7 +46,7 @@ pub(super) async fn wait(State(app): State<App>, RawQuery(query): RawQuery) -> R
     app.requests.send(Request::Await { port, reply }).map_err(|_| Fault::unavailable())?;
     match tokio::time::timeout(Duration::from_secs(seconds), answer).await {
         Ok(Ok(Ok(()))) => Ok(Json(Waited { ready: true })),
-        Ok(Ok(Err(error))) => Err(Fault::from(&error)),
+        Ok(Ok(Err(error))) => Err(Fault::from(&error).title("there is nothing to wait for")),
         Ok(Err(_)) => Err(Fault::unavailable()),
         Err(_) => Ok(Json(Waited { ready: false })),
     }

@@ -3,7 +3,7 @@
 //! The name is resolved by the DNS service the guests use, the address judged by the stack that carries their packets, and
 //! the host's own routing asked: nothing here decides by itself.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use axum::Json;
@@ -11,16 +11,18 @@ use axum::extract::{RawQuery, State};
 use hickory_proto::op::{Message, Query as DnsQuery};
 use hickory_proto::rr::{Name, RData, RecordType};
 use portway_api::control::{ExplainedAddress, Explanation, Problem};
-use portway_netstack::{DropReason, PortId, Reach};
+use portway_netstack::{DropReason, PortId, Reach, Served, Transport};
 
 use super::App;
 use super::problem::Fault;
 use super::query::{Query, wrong};
-use crate::config::GuestApi;
-use crate::request::Request;
+use crate::host::other_loopback;
+use crate::request::{Reached, Request};
 
 /// How long a probe waits for an answer.
 const PROBE: Duration = Duration::from_secs(3);
+/// Amazon's metadata service.
+const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 /// Addresses of one name that are looked at.
 const ADDRESSES: usize = 8;
 
@@ -132,20 +134,26 @@ impl App {
 
     /// What the stack does with packets to `to`.
     async fn judge(&self, to: SocketAddr, proto: &str) -> Result<ExplainedAddress, Fault> {
-        let (reach, guest) = self.ask(|reply| Request::Reach { to, reply }).await?;
+        let transport = if proto == "udp" { Transport::Udp } else { Transport::Tcp };
+        let Reached { reach, guest, taker } =
+            self.ask(|reply| Request::Reach { to, transport, reply }).await?;
         let mut out = ExplainedAddress { address: to.to_string(), ..ExplainedAddress::default() };
         match reach {
             Reach::Gateway => {
                 out.target = "gateway".into();
-                let api = to.port() == 80 && proto == "tcp" && self.guest_api != GuestApi::Off;
-                out.allowed = to.port() == 53 || api;
                 out.why.push("the address is the gateway's own".into());
-                out.why.push(if api {
-                    "port 80 is where guests publish ports of theirs (--guest-api on)".into()
-                } else if out.allowed {
-                    "port 53 is the network's DNS service".into()
-                } else {
-                    format!("nothing serves {proto} port {} there: a guest is refused at once", to.port())
+                out.why.push(format!(
+                    "nothing serves {proto} port {} there: a guest is refused at once",
+                    to.port()
+                ));
+            }
+            Reach::Served(served) => {
+                out.target = "gateway".into();
+                out.allowed = true;
+                out.why.push(match served {
+                    Served::Dns => "the network's DNS service".into(),
+                    Served::Dhcp => "the network's DHCP server: guests get their addresses there".into(),
+                    Served::Api => "port 80 is where guests publish ports of theirs (--guest-api on)".into(),
                 });
             }
             Reach::Guest(_) => {
@@ -157,27 +165,24 @@ impl App {
                 ));
                 out.why.push("unless one of the two links has isolate=on".into());
             }
-            Reach::Host(at) => {
+            Reach::Host(at) | Reach::Forwarded(at) => {
                 let loopback = at.ip().is_loopback() && !to.ip().is_loopback();
                 out.target = if loopback { "host_loopback" } else { "network" }.into();
-                out.allowed = true;
-                out.host_address = Some(at.to_string());
-                out.why.push(if loopback {
-                    "the address is the host alias: behind it stands the host's loopback (--host-loopback on)"
-                        .into()
-                } else {
-                    "the address is outside the guests' subnet: the host connects to it".into()
+                out.why.push(match reach {
+                    Reach::Forwarded(_) => format!("the gateway's port is forwarded to {at} by the configuration"),
+                    _ if loopback => {
+                        "the address is the host alias: behind it stands the host's loopback (--host-loopback on)"
+                            .into()
+                    }
+                    _ => "the address is outside the guests' subnet: the host connects to it".into(),
                 });
-                match route(at) {
-                    Ok(source) => {
-                        out.why.push(format!("the host's routing takes {source} as the source"));
-                        out.source = Some(source.to_string());
-                    }
-                    Err(error) => {
-                        out.why.push(format!(
-                            "the host has no way there ({error}): the guest is told unreachable"
-                        ));
-                    }
+                if let Some((taker, takes)) = taker {
+                    out.allowed = takes;
+                    out.why.push(format!("such connections are taken by {taker}"));
+                } else {
+                    out.allowed = true;
+                    out.host_address = Some(at.to_string());
+                    out.routed(at);
                 }
             }
             Reach::Nowhere(reason) => {
@@ -189,21 +194,63 @@ impl App {
     }
 
     fn why_not(&self, ip: IpAddr, reason: DropReason) -> String {
-        let link_local = matches!(ip, IpAddr::V4(v4) if v4.is_link_local());
-        let text = match reason {
-            DropReason::Forbidden if ip.to_string() == self.network.host_alias => {
+        let network = &self.network;
+        let is = |ours: Option<&String>| ours.is_some_and(|o| o.parse::<IpAddr>() == Ok(ip));
+        let alias = is(Some(&network.host_alias)) || is(network.host_alias6.as_ref());
+        let metadata = match ip {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6 == METADATA_V6,
+        };
+        let text = match (reason, ip) {
+            (DropReason::Forbidden, _) if alias => {
                 "the address is the host alias, and --host-loopback is off".to_owned()
             }
-            DropReason::Forbidden if link_local => {
+            (DropReason::Forbidden, IpAddr::V6(_)) if !network.ipv6 => {
+                "guests of this network have no IPv6 (--ipv6 off)".into()
+            }
+            (DropReason::Forbidden, _) if metadata => {
                 "link-local addresses, where clouds serve credentials, are blocked (--metadata allow opens them)".into()
             }
-            DropReason::Forbidden => "an address a guest never reaches: loopback and 0.0.0.0/8 are its own".into(),
-            DropReason::NotForUs => {
-                format!("in the guests' subnet {}, and no guest has it now", self.network.subnet)
+            (DropReason::Forbidden, IpAddr::V4(_)) => {
+                "an address a guest never reaches: loopback and 0.0.0.0/8 are its own".into()
             }
-            other => other.to_string(),
+            (DropReason::Forbidden, IpAddr::V6(_)) => {
+                "an address a guest never reaches: loopback, and those with an IPv4 address inside that is forbidden by itself"
+                    .into()
+            }
+            (DropReason::Multicast, _) => {
+                "a group's or everybody's address: nothing is sent from here to the host's network".into()
+            }
+            (DropReason::NotForUs, IpAddr::V6(v6)) if v6.is_unicast_link_local() => {
+                "link-local: in the guests' own network, and no guest has it now".into()
+            }
+            (DropReason::NotForUs, _) => {
+                let subnet = if ip.is_ipv4() { Some(&network.subnet) } else { network.subnet6.as_ref() };
+                let subnet = subnet.map_or("", String::as_str);
+                format!("in the guests' subnet {subnet}, and no guest has it now")
+            }
+            (other, _) => other.to_string(),
         };
         format!("{text} (counted as {})", reason.name())
+    }
+}
+
+/// How the host gets there, for the explanation of an address.
+trait Routed {
+    fn routed(&mut self, at: SocketAddr);
+}
+
+impl Routed for ExplainedAddress {
+    fn routed(&mut self, at: SocketAddr) {
+        match route(at) {
+            Ok(source) => {
+                self.why.push(format!("the host's routing takes {source} as the source"));
+                self.source = Some(source.to_string());
+            }
+            Err(error) => {
+                self.why.push(format!("the host has no way there ({error}): the guest is told unreachable"));
+            }
+        }
     }
 }
 
@@ -215,7 +262,20 @@ fn route(to: SocketAddr) -> std::io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
+/// As a guest's connection goes, the other loopback address after the first.
 async fn probe_tcp(to: SocketAddr) -> String {
+    let said = probe_one(to).await;
+    match other_loopback(to).filter(|_| said != "open") {
+        Some(port) => {
+            let other = SocketAddr::from((Ipv4Addr::LOCALHOST, port.get()));
+            let second = probe_one(other).await;
+            if second == "open" { format!("open at {other}") } else { second }
+        }
+        None => said,
+    }
+}
+
+async fn probe_one(to: SocketAddr) -> String {
     match tokio::time::timeout(PROBE, tokio::net::TcpStream::connect(to)).await {
         Ok(Ok(_)) => "open".into(),
         Ok(Err(e)) if e.kind() == std::io::ErrorKind::ConnectionRefused => "refused".into(),

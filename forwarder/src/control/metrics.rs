@@ -86,6 +86,12 @@ pub fn text(network: &NetworkInfo, s: &Stats) -> String {
     out.counter("portway_dns_failures_total", "Queries no resolver answered (SERVFAIL).", s.dns.failed);
     out.counter("portway_dns_rejected_total", "Queries refused for what they are.", s.dns.rejected);
     out.counter("portway_dns_over_limit_total", "Queries dropped at the limit.", s.dns.over_limit);
+    out.counter(
+        "portway_dns_rebinding_total",
+        "Answers kept from guests, which led inside.",
+        s.dns.rebinding,
+    );
+    out.counter("portway_dns_truncated_total", "Answers too large for a datagram.", s.dns.truncated);
     out.gauge("portway_dns_in_flight", "Queries at the resolvers now.", s.dns.in_flight);
     out.gauge("portway_dns_cached", "Answers in the cache now.", s.dns.cached);
 

@@ -79,7 +79,6 @@ pub struct App {
     streams: Arc<Semaphore>,
     flow_listings: Arc<Mutex<()>>,
     guest_api: GuestApi,
-    guest_turn: Arc<Mutex<()>>,
     /// Places of guests' connections.
     guests: Arc<Semaphore>,
 }
@@ -118,7 +117,6 @@ impl App {
             streams: Arc::new(Semaphore::new(stream::STREAMS)),
             flow_listings: Arc::default(),
             guest_api,
-            guest_turn: Arc::default(),
             guests: Arc::new(Semaphore::new(GUEST_CLIENTS)),
         }
     }
@@ -332,6 +330,18 @@ impl App {
             kept.remove(&spec, gone).await;
         }
         Ok(done)
+    }
+
+    /// Takes away what was asked for in the words of `spec`, for a guest of what it published alone. Whether there was any.
+    async fn unexpose(&self, spec: PublishSpec, guest: Option<std::net::IpAddr>) -> Result<bool, Fault> {
+        let (host, proto) = (spec.host.clone(), spec.proto);
+        let Some(gone) = self.ask(|reply| Request::Unexpose { host, proto, guest, reply }).await? else {
+            return Ok(false);
+        };
+        if let (Some(kept), None) = (&self.kept, guest) {
+            kept.remove(&spec, std::slice::from_ref(&gone)).await;
+        }
+        Ok(true)
     }
 }
 

@@ -47,6 +47,12 @@ impl Fault {
         self
     }
 
+    /// Says in general what is wrong.
+    pub(super) fn title(mut self, title: &str) -> Self {
+        self.0.title = title.into();
+        self
+    }
+
     /// Says what helps.
     pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());
@@ -81,6 +87,9 @@ impl From<&PublishError> for Fault {
             }
             PublishError::NoGuest(_) => {
                 (StatusCode::NOT_FOUND, "no_guest", "GET /v1/links lists the names; an address is good too")
+            }
+            PublishError::NotAGuest(_) => {
+                (StatusCode::CONFLICT, "not_a_guest", "GET /v1/network says which networks are the guests'")
             }
             PublishError::NoAgent(_) => {
                 (StatusCode::CONFLICT, "no_agent", "both are set when the network starts")
@@ -121,7 +130,8 @@ impl From<CaptureError> for Fault {
 
 /// Makes problems of the errors that the framework answers by itself.
 pub(super) async fn everywhere(request: HttpRequest, next: Next) -> Response {
-    let path = request.uri().path().to_owned();
+    // Within the nest the path has no `/v1` any more.
+    let path = format!("/v1{}", request.uri().path());
     let method = request.method().clone();
     let answer = next.run(request).await;
     let status = answer.status();

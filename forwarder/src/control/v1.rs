@@ -133,6 +133,14 @@ pub(super) async fn flows(
     let turn = app.flow_listings.lock().await;
     let reports = app.ask(|reply| Request::Flows { reply }).await?;
     drop(turn);
+    if let Some(vm) = query.text("vm")
+        && !reports.links.iter().any(|(_, name)| name == vm)
+    {
+        let detail = format!("no link is called {vm:?}");
+        return Err(Fault::new(StatusCode::NOT_FOUND, "no_link", "no flows", detail)
+            .field("vm")
+            .hint("`portway links` or GET /v1/links lists the names"));
+    }
     let ends = |f: &FlowInfo| [&f.guest, &f.remote].map(|e| e.parse::<std::net::SocketAddr>().ok());
     let mut flows: Vec<FlowInfo> = reports
         .infos()
@@ -178,6 +186,8 @@ impl App {
             failed: dns.failed,
             rejected: dns.rejected,
             over_limit: dns.over_limit,
+            rebinding: dns.rebinding,
+            truncated: dns.truncated,
             in_flight: dns.in_flight as u64,
             cached: dns.cached as u64,
         };

@@ -81,6 +81,12 @@ impl HostsFile {
         }
     }
 
+    /// Whether `name` has addresses here that a guest is told.
+    pub(super) fn knows(&self, name: &Name, loopback: Option<&LoopbackAlias>) -> bool {
+        let told = |ip: &IpAddr| loopback.is_none_or(|alias| alias.translate(*ip).is_some());
+        self.find(name).is_some_and(|known| known.iter().any(told))
+    }
+
     /// The answer to `query` from here; `None` when the file does not say.
     pub(super) fn answer(
         &self,

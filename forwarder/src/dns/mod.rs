@@ -441,6 +441,7 @@ impl Dns {
                 None => self.answer_from_upstream(guest, &query, transport).await?,
             },
         };
+        let answer = if self.knows(&query.name) { wire::without_nxdomain(answer) } else { answer };
         let limit = match transport {
             Transport::Datagram => query.datagram_limit(),
             Transport::Stream => usize::from(u16::MAX),
@@ -459,6 +460,17 @@ impl Dns {
             q if q.class != kind::IN || matches!(q.kind, kind::AXFR | kind::IXFR) => Some(Rcode::Refused),
             _ => None,
         }
+    }
+
+    /// Whether the operator's records or the hosts file have addresses of `name`: whoever is asked for its other types may not
+    /// know it, but it exists, and a client that heard otherwise would not ask for its addresses (RFC 8020).
+    fn knows(&self, name: &Name) -> bool {
+        let records = Arc::clone(&self.records.read().unwrap_or_else(PoisonError::into_inner));
+        records.knows(name, None)
+            || self
+                .hosts
+                .as_ref()
+                .is_some_and(|h| h.current(Instant::now()).0.knows(name, Some(&self.loopback)))
     }
 
     async fn answer_locally(&self, query: &Query<'_>) -> Option<Vec<u8>> {

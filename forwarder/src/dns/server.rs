@@ -131,7 +131,8 @@ impl FromStr for Server {
 
 fn address(text: &str, port: u16) -> Option<SocketAddr> {
     let bare = text.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    bare.map(|ip| SocketAddr::new(ip, port)).or_else(|_| text.parse::<SocketAddr>()).ok()
+    let found = bare.map(|ip| SocketAddr::new(ip, port)).or_else(|_| text.parse::<SocketAddr>());
+    found.ok().filter(|at| at.port() != 0)
 }
 
 /// `[DOMAIN=]SERVER`: a resolver for every name, or for those of one domain.

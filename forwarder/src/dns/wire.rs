@@ -539,6 +539,16 @@ pub(super) fn set_id(message: &mut [u8], id: [u8; 2]) {
     }
 }
 
+/// "There is no such name" becomes "it has nothing of this type".
+pub(super) fn without_nxdomain(mut message: Vec<u8>) -> Vec<u8> {
+    if let Some(flags) = message.get_mut(3)
+        && *flags & 0x0f == Rcode::NxDomain as u8
+    {
+        *flags &= 0xf0;
+    }
+    message
+}
+
 /// Sets RA: whoever answers from a zone of ours recurses for other names too.
 pub(super) fn set_recursion_available(message: &mut [u8]) {
     if let Some(flags) = message.get_mut(3) {

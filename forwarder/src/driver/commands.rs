@@ -1,6 +1,6 @@
 //! What the stack asks of the host.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU16;
 
 use portway_netstack::{FlowId, HostCommand, HostEvent, HostTarget, Service};
@@ -102,8 +102,12 @@ impl Driver {
 
     /// The other end of the flow is a stream that the control thread serves.
     fn serve_by_control(&mut self, flow: FlowId, service: Service) {
-        let guest = self.stack.guest_of_flow(flow).map(|g| g.ip());
         let Some(port) = self.stack.port_of(flow) else { return };
+        // One that asks over IPv6 is the same guest, whose address is its IPv4 one where it has that.
+        let guest = match self.stack.guest_of_flow(flow).map(|g| g.ip()) {
+            Some(v6 @ IpAddr::V6(_)) => self.stack.guest_of(port).filter(IpAddr::is_ipv4).or(Some(v6)),
+            v4 => v4,
+        };
         let made = std::os::unix::net::UnixStream::pair().and_then(|(ours, theirs)| {
             crate::fd::within_share(&theirs)?;
             ours.set_nonblocking(true)?;

@@ -93,7 +93,9 @@ impl Driver {
         tracing::info!(vm = name, "a VM leaves");
         for slot in 0..self.published.len() {
             let of_vm = |guest: &GuestName| matches!(guest, GuestName::Name(n) if *n == name);
-            if self.published[slot].as_ref().is_some_and(|p| of_vm(&p.guest)) {
+            // What it published itself goes with it, too: its address may be another's soon.
+            let by_vm = |p: &crate::publish::Published| p.by.is_some_and(|(_, link)| link == Some(port));
+            if self.published[slot].as_ref().is_some_and(|p| of_vm(&p.guest) || by_vm(p)) {
                 self.close_entrances(slot);
                 self.published[slot] = None;
             }

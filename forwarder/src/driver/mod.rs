@@ -168,7 +168,7 @@ pub struct Driver {
     /// Whether VMs may still come when there is none.
     joinable: bool,
     /// Address and MAC of every lease that has been told, sorted.
-    known_leases: Vec<(std::net::Ipv4Addr, Mac)>,
+    known_leases: Vec<(std::net::IpAddr, Mac)>,
     captures: Vec<std::sync::Arc<Capture>>,
     /// Frames lost by captures that have ended.
     capture_lost: u64,
@@ -272,6 +272,10 @@ impl Driver {
     /// Tells events to `events` from now on.
     pub fn tell_events(&mut self, events: EventQueue) {
         self.events = events;
+        // A tap and a descriptor that was handed over are there from the start.
+        for link in self.links.iter().filter(|l| l.is_up()) {
+            self.events.push(Event::LinkUp(link.label()));
+        }
     }
 
     /// Takes leases of an earlier run back.

@@ -3,17 +3,18 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use portway_api::control::{LeaseInfo, LinkInfo, LinkStats, PortInfo, Stats};
-use portway_netstack::{Mac, Netstack, Reach};
+use portway_api::control::{LeaseInfo, LinkInfo, LinkStats, PortInfo, Protocol, Stats};
+use portway_netstack::{Mac, Netstack, PortId, Reach, Transport};
 
 use super::{Driver, Entrance, Kind, LeaseBook, names, token};
 use crate::capture::{CAPTURES, Capture};
+use crate::control::gvproxy::forwarder::GUEST_PORTS;
 use crate::events::Event;
 use crate::host::{HostFlow, HostStream};
 use crate::link::Link;
 use crate::publish::spec::{GuestName, HostEnd, PublishSpec};
 use crate::publish::{self, Published};
-use crate::request::{CaptureError, FlowReports, PublishError, Request, TunnelEnd};
+use crate::request::{CaptureError, FlowReports, PublishError, Reached, Request, TunnelEnd};
 
 /// Ports that may be published at once.
 pub(crate) const PORTS: usize = 16_384;
@@ -39,11 +40,18 @@ impl Driver {
             match request {
                 Request::Publish { spec, reply } => drop(reply.send(self.publish(&spec))),
                 Request::Unpublish { spec, reply } => drop(reply.send(self.unpublish(&spec))),
+                Request::GuestPublish { spec, guest, reply } => {
+                    drop(reply.send(self.guest_publish(&spec, guest)));
+                }
+                Request::Unexpose { host, proto, guest, reply } => {
+                    drop(reply.send(self.unexpose(&host, proto, guest)));
+                }
+                Request::GuestPorts { guest, reply } => drop(reply.send(self.guest_ports(guest))),
                 Request::Ports { reply } => drop(reply.send(self.ports())),
                 Request::Leases { reply } => drop(reply.send(self.leases())),
                 Request::Flows { reply } => drop(reply.send(self.flow_reports())),
                 Request::Links { reply } => drop(reply.send(self.link_infos())),
-                Request::Reach { to, reply } => drop(reply.send(self.reach(to))),
+                Request::Reach { to, transport, reply } => drop(reply.send(self.reach(to, transport))),
                 Request::Capture { capture, reply } => drop(reply.send(self.capture(capture))),
                 Request::EndCaptures => self.end_captures(),
                 Request::Attach { fd } => {
@@ -83,10 +91,49 @@ impl Driver {
     }
 
     pub(super) fn publish(&mut self, spec: &PublishSpec) -> Vec<Result<PortInfo, PublishError>> {
-        (0..spec.count).map(|n| self.publish_one(spec, n)).collect()
+        (0..spec.count).map(|n| self.publish_one(spec, n, None)).collect()
     }
 
-    fn publish_one(&mut self, spec: &PublishSpec, n: u16) -> Result<PortInfo, PublishError> {
+    /// Publishes one port for the guest that asks for it.
+    fn guest_publish(&mut self, spec: &PublishSpec, guest: IpAddr) -> Result<PortInfo, PublishError> {
+        // Counted by its link: a guest may have many addresses.
+        let link = self.stack.known_port_of(guest);
+        let own =
+            |p: &&Published| p.by.is_some_and(|(ip, port)| ip == guest || port.is_some() && port == link);
+        if self.published.iter().flatten().filter(own).count() >= GUEST_PORTS {
+            return Err(PublishError::Limit(format!("a guest exposes {GUEST_PORTS} ports at the most")));
+        }
+        self.publish_one(spec, 0, Some((guest, link)))
+    }
+
+    /// Takes away what was published under `host`; for a `guest`, of its own alone. With port 0 it has to be clear which.
+    fn unexpose(&mut self, host: &HostEnd, proto: Protocol, guest: Option<IpAddr>) -> Option<PortInfo> {
+        let spec =
+            PublishSpec { host: host.clone(), guest: GuestName::Default, guest_port: 0, count: 1, proto };
+        let free = matches!(host, HostEnd::Ports { first: 0, .. });
+        let named = |p: &Published| {
+            let words = if free { p.proto == proto && p.host == *host } else { p.is_named(&spec, 0) };
+            words && (guest.is_none() || p.by.map(|(ip, _)| ip) == guest)
+        };
+        let mut found = (0..self.published.len()).filter(|i| self.published[*i].as_ref().is_some_and(named));
+        let slot = found.next()?;
+        if found.next().is_some() {
+            return None;
+        }
+        self.unpublish_slot(slot)
+    }
+
+    fn guest_ports(&self, guest: IpAddr) -> Vec<PortInfo> {
+        let own = self.published.iter().flatten().filter(|p| p.by.is_some_and(|(ip, _)| ip == guest));
+        own.map(|p| p.info(self.guest_label(&p.guest))).collect()
+    }
+
+    fn publish_one(
+        &mut self,
+        spec: &PublishSpec,
+        n: u16,
+        by: Option<(IpAddr, Option<PortId>)>,
+    ) -> Result<PortInfo, PublishError> {
         if spec.needs_agent() {
             return Err(PublishError::NoAgent(spec.to_string()));
         }
@@ -94,6 +141,11 @@ impl Driver {
             && !self.links.iter().any(|l| l.name.as_ref() == Some(name))
         {
             return Err(PublishError::NoGuest(name.clone()));
+        }
+        if let GuestName::Address(ip) = &spec.guest
+            && !self.stack.may_be_guest(*ip)
+        {
+            return Err(PublishError::NotAGuest(*ip));
         }
         if let Some(allowed) = &self.allowed {
             spec.within(allowed)?;
@@ -134,6 +186,7 @@ impl Driver {
             host_port,
             guest: spec.guest.clone(),
             guest_port: spec.guest_port.saturating_add(n),
+            by,
             accepted: 0,
         };
         let info = published.info(self.guest_label(&published.guest));
@@ -153,16 +206,15 @@ impl Driver {
         if gone.is_empty() {
             return Err(PublishError::NotPublished(spec.to_string()));
         }
-        let mut infos = Vec::new();
-        for slot in gone {
-            self.close_entrances(slot);
-            if let Some(port) = self.published[slot].take() {
-                let info = port.info(self.guest_label(&port.guest));
-                self.events.push(Event::Unpublished(info.clone()));
-                infos.push(info);
-            }
-        }
-        Ok(infos)
+        Ok(gone.into_iter().filter_map(|slot| self.unpublish_slot(slot)).collect())
+    }
+
+    fn unpublish_slot(&mut self, slot: usize) -> Option<PortInfo> {
+        self.close_entrances(slot);
+        let port = self.published.get_mut(slot)?.take()?;
+        let info = port.info(self.guest_label(&port.guest));
+        self.events.push(Event::Unpublished(info.clone()));
+        Some(info)
     }
 
     pub(super) fn close_entrances(&mut self, published: usize) {
@@ -232,7 +284,7 @@ impl Driver {
     /// Tells the control thread which leases there are, and which names they give.
     pub(super) fn tell_leases(&mut self) {
         let leases = self.stack.leases(self.now);
-        let links = || self.link_configs.iter().filter_map(|l| l.name.as_deref());
+        let links = || self.links.iter().filter_map(|l| l.name.as_deref());
         let mut names = names::of(&leases, links());
         let of_v4 = names.len();
         for lease in self.stack.leases6(self.now) {
@@ -245,14 +297,25 @@ impl Driver {
                 names.push((name, lease.ip.into()));
             }
         }
+        // A guest that leased nothing goes by the addresses it uses.
+        for link in self.links.iter().filter(|l| !l.ended) {
+            let Some(name) = &link.name else { continue };
+            for ip in self.stack.known_by(link.port) {
+                let has = |(known, of): &(String, IpAddr)| known == name && of.is_ipv4() == ip.is_ipv4();
+                if !names.iter().any(has) {
+                    names.push((name.clone(), ip));
+                }
+            }
+        }
         self.tell_lease_events(&leases);
         self.leases.send_replace(LeaseBook { leases, names });
     }
 
     /// Events for leases that are new, and for those that have ended.
     fn tell_lease_events(&mut self, leases: &[portway_netstack::dhcp::LeaseReport]) {
-        let mut now: Vec<(Ipv4Addr, Mac)> =
-            leases.iter().filter(|l| l.port.is_some()).map(|l| (l.ip, l.mac)).collect();
+        let v4 = leases.iter().filter(|l| l.port.is_some()).map(|l| (IpAddr::V4(l.ip), l.mac));
+        let v6 = self.stack.leases6(self.now).into_iter().filter(|l| l.port.is_some());
+        let mut now: Vec<(IpAddr, Mac)> = v4.chain(v6.map(|l| (l.ip.into(), l.mac))).collect();
         now.sort_unstable();
         let before = std::mem::take(&mut self.known_leases);
         for (ip, mac) in before.iter().filter(|l| now.binary_search(l).is_err()) {
@@ -284,6 +347,7 @@ impl Driver {
                 },
                 up: l.is_up(),
                 ip: self.stack.guest_of(l.port).map(|ip| ip.to_string()),
+                addresses: self.stack.addresses(self.now, l.port).iter().map(ToString::to_string).collect(),
                 mtu: l.mtu(),
                 isolate: self.link_configs.get(n).is_some_and(|c| c.isolate),
                 offload: l.offloads().tcp,
@@ -296,10 +360,10 @@ impl Driver {
         self.links.iter().enumerate().filter(|(_, l)| !l.ended).map(info).collect()
     }
 
-    fn reach(&self, to: std::net::SocketAddr) -> (Reach, Option<String>) {
+    fn reach(&self, to: std::net::SocketAddr, transport: Transport) -> Reached {
         let leased = self.stack.leases(self.now).into_iter().find(|l| to.ip() == l.ip).and_then(|l| l.port);
         // A guest that has not spoken yet is found by ARP when somebody asks for it.
-        let reach = match (self.stack.reach(to), leased) {
+        let reach = match (self.stack.reach(to, transport), leased) {
             (Reach::Nowhere(_), Some(port)) => Reach::Guest(port),
             (reach, _) => reach,
         };
@@ -307,7 +371,13 @@ impl Driver {
             Reach::Guest(port) => self.links.iter().find(|l| l.port == port).map(Link::label),
             _ => None,
         };
-        (reach, guest)
+        let taker = match reach {
+            Reach::Host(at) | Reach::Forwarded(at) if transport == Transport::Tcp => {
+                self.outgoing.iter().find(|o| o.takes(at)).map(|o| o.taker().shown())
+            }
+            _ => None,
+        };
+        Reached { reach, guest, taker }
     }
 
     /// Connects a client of the API to a guest, as if it had come to a published port.

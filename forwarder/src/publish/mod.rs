@@ -14,6 +14,7 @@ use mio::net::{TcpListener, UdpSocket, UnixListener};
 use mio::{Interest, Registry, Token};
 use nix::errno::Errno;
 use portway_api::control::{PortInfo, Protocol};
+use portway_netstack::PortId;
 use socket2::{Domain, SockRef, Type};
 
 use self::spec::{Bind, GuestName, HostEnd, PublishSpec};
@@ -57,6 +58,8 @@ pub struct Published {
     pub guest: GuestName,
     /// The guest's port.
     pub guest_port: u16,
+    /// The guest that published it itself, and its link; `None`: the operator, or what serves him.
+    pub by: Option<(IpAddr, Option<PortId>)>,
     /// Connections or datagrams' clients so far.
     pub accepted: u64,
 }

@@ -182,6 +182,11 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
         join: join.map(|listener| (listener, config.clone())),
         watch,
         ipv6_follows_host: config.ipv6.as_ref().is_some_and(|v6| v6.follows_host),
+        // The operator's own list stays.
+        search: config.dns_search.is_none().then(|| SearchList {
+            first: config.particulars.search.clone(),
+            is_advertised: config.ipv6.is_some(),
+        }),
     };
     let (up, is_up) = std::sync::mpsc::channel();
     let doors =
@@ -248,16 +253,25 @@ fn network(config: &Config, sandbox: SandboxInfo) -> NetworkInfo {
         gateway: config.gateway.to_string(),
         gateway_mac: config.particulars.gateway_mac.to_string(),
         host_alias: config.host_alias.to_string(),
+        ipv6: config.ipv6.is_some(),
+        subnet6: config.ipv6.as_ref().map(|v6| v6.subnet.to_string()),
+        gateway6: config.ipv6.as_ref().map(|v6| v6.gateway.to_string()),
+        host_alias6: config.ipv6.as_ref().map(|v6| v6.host_alias.to_string()),
         domain: crate::DOMAIN.into(),
         sandbox,
         // These change while it runs: they are filled in when somebody asks.
         dns_upstreams: Vec::new(),
-        log_file: config.log_file.as_ref().map(|p| p.display().to_string()),
-        state_dir: config.state_dir.as_ref().map(|p| p.display().to_string()),
+        log_file: config.log_file.as_deref().map(absolute),
+        state_dir: config.state_dir.as_deref().map(absolute),
         started_ms: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
     }
+}
+
+/// A path as everybody can open it, who may be in another directory.
+fn absolute(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
 /// Publishes what was published live in an earlier run. One that fails is said and stays kept: its port may be free
@@ -354,7 +368,7 @@ fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
         domain: crate::DOMAIN.into(),
         aliases: vec!["containers.internal".into(), "docker.internal".into()],
-        // gvproxy's guests ask port 80 of the gateway by its name, which is served over IPv4; some try one address alone.
+        // gvproxy's guests ask port 80 of the gateway by its name, and gvproxy has it over IPv4; some try one address alone.
         gateway: both(
             config.gateway,
             config.ipv6.as_ref().map(|v6| v6.gateway).filter(|_| config.guest_api != GuestApi::Any),
@@ -431,6 +445,16 @@ struct Control {
     join: Option<(std::os::unix::net::UnixListener, Config)>,
     watch: Option<uplink::Watch>,
     ipv6_follows_host: bool,
+    /// `None` when guests do not search the host's domains.
+    search: Option<SearchList>,
+}
+
+/// The domains guests search, when the host's are among them.
+struct SearchList {
+    /// Those before the host's.
+    first: Vec<String>,
+    /// Whether guests are told of changes at once, by router advertisements.
+    is_advertised: bool,
 }
 
 /// Where things come in to the control thread.
@@ -518,7 +542,9 @@ impl Control {
                 let (dns, requests) = (Arc::clone(&self.dns), self.requests.clone());
                 tokio::spawn(follow_network(watch, dns, requests, self.ipv6_follows_host));
             }
-            tokio::spawn(follow_search(Arc::clone(&self.dns), self.requests.clone()));
+            if let Some(search) = self.search.take() {
+                tokio::spawn(follow_search(search, Arc::clone(&self.dns), self.requests.clone()));
+            }
             match metrics.map(tokio::net::TcpListener::from_std) {
                 Some(Ok(listener)) => {
                     drop(tokio::spawn(crate::control::serve_metrics(listener, app.clone())))
@@ -613,11 +639,27 @@ async fn tell_refusals(bell: std::os::unix::net::UnixStream) {
     }
 }
 
-/// Tells the data thread which domains the host searches, when that changes.
-async fn follow_search(dns: Arc<Dns>, requests: Requests) {
+/// How often it is looked whether the host searches other domains, where guests would be told at once.
+const SEARCH_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Tells the data thread which domains the host searches, when that changes. Elsewhere than where it is advertised, guests ask again
+/// only when they renew a lease: a change that the next query finds is soon enough.
+async fn follow_search(list: SearchList, dns: Arc<Dns>, requests: Requests) {
     let mut search = dns.watch_search();
-    while search.changed().await.is_ok() {
-        let domains = search.borrow_and_update().clone();
+    loop {
+        if list.is_advertised {
+            // A look that finds something new has it told below.
+            let Ok(changed) = tokio::time::timeout(SEARCH_LOOK, search.changed()).await else {
+                let _ = dns.search();
+                continue;
+            };
+            if changed.is_err() {
+                return;
+            }
+        } else if search.changed().await.is_err() {
+            return;
+        }
+        let domains = [list.first.clone(), search.borrow_and_update().clone()].concat();
         // When the queue is full guests go on with what they were told.
         let _ = requests.send(Request::Search { domains });
     }

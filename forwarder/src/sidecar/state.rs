@@ -147,7 +147,8 @@ fn keep_leases(dir: &Path, leases: &[LeaseReport]) -> io::Result<()> {
         let hex = |id: &[u8]| id.iter().map(|b| format!("{b:02x}")).collect();
         let client_id = l.client_id.as_deref().map(hex);
         let (mac, name) = (l.mac.to_string(), l.name.clone());
-        (!l.fixed).then_some(Kept { ip: l.ip, mac, client_id, name, named: l.named, expires })
+        // Fixed ones too: a guest in the midst of its lease goes by its name at once.
+        Some(Kept { ip: l.ip, mac, client_id, name, named: l.named, expires })
     });
     let text = serde_json::to_vec(&kept.collect::<Vec<_>>()).map_err(io::Error::other)?;
     let new = dir.join(format!("{FILE}.new"));
@@ -231,7 +232,8 @@ mod tests {
         keep_leases(dir.path(), &[lease(2), lease(3), LeaseReport { fixed: true, ..lease(4) }]).unwrap();
         let back = leases(dir.path(), HOUR);
         let who = |l: &LeaseReport| (l.ip, l.mac, l.client_id.clone(), l.name.clone(), l.named);
-        assert_eq!(back.iter().map(who).collect::<Vec<_>>(), [who(&lease(2)), who(&lease(3))]);
+        let expected = [who(&lease(2)), who(&lease(3)), who(&lease(4))];
+        assert_eq!(back.iter().map(who).collect::<Vec<_>>(), expected);
         std::fs::write(dir.path().join(FILE), "[{\"ip\":").unwrap();
         assert!(leases(dir.path(), HOUR).is_empty());
     }

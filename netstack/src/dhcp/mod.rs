@@ -359,8 +359,22 @@ impl DhcpServer {
     /// Takes leases back that an earlier run had given.
     pub(crate) fn restore(&mut self, now: Instant, leases: impl IntoIterator<Item = LeaseReport>) {
         for old in leases {
-            let Some(remaining) = old.remaining.filter(|_| self.leases.pool().has(old.ip)) else { continue };
-            if self.leases.is_full() || self.leases.get(old.ip).is_some() {
+            let Some(remaining) = old.remaining else { continue };
+            // A clock that was set back does not make a lease longer than leases are.
+            let ends = now + remaining.min(self.settings.lease_time);
+            if let Some(fixed) = self.leases.get(old.ip).filter(|l| l.fixed && l.mac == old.mac) {
+                if fixed.state == State::Free {
+                    let client = old.client_id.map_or(Client::Mac(old.mac), Client::Id);
+                    let name = if fixed.named { fixed.name.clone() } else { old.name };
+                    let named = fixed.named || old.named;
+                    let state = State::Bound;
+                    let lease = Lease { client, name, named, state, ends, since: now, ..fixed.clone() };
+                    self.leases.insert(old.ip, lease);
+                }
+                continue;
+            }
+            let known = self.leases.get(old.ip).is_some();
+            if known || self.leases.is_full() || !self.leases.pool().has(old.ip) {
                 continue;
             }
             let lease = Lease {
@@ -370,8 +384,7 @@ impl DhcpServer {
                 name: old.name,
                 named: old.named,
                 state: State::Bound,
-                // A clock that was set back does not make a lease longer than leases are.
-                ends: now + remaining.min(self.settings.lease_time),
+                ends,
                 since: now,
                 orphaned: 0,
                 fixed: false,

@@ -370,6 +370,25 @@ fn a_lease_made_without_an_identifier_is_its_guests_though_that_sends_one_after_
 }
 
 #[test]
+fn a_fixed_lease_in_use_is_in_use_again_after_a_restart_under_its_name_of_now() {
+    let fixed = |name: &str| [StaticLease { mac: A, ip: ip(9), name: Some(name.into()) }];
+    let mut lab = Lab::new(&fixed("db"));
+    assert_eq!(lab.leases(A), ip(9));
+    lab.now += Duration::from_secs(600);
+    let mut again = Lab::new(&fixed("store"));
+    again.server.restore(again.now, lab.reports());
+    let back = &again.reports()[0];
+    assert_eq!((back.ip, back.fixed, back.name.as_deref()), (ip(9), true, Some("store")));
+    assert_eq!(back.remaining, Some(LEASE - Duration::from_secs(600)));
+    again.server.leases.check();
+    assert_eq!(again.leases(A), ip(9));
+    // It is somebody else's now: what was kept does not take it from him.
+    let mut other = Lab::new(&[StaticLease { mac: B, ip: ip(9), name: None }]);
+    other.server.restore(other.now, lab.reports());
+    assert_eq!(other.reports()[0].remaining, None);
+}
+
+#[test]
 fn a_client_identifier_is_who_a_client_is_and_survives_a_restart() {
     let id = |n: u8| [DhcpOption::ClientIdentifier(vec![255, 0, n])];
     let mut lab = Lab::new(&[]);

@@ -10,6 +10,7 @@ const CLIENT_ID: u16 = 1;
 const SERVER_ID: u16 = 2;
 const IA_NA: u16 = 3;
 const IA_ADDRESS: u16 = 5;
+const PREFERENCE: u16 = 7;
 const STATUS_CODE: u16 = 13;
 const RAPID_COMMIT: u16 = 14;
 const RESOLVERS: u16 = 23;
@@ -190,6 +191,11 @@ impl Writer {
         if !search.is_empty() {
             self.put(SEARCH, &search);
         }
+    }
+
+    /// RFC 8415 §18.2.1: a client takes the largest at once, and waits a second for others after any less.
+    pub(super) fn preference(&mut self, preference: u8) {
+        self.put(PREFERENCE, &[preference]);
     }
 
     pub(super) fn rapid_commit(&mut self) {

@@ -28,10 +28,6 @@ use crate::types::{Mac, PortId, Subnet};
 pub const LEASES: usize = 4096;
 /// IAs of one message.
 pub const IAS: usize = 4;
-/// How long an address is preferred.
-const PREFERRED: Duration = Duration::from_secs(3600);
-/// How long it is valid: the lease.
-const VALID: Duration = Duration::from_secs(7200);
 /// How long an offer is held.
 const OFFER: Duration = Duration::from_secs(60);
 /// How long a declined address is left alone.
@@ -92,6 +88,8 @@ pub(crate) struct Settings6 {
     pub(crate) subnet: Subnet,
     pub(crate) resolver: Ipv6Addr,
     pub(crate) domains: Vec<String>,
+    /// How long an address is valid and preferred: as long as an IPv4 one is leased.
+    pub(crate) lease_time: Duration,
 }
 
 /// The server of one network.
@@ -114,6 +112,11 @@ struct Asker<'m> {
 impl Dhcp6Server {
     pub(crate) const fn new(settings: Settings6, per_port: usize) -> Self {
         Self { settings, per_port, leases: BTreeMap::new() }
+    }
+
+    /// Other search domains from now on (option 24).
+    pub(crate) fn set_domains(&mut self, domains: Vec<String>) {
+        self.settings.domains = domains;
     }
 
     /// One message of the guest `mac` on `port`. `multicast`: it was sent to all servers, as clients must.
@@ -165,6 +168,8 @@ impl Dhcp6Server {
                 }
                 out.options(self.settings.resolver, &self.settings.domains);
                 if !commit {
+                    // There is no other server: a client that sees this does not wait for more offers.
+                    out.preference(u8::MAX);
                     return Ok(Some(Reply { bytes: out.advertise(), changed }));
                 }
                 if message.kind == Kind::Solicit {
@@ -206,8 +211,11 @@ impl Dhcp6Server {
             out.ia(ia.id, &[], Some(if renews { Status::NoBinding } else { Status::NoAddrsAvail }));
             return false;
         };
-        let (state, ends) =
-            if commit { (State::Bound, asker.now + VALID) } else { (State::Offered, asker.now + OFFER) };
+        let (state, ends) = if commit {
+            (State::Bound, asker.now + self.settings.lease_time)
+        } else {
+            (State::Offered, asker.now + OFFER)
+        };
         let held = self.leases.get(&ip).filter(|l| l.state == State::Bound).map(|l| l.ends);
         let lease = Lease {
             client: asker.client.to_vec(),
@@ -220,8 +228,10 @@ impl Dhcp6Server {
             ends: held.map_or(ends, |held| held.max(ends)),
         };
         self.leases.insert(ip, lease);
-        let lifetimes = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(u32::MAX);
-        let mut addresses = vec![(ip, lifetimes(PREFERRED), lifetimes(VALID))];
+        // RFC 8415 §7.7: all ones would be for ever.
+        let lifetime =
+            u32::try_from(self.settings.lease_time.as_secs()).unwrap_or(u32::MAX).min(u32::MAX - 1);
+        let mut addresses = vec![(ip, lifetime, lifetime)];
         if matches!(message.kind, Kind::Renew | Kind::Rebind) {
             // RFC 8415 §18.3.4: addresses that are not its own end now.
             addresses.extend(ia.addresses.iter().filter(|other| **other != ip).map(|other| (*other, 0, 0)));

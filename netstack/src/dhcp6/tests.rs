@@ -14,6 +14,9 @@ const RELEASE: u8 = 8;
 const DECLINE: u8 = 9;
 const INFORMATION: u8 = 11;
 
+/// How long a lease is here.
+const VALID: Duration = Duration::from_secs(7200);
+
 struct Server(Dhcp6Server, Instant);
 
 fn option(code: u16, value: &[u8]) -> Vec<u8> {
@@ -81,6 +84,7 @@ impl Server {
             subnet: "fd00:1::/64".parse().unwrap(),
             resolver: "fd00:1::1".parse().unwrap(),
             domains: vec!["portway.internal".into()],
+            lease_time: VALID,
         };
         Self(Dhcp6Server::new(settings, per_port), Instant::ZERO)
     }
@@ -105,10 +109,13 @@ impl Server {
 fn rfc_8415_18_3_1_a_solicit_is_advertised_and_a_request_leased_the_same_address() {
     let mut s = Server::new(8);
     let offer = s.says(SOLICIT, &[client(1), ia(1, &[])]);
-    assert_eq!((offer.kind, offer.codes), (2, vec![1, 2, 3, 23, 24]));
+    assert_eq!((offer.kind, offer.codes), (2, vec![1, 2, 3, 23, 24, 7]));
     assert!(s.0.reports(s.1).is_empty());
     let lease = s.says(REQUEST, &[client(1), server(), ia(1, &[])]);
     assert_eq!((lease.kind, &lease.addresses), (7, &offer.addresses));
+    assert_eq!((lease.addresses[0].1, s.0.reports(s.1)[0].remaining), (7200, VALID));
+    s.0.set_domains(Vec::new());
+    assert_eq!(s.says(RENEW, &[client(1), server(), ia(1, &[])]).codes, [1, 2, 3, 23]);
     assert!(s.0.settings.subnet.contains(IpAddr::V6(lease.addresses[0].0)));
     assert_eq!(s.0.reports(s.1)[0].ip, lease.addresses[0].0);
 }

@@ -35,7 +35,7 @@ const AUTONOMOUS: u8 = 0x40;
 /// The size of a search list that fits any frame, in bytes.
 const SEARCH_BYTES: usize = 480;
 
-/// What never changes.
+/// What the guests are told.
 #[derive(Debug, Clone)]
 pub(crate) struct Advertised {
     pub(crate) mac: Mac,
@@ -49,6 +49,8 @@ pub(crate) struct Advertised {
 #[derive(Debug)]
 pub(crate) struct Router {
     content: Advertised,
+    /// Domains that were advertised and are no more.
+    gone: Vec<String>,
     /// Whether the host has a route for IPv6.
     uplink: bool,
     /// When every guest is told again; `None` while no guest speaks IPv6.
@@ -58,7 +60,7 @@ pub(crate) struct Router {
 
 impl Router {
     pub(crate) const fn new(content: Advertised, uplink: bool, seed: u64) -> Self {
-        Self { content, uplink, next: None, dice: seed | 1 }
+        Self { content, gone: Vec::new(), uplink, next: None, dice: seed | 1 }
     }
 
     pub(crate) const fn link_local(&self) -> Ipv6Addr {
@@ -72,6 +74,21 @@ impl Router {
     /// Whether that is news.
     pub(crate) fn set_uplink(&mut self, uplink: bool) -> bool {
         std::mem::replace(&mut self.uplink, uplink) != uplink
+    }
+
+    /// Other search domains. Whether that is news; then [`Self::withdrawn`] is to be called when everybody has been told.
+    pub(crate) fn set_domains(&mut self, domains: Vec<String>) -> bool {
+        if self.content.domains == domains {
+            return false;
+        }
+        let before = std::mem::replace(&mut self.content.domains, domains);
+        self.gone = before.into_iter().filter(|d| !self.content.domains.contains(d)).collect();
+        true
+    }
+
+    /// Everybody has heard which domains are gone.
+    pub(crate) fn withdrawn(&mut self) {
+        self.gone.clear();
     }
 
     /// A guest speaks IPv6: advertisements go out from now on.
@@ -131,13 +148,16 @@ impl Router {
         body.extend([RESOLVERS, 3, 0, 0]);
         body.extend(lifetime);
         body.extend(c.resolver.octets());
-        let mut list = crate::wire::labels::list(&c.domains, SEARCH_BYTES);
-        if !list.is_empty() {
-            // RFC 8106 §5.2: padded with zeros to a multiple of eight.
-            list.resize(list.len().next_multiple_of(8), 0);
-            body.extend([SEARCH, u8::try_from(1 + list.len() / 8).unwrap_or(u8::MAX), 0, 0]);
-            body.extend(lifetime);
-            body.append(&mut list);
+        // RFC 8106 §5.2: what has no lifetime is to be searched no more.
+        for (domains, lifetime) in [(&c.domains, lifetime), (&self.gone, [0; 4])] {
+            let mut list = crate::wire::labels::list(domains, SEARCH_BYTES);
+            if !list.is_empty() {
+                // RFC 8106 §5.2: padded with zeros to a multiple of eight.
+                list.resize(list.len().next_multiple_of(8), 0);
+                body.extend([SEARCH, u8::try_from(1 + list.len() / 8).unwrap_or(u8::MAX), 0, 0]);
+                body.extend(lifetime);
+                body.append(&mut list);
+            }
         }
         body
     }
@@ -181,6 +201,25 @@ mod tests {
         let search = &options[4].1;
         assert_eq!(search.len() % 8, 0);
         assert_eq!(search[8..30], *b"\x07portway\x08internal\0\x03lan");
+    }
+
+    #[test]
+    fn rfc_8106_5_2_other_domains_are_advertised_and_those_that_have_gone_withdrawn_once() {
+        let mut router = router(true);
+        let lists = |router: &Router| {
+            let all = options(&router.frame(None, 1500)).into_iter().filter(|o| o.0 == SEARCH);
+            let text = |o: Vec<u8>| String::from_utf8_lossy(&o[9..]).trim_end_matches('\0').to_owned();
+            all.map(|o| (o.1[4..8] != [0; 4], text(o.1))).collect::<Vec<_>>()
+        };
+        let same = router.content.domains.clone();
+        assert!(!router.set_domains(same));
+        assert!(router.set_domains(vec!["portway.internal".into(), "corp".into()]));
+        assert_eq!(
+            lists(&router),
+            [(true, "portway\x08internal\0\x04corp".to_owned()), (false, "lan".to_owned())]
+        );
+        router.withdrawn();
+        assert_eq!(lists(&router).len(), 1);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::{DNS, HTTP, Netstack};
 use crate::config::{DnsAt, Transport};
 use crate::drop_reason::DropReason;
 use crate::fragments::Piece;
-use crate::host::{Datagram, Echo, FlowId, Handled, HostTarget, Reach, Service};
+use crate::host::{Datagram, Echo, FlowId, Handled, HostTarget, Reach, Served, Service};
 use crate::icmp::{self, Fault, Unreachable};
 use crate::ndp;
 use crate::switch::Destination;
@@ -118,6 +118,12 @@ impl Netstack {
             self.tcp.resolved(now, port, ip, mac, &mut self.commands);
         }
         Ok(())
+    }
+
+    /// Whether `ip` is an address that a guest can have.
+    #[must_use]
+    pub fn may_be_guest(&self, ip: IpAddr) -> bool {
+        self.is_guests(ip)
     }
 
     /// Whether a guest may have `ip`: in a subnet, or link-local for IPv6, and not one of ours.
@@ -443,7 +449,34 @@ impl Netstack {
 
     /// What stands behind `to` for a guest, as the data path decides it; for those who ask before they connect.
     #[must_use]
-    pub fn reach(&self, to: SocketAddr) -> Reach {
+    pub fn reach(&self, to: SocketAddr, transport: Transport) -> Reach {
+        let udp = transport == Transport::Udp;
+        let dhcp = match to.ip() {
+            IpAddr::V4(ip) => to.port() == 67 && (ip.is_broadcast() || ip == self.config.gateway),
+            IpAddr::V6(ip) => {
+                let servers = ip == DHCP6_SERVERS || self.config.is_ours(to.ip());
+                to.port() == DHCP6_SERVER && self.config.ipv6.is_some() && servers
+            }
+        };
+        if udp && dhcp {
+            return Reach::Served(Served::Dhcp);
+        }
+        let group = match to.ip() {
+            IpAddr::V4(ip) => self.forbid_groups(ip).is_err(),
+            IpAddr::V6(ip) => ip.is_multicast(),
+        };
+        if group {
+            return Reach::Nowhere(DropReason::Multicast);
+        }
+        if self.is_dns(to) {
+            return Reach::Served(Served::Dns);
+        }
+        if let Some(to) = self.forwarded(to, transport) {
+            return Reach::Forwarded(to);
+        }
+        if !udp && self.is_api(to) {
+            return Reach::Served(Served::Api);
+        }
         if self.is_gateway(to.ip()) {
             return Reach::Gateway;
         }
@@ -499,13 +532,14 @@ impl Netstack {
             }
     }
 
-    /// Whether the API for guests is there: on the gateway's IPv4 address, where gvproxy's guests look for it, and not where
-    /// that is the host's as well.
+    /// Whether the API for guests is there: on the gateway's addresses, and not where that is the host's as well.
     fn is_api(&self, to: SocketAddr) -> bool {
-        let gateway = self.config.gateway;
-        self.config.guest_api
-            && to == SocketAddr::new(gateway.into(), HTTP)
-            && gateway != self.config.host_alias
+        let gateway = match (to.ip(), &self.config.ipv6) {
+            (IpAddr::V4(ip), _) => ip == self.config.gateway && ip != self.config.host_alias,
+            (IpAddr::V6(ip), Some(config)) => ip == config.gateway && ip != config.host_alias,
+            (IpAddr::V6(_), None) => false,
+        };
+        self.config.guest_api && to.port() == HTTP && gateway
     }
 
     /// Where a port of the gateway leads, when it is forwarded.

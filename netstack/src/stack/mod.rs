@@ -121,7 +121,8 @@ impl Netstack {
         });
         let dhcp6 = config.ipv6.as_ref().map(|v6| {
             let (subnet, resolver) = (v6.subnet, v6.gateway);
-            Dhcp6Server::new(Settings6 { mac, subnet, resolver, domains }, leases)
+            let lease_time = config.lease_time;
+            Dhcp6Server::new(Settings6 { mac, subnet, resolver, domains, lease_time }, leases)
         });
         Self {
             ports: Vec::new(),
@@ -208,6 +209,30 @@ impl Netstack {
         let leased = self.dhcp.first_on(port).map(IpAddr::V4);
         let config = self.ports.get(usize::from(port.0))?.as_ref().map(|p| &p.config)?;
         leased.or_else(|| self.neighbours.first_on(port)).or(config.address.map(IpAddr::V4))
+    }
+
+    /// The addresses the guest on `port` uses, leased or not: of each version one, which its name may stand for.
+    pub fn known_by(&self, port: PortId) -> impl Iterator<Item = IpAddr> + '_ {
+        self.neighbours.known_by(port)
+    }
+
+    /// Every address of the guests on `port`: what they leased and what they use.
+    #[must_use]
+    pub fn addresses(&self, now: Instant, port: PortId) -> Vec<IpAddr> {
+        let leased =
+            self.dhcp.reports(now).into_iter().filter(|l| l.port == Some(port) && l.remaining.is_some());
+        let leased6 = self.leases6(now).into_iter().filter(|l| l.port == Some(port));
+        let leased = leased.map(|l| IpAddr::V4(l.ip)).chain(leased6.map(|l| IpAddr::V6(l.ip)));
+        let mut all: Vec<IpAddr> = leased.chain(self.neighbours.on(port)).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// The port behind which `guest` is, as far as is known.
+    #[must_use]
+    pub fn known_port_of(&self, guest: IpAddr) -> Option<PortId> {
+        self.neighbours.get(guest).map(|n| n.port)
     }
 
     // ---- frames in ----
@@ -640,9 +665,20 @@ impl Netstack {
         self.dhcp.restore(now, leases);
     }
 
-    /// Other search domains for the guests that ask from now on (DHCP option 119).
+    /// Other search domains: for the guests that ask by DHCP or DHCPv6 from now on (options 119 and 24), and at once for those
+    /// that speak IPv6, in a router advertisement that withdraws those that have gone.
     pub fn set_search(&mut self, search: Vec<String>) {
+        let domains: Vec<String> = std::iter::once(&self.config.domain).chain(&search).cloned().collect();
         self.dhcp.set_search(search);
+        if let Some(server) = &mut self.dhcp6 {
+            server.set_domains(domains.clone());
+        }
+        if self.router.as_mut().is_some_and(|router| router.set_domains(domains)) {
+            self.advertise_to_all();
+            if let Some(router) = &mut self.router {
+                router.withdrawn();
+            }
+        }
     }
 
     /// Keeps `ip` for the guest `mac`, which will ask for it by DHCP.
@@ -658,10 +694,10 @@ impl Netstack {
         self.dhcp.prefer(now, mac, ip)
     }
 
-    /// Whether leases were made, renewed or ended since this was last asked.
+    /// Whether leases were made, renewed or ended since this was last asked, or what [`Self::known_by`] says has changed.
     pub fn leases_changed(&mut self) -> bool {
-        // Both are asked: each answers once.
-        std::mem::take(&mut self.leases_changed) | self.dhcp.take_changed()
+        // All are asked: each answers once.
+        std::mem::take(&mut self.leases_changed) | self.dhcp.take_changed() | self.neighbours.take_changed()
     }
 
     /// Every TCP flow.
@@ -669,9 +705,14 @@ impl Netstack {
         self.tcp.reports(now)
     }
 
-    /// Every UDP binding and published client.
+    /// Every UDP binding and published client, with their remotes as the guest sees them.
     pub fn bindings(&self, now: Instant) -> impl Iterator<Item = BindingReport> + '_ {
-        self.udp.reports(now)
+        self.udp.reports(now).map(move |report| match report.published {
+            true => report,
+            false => {
+                BindingReport { remote: self.answered_as(report.remote, report.guest.is_ipv6()), ..report }
+            }
+        })
     }
 
     /// Why frames went no further.

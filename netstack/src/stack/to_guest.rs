@@ -332,10 +332,13 @@ impl Netstack {
         let about = quoted(to.guest, seen, echo, payload).ok_or(DropReason::BadIcmp)?;
         self.limit(now, to.port)?;
         // A router of the host's that has an address of our subnet, or of its loopback, has no name of its own here.
-        let reporter = reporter.map(|r| r.to_canonical()).filter(|r| r.is_ipv6() == v6);
+        let reporter = reporter.map(|r| r.to_canonical());
         let from = match reporter {
-            Some(ip) if self.guest_view(SocketAddr::new(ip, 0), v6).ip() == ip => Some(ip),
-            Some(_) if remote.ip().is_loopback() => Some(seen.ip()),
+            Some(ip) if ip.is_ipv6() == v6 && self.guest_view(SocketAddr::new(ip, 0), v6).ip() == ip => {
+                Some(ip)
+            }
+            // Over IPv6 too, whichever loopback address it was that refused.
+            Some(_) if remote.ip().to_canonical().is_loopback() => Some(seen.ip()),
             _ => self.gateway(v6),
         };
         if let Some(error) = from.and_then(|from| icmp::error(from, fault, &about)) {

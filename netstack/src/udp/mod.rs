@@ -61,7 +61,7 @@ pub struct BindingReport {
     pub port: PortId,
     /// The guest's end.
     pub guest: SocketAddr,
-    /// Where its last datagram went (host's view); of a published client, the client.
+    /// Where its last datagram went; of a published client, the client. Both as the guest sees them.
     pub remote: SocketAddr,
     /// Whether this is a client of a published port.
     pub published: bool,
@@ -363,7 +363,10 @@ impl Bindings {
         entries.filter(|e| !matches!(e.key, Key::Echo(..))).map(move |e| BindingReport {
             port: e.port,
             guest: e.guest,
-            remote: e.remote,
+            remote: match e.key {
+                Key::Client(_, seen) => seen,
+                Key::Guest(..) | Key::Echo(..) => e.remote,
+            },
             published: matches!(e.key, Key::Client(..)),
             bytes_to_host: e.bytes_to_host,
             bytes_to_guest: e.bytes_to_guest,

@@ -1,7 +1,8 @@
 //! `/services/forwarder/*`: the ports of gvproxy's callers, and unix sockets of the host.
 //!
-//! A guest that asks publishes and takes away ports of its own address, at most [`GUEST_PORTS`], on the host's loopback (in the
-//! gvproxy personality also on every address, by `:PORT`), and no unix sockets.
+//! A guest that asks publishes ports of its own address, at most [`GUEST_PORTS`], on the host's loopback (in the gvproxy
+//! personality also on every address, by `:PORT`), and no unix sockets. It sees and takes away what it published itself, and
+//! nothing that the operator did for it.
 //! ```text
 //!  unix:PATH ─┬─ tcp://GUEST:PORT ─► a published port whose listener is a unix socket
 //!             └─ ssh-tunnel://… ───► `ssh`
@@ -22,6 +23,7 @@ use super::super::{App, publish_one};
 use super::{Guest, body, fail, json};
 use crate::config::GuestApi;
 use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
+use crate::publish::{IN_USE, NOT_HERE, PRIVILEGE};
 use crate::request::{PublishError, Request};
 use crate::ssh::{ForwardError, Remote};
 
@@ -54,28 +56,22 @@ fn local_of(port: &PortInfo) -> String {
     }
 }
 
-/// A host end as [`local_of`] shows its port.
-fn local_text(host: &HostEnd) -> String {
-    match host {
-        HostEnd::Unix(path) => path.display().to_string(),
-        HostEnd::Ports { bind: Bind::Localhost, first } => format!("127.0.0.1:{first}"),
-        HostEnd::Ports { bind: Bind::Address(ip), first } if *ip == IpAddr::from([0; 16]) => {
-            format!(":{first}")
-        }
-        HostEnd::Ports { bind: Bind::Address(ip), first } => SocketAddr::new(*ip, *first).to_string(),
-    }
-}
-
 pub(super) async fn all(State(app): State<App>, asker: Option<Extension<Guest>>) -> Result<Response, Fault> {
-    let mut ports = app.ask(|reply| Request::Ports { reply }).await?;
-    if let Some(Extension(Guest(ip))) = &asker {
-        ports.retain(|p| p.guest == ip.to_string());
-    }
+    let ports = match &asker {
+        Some(Extension(Guest(guest))) => {
+            app.ask(|reply| Request::GuestPorts { guest: *guest, reply }).await?
+        }
+        None => app.ask(|reply| Request::Ports { reply }).await?,
+    };
     let mut list: Vec<Exposed> = ports
         .iter()
         .map(|p| Exposed {
             local: local_of(p),
-            remote: format!("{}:{}", p.guest, p.guest_port),
+            remote: match p.guest.parse::<IpAddr>() {
+                Ok(ip) => SocketAddr::new(ip, p.guest_port).to_string(),
+                // A guest without an address yet goes by its name.
+                Err(_) => format!("{}:{}", p.guest, p.guest_port),
+            },
             protocol: if p.bind.iter().any(|b| b.starts_with("unix:")) {
                 "unix".into()
             } else {
@@ -180,15 +176,11 @@ pub(super) async fn expose(
     let spec = PublishSpec { host, guest: GuestName::Address(guest), guest_port, count: 1, proto };
     let done = match asker {
         None => publish_one(&app, spec).await?,
-        Some(ip) => {
-            // One guest at a time, so that the limit holds.
-            let _turn = app.guest_turn.lock().await;
-            if let Some(why) = forbidden(&app, ip, &spec).await? {
+        Some(guest) => {
+            if let Some(why) = forbidden(&app, guest, &spec) {
                 return internal(&why);
             }
-            // What a guest publishes is not kept over a restart: it asks again.
-            let mut results = app.ask(|reply| Request::Publish { spec, reply }).await?;
-            results.pop().ok_or_else(Fault::unavailable)?
+            app.ask(|reply| Request::GuestPublish { spec, guest, reply }).await?
         }
     };
     match done {
@@ -197,7 +189,7 @@ pub(super) async fn expose(
             internal(&format!("proxy already running for {name} on {}", body.local))
         }
         Err(PublishError::Bind { reason, .. }) => {
-            internal(&format!("listen {name} {}: bind: {reason}", body.local))
+            internal(&format!("listen {name} {}: bind: {}", body.local, errno_text(&reason)))
         }
         Err(other) => internal(&other.to_string()),
     }
@@ -219,10 +211,20 @@ fn tunnel(app: &App, body: &Body) -> Result<(), String> {
     })
 }
 
+/// The kernel's own words, which gvproxy's callers look for, where ours say more.
+fn errno_text(reason: &str) -> &str {
+    match reason {
+        r if r.starts_with(IN_USE) => "address already in use",
+        r if r.contains(PRIVILEGE) => "permission denied",
+        r if r == NOT_HERE => "cannot assign requested address",
+        other => other,
+    }
+}
+
 /// Why the guest `ip` may not publish `spec`.
-async fn forbidden(app: &App, ip: IpAddr, spec: &PublishSpec) -> Result<Option<String>, Fault> {
+fn forbidden(app: &App, ip: IpAddr, spec: &PublishSpec) -> Option<String> {
     if spec.guest != GuestName::Address(ip) {
-        return Ok(Some(format!("a guest exposes its own address only, {ip}")));
+        return Some(format!("a guest exposes its own address only, {ip}"));
     }
     let everywhere = app.guest_api == GuestApi::Any;
     let bound = match &spec.host {
@@ -232,13 +234,7 @@ async fn forbidden(app: &App, ip: IpAddr, spec: &PublishSpec) -> Result<Option<S
             to.is_loopback() || (everywhere && to.is_unspecified())
         }
     };
-    if !bound {
-        return Ok(Some("a guest exposes ports on the host's loopback only, such as 127.0.0.1:8080".into()));
-    }
-    let ports = app.ask(|reply| Request::Ports { reply }).await?;
-    let own = ports.iter().filter(|p| p.guest == ip.to_string()).count();
-    Ok((own >= GUEST_PORTS)
-        .then(|| format!("limit reached: a guest exposes {GUEST_PORTS} ports at the most")))
+    (!bound).then(|| "a guest exposes ports on the host's loopback only, such as 127.0.0.1:8080".into())
 }
 
 pub(super) async fn unexpose(
@@ -254,26 +250,19 @@ pub(super) async fn unexpose(
     let unknown = fail(StatusCode::INTERNAL_SERVER_ERROR, "proxy not found");
     let Some((proto, name)) = protocol(&body.protocol) else { return Ok(unknown) };
     let Ok(host) = host_end(&body.local, name) else { return Ok(unknown) };
-    if matches!(host, HostEnd::Ports { first: 0, .. }) {
-        return Ok(unknown);
-    }
     if let (HostEnd::Unix(path), None) = (&host, &asker)
         && std::path::absolute(path).is_ok_and(|path| app.ssh.remove(&path))
     {
         return Ok(StatusCode::OK.into_response());
     }
-    if let Some(Extension(Guest(ip))) = asker {
-        let ports = app.ask(|reply| Request::Ports { reply }).await?;
-        let shown = if name == "unix" { String::new() } else { local_text(&host) };
-        let own = |p: &PortInfo| p.guest == ip.to_string() && p.proto == proto && local_of(p) == shown;
-        if !ports.iter().any(own) {
-            return Ok(unknown);
-        }
-    }
+    let free = matches!(host, HostEnd::Ports { first: 0, .. });
     // The guest does not count: a host end is published once.
     let spec = PublishSpec { host, guest: GuestName::Default, guest_port: 1, count: 1, proto };
-    match app.unpublish(spec).await? {
-        Ok(_) => Ok(StatusCode::OK.into_response()),
-        Err(_) => Ok(unknown),
-    }
+    let gone = match asker {
+        Some(Extension(Guest(ip))) => app.unexpose(spec, Some(ip)).await?,
+        // What was asked for with port 0 goes by the same words.
+        None if free => app.unexpose(spec, None).await?,
+        None => app.unpublish(spec).await?.is_ok(),
+    };
+    Ok(if gone { StatusCode::OK.into_response() } else { unknown })
 }

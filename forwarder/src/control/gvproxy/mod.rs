@@ -11,7 +11,7 @@ mod dns;
 pub(crate) mod forwarder;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use axum::Router;
 use axum::body::Bytes;
@@ -64,10 +64,11 @@ fn json(value: &impl Serialize) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], json + "\n").into_response()
 }
 
-/// Every lease, the gateway's own address among them.
+/// Every lease, the gateway's own address among them. Of IPv4 alone, as gvproxy's: Lima takes whichever address of a MAC it finds.
 async fn leases(State(app): State<App>) -> Result<Response, Fault> {
     let leases = app.ask(|reply| Request::Leases { reply }).await?;
-    let mut map: BTreeMap<String, String> = leases.into_iter().map(|l| (l.ip, l.mac)).collect();
+    let v4 = leases.into_iter().filter(|l| l.ip.parse::<Ipv4Addr>().is_ok());
+    let mut map: BTreeMap<String, String> = v4.map(|l| (l.ip, l.mac)).collect();
     map.insert(app.network.gateway.clone(), app.network.gateway_mac.clone());
     Ok(json(&map))
 }

@@ -51,6 +51,24 @@ async fn a_missing_type_is_nodata_and_a_missing_name_is_nxdomain_both_with_the_s
 }
 
 #[tokio::test]
+async fn a_name_of_ours_that_resolvers_do_not_know_has_no_other_types_but_exists() {
+    let nowhere = Resolver::start(|asked| bytes(&reply_to(&asked, ResponseCode::NXDomain))).await;
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = dir.path().join("hosts");
+    std::fs::write(&hosts, "192.0.2.9 store.example\n").unwrap();
+    let upstreams = asked(&[nowhere.address]);
+    let dns = Dns::new(DnsConfig { upstreams, hosts: Some(hosts), ..config() }).unwrap();
+    for name in ["db.example.", "store.example."] {
+        assert_eq!(data(&lookup(&dns, name, RecordType::A).await).len(), 1);
+        for kind in [RecordType::MX, RecordType::TXT, RecordType::CAA] {
+            let answer = lookup(&dns, name, kind).await;
+            assert_eq!((code(&answer), answer.answers.len()), (ResponseCode::NoError, 0), "{name} {kind}");
+        }
+    }
+    assert_eq!(code(&lookup(&dns, "other.example.", RecordType::MX).await), ResponseCode::NXDomain);
+}
+
+#[tokio::test]
 async fn our_addresses_have_pointers_and_their_neighbours_are_nowhere() {
     let dns = Dns::new(config()).unwrap();
     let v6 = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa.";

@@ -152,6 +152,8 @@ fn prepare(args: &Args) -> Result<Prepared, String> {
     config.metadata = true;
     // vpnkit's networks are IPv4 alone, and its callers configure nothing else.
     config.ipv6 = None;
+    // As vpnkit tells its guests: `--udpv4-forwards 123:…` gives the gateway a time server.
+    config.ntp = vec![plan.gateway];
     // Its guests never had a say in ports.
     config.guest_api = GuestApi::Off;
     config.dns_upstream = resolvers.upstreams;

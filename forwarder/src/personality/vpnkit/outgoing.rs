@@ -49,6 +49,15 @@ pub enum Taker {
 }
 
 impl Taker {
+    /// What it is in a line, and whether it takes anything at all.
+    pub(crate) fn shown(&self) -> (String, bool) {
+        match self {
+            Self::Program(path) => (format!("the program behind {}", path.display()), true),
+            Self::Http(_) => ("an HTTP proxy".into(), true),
+            Self::Nobody => ("nobody: the configuration refuses it".into(), false),
+        }
+    }
+
     /// Has it take a connection to `to`; the answer is the other end of its bytes.
     ///
     /// # Errors

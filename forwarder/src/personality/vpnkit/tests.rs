@@ -43,6 +43,7 @@ fn the_command_lines_of_callers_are_understood() {
     let at = |name: &str| dir.path().join(name).display().to_string();
     // rootlesskit
     let kit = prepared(&format!("--ethernet {} --mtu 1500 --host-ip 0.0.0.0", at("eth"))).unwrap();
+    assert_eq!(kit.config.ntp, [kit.config.gateway], "option 42");
     assert!(!kit.config.host_loopback && !kit.config.particulars.control && kit.warnings.is_empty());
     // Docker Desktop, as far as it can be met here.
     std::fs::write(at("dhcp.json"), r#"{"searchDomains":["corp.test"],"domainName":"lan.test"}"#).unwrap();

@@ -16,7 +16,7 @@ use hyper::header::{self, HeaderName, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use portway_netstack::Reach;
+use portway_netstack::{Reach, Transport};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{Mutex, oneshot};
@@ -155,7 +155,7 @@ async fn dial_proxy(proxy: &Upstream, context: &DoorContext) -> io::Result<TcpSt
     for ip in addresses(&proxy.host, context).await {
         let to = SocketAddr::new(ip, proxy.port);
         let to = match reach(to, context).await {
-            Some(Reach::Host(host)) => host,
+            Some(Reach::Host(host) | Reach::Forwarded(host)) => host,
             _ => to,
         };
         match connect(to).await {
@@ -170,7 +170,8 @@ async fn dial_proxy(proxy: &Upstream, context: &DoorContext) -> io::Result<TcpSt
 async fn dial_for_guest(host: &str, port: u16, context: &DoorContext) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address"));
     for ip in addresses(host, context).await {
-        let Some(Reach::Host(to)) = reach(SocketAddr::new(ip, port), context).await else {
+        let Some(Reach::Host(to) | Reach::Forwarded(to)) = reach(SocketAddr::new(ip, port), context).await
+        else {
             last = io::Error::new(io::ErrorKind::PermissionDenied, format!("{ip} is not reached from here"));
             continue;
         };
@@ -196,8 +197,8 @@ async fn addresses(host: &str, context: &DoorContext) -> Vec<IpAddr> {
 /// What stands behind an address for a guest; `None` when the network is ending.
 async fn reach(to: SocketAddr, context: &DoorContext) -> Option<Reach> {
     let (reply, answer) = oneshot::channel();
-    context.requests.send(Ask::Reach { to, reply }).ok()?;
-    answer.await.ok().map(|(reach, _)| reach)
+    context.requests.send(Ask::Reach { to, transport: Transport::Tcp, reply }).ok()?;
+    answer.await.ok().map(|reached| reached.reach)
 }
 
 /// Where one connection's requests go.
