@@ -163,11 +163,13 @@ calls: ## the system tests under strace: no call outside of the sandbox's list
 	@cargo build --locked --workspace --bins
 	PORTWAY_BIN=$(TARGET)/debug/portway tests/calls.sh
 
-# AddressSanitizer of a nightly compiler, on the modules that have unsafe blocks and what stands on them.
+# AddressSanitizer of a nightly compiler, on the modules that have unsafe blocks and what stands on them: the sidecar's, the
+# guest's agent's and the launcher's.
+HOST = $(shell rustc -vV | sed -n 's/host: //p')
 .PHONY: sanitize
 sanitize: ## unit tests of the unsafe modules under AddressSanitizer (nightly)
-	@RUSTFLAGS=-Zsanitizer=address cargo +nightly test --locked --target $(shell rustc -vV | sed -n 's/host: //p') -p portway --lib -- \
-	  rings:: link:: vhost_user:: vsock:: datagrams:: fd:: host
+	@RUSTFLAGS=-Zsanitizer=address cargo +nightly test --locked --target $(HOST) -p portway -p portway-agent -p portway-launcher --lib --bins -- \
+	  rings:: link:: vhost_user:: vsock:: datagrams:: fd:: host uplink sandbox:: tap:: services:: harden:: expose:: run:: sys::
 
 .PHONY: bench-flows
 bench-flows: ## cost per packet and memory per flow with many flows held

@@ -7,12 +7,17 @@ traces=$(mktemp -d)
 trap 'rm -rf "$traces"' EXIT
 chmod 1777 "$traces"
 
-# What tests start in place of the program: the sidecar and its personalities under strace, all else as it is.
+# What tests start in place of the program: the sidecar and its personalities under strace, all else as it is. The tracer is
+# beside the program and not its parent (-D): who starts it has its process id, and its signals reach it.
 cat > "$traces/portway" <<END
 #!/bin/bash
-case "\${1:-} \$(basename "\$0")" in
-serve\ * | slirp4netns\ * | vpnkit\ * | gvproxy\ * | *\ slirp4netns | *\ vpnkit | *\ gvproxy)
-  exec -a "\$0" strace -f -qq -o "$traces/trace.\$\$" -E _=_ "$program" "\$@" ;;
+# A name of its own, as callers of a personality use, is lost by exec: it goes before the arguments.
+case "\$(basename "\$0")" in
+slirp4netns | vpnkit | gvproxy) set -- "\$(basename "\$0")" "\$@" ;;
+esac
+case "\${1:-}" in
+serve | slirp4netns | vpnkit | gvproxy)
+  exec -a "\$0" strace -D -f -qq -o "$traces/trace.\$\$" "$program" "\$@" ;;
 *) exec -a "\$0" "$program" "\$@" ;;
 esac
 END
