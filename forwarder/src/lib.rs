@@ -27,6 +27,7 @@ pub mod link;
 mod log;
 mod nearest;
 pub mod personality;
+mod program;
 pub mod publish;
 pub mod request;
 pub mod rings;

@@ -204,6 +204,7 @@ pub fn run_with(config: &Config, doors: Vec<Door>) -> anyhow::Result<()> {
     say_ready(config.ready_fd, config.particulars.ready)?;
     tell_supervisor(&[NotifyState::Ready, NotifyState::Status("ready")]);
     tracing::info!(network = config.network, subnet = %config.subnet, api = %config.api.display(), "ready");
+    crate::program::give_back();
     let ended = driver.run();
     tell_supervisor(&[NotifyState::Stopping]);
     if let Some(keeper) = keeper {
