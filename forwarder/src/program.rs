@@ -84,9 +84,8 @@ mod tests {
         let segments = constant_segments();
         let sum = |(start, len): &(usize, usize)| {
             // SAFETY: a segment of this program, readable as long as it runs.
-            let bytes = unsafe {
-                std::slice::from_raw_parts(std::ptr::with_exposed_provenance::<u8>(*start), *len)
-            };
+            let bytes =
+                unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance::<u8>(*start), *len) };
             bytes.iter().step_by(1024).map(|&b| u64::from(b)).sum::<u64>()
         };
         let before: Vec<_> = segments.iter().map(sum).collect();
