@@ -11,7 +11,8 @@ trap 'rm -rf "$traces"' EXIT
 chmod 1777 "$traces"
 
 # What tests start in place of the program: the sidecar and its personalities under strace, all else as it is. The tracer is
-# beside the program and not its parent (-D): who starts it has its process id, and its signals reach it.
+# nobody's child and has none of the descriptors: who starts the program has its process id, its signals reach it, and a pipe that it
+# closes is closed.
 cat > "$traces/portway" <<END
 #!/bin/bash
 # A name of its own, as callers of a personality use, is lost by exec: it goes before the arguments.
@@ -20,7 +21,21 @@ slirp4netns | vpnkit | gvproxy) set -- "\$(basename "\$0")" "\$@" ;;
 esac
 case "\${1:-}" in
 serve | slirp4netns | vpnkit | gvproxy)
-  exec -a "\$0" strace -D -f -qq -o "$traces/trace.\$\$" "$program" "\$@" ;;
+  (
+    for fd in /proc/self/fd/*; do
+      fd=\${fd##*/}
+      [ "\$fd" -le 2 ] || eval "exec \$fd>&-"
+    done
+    strace -f -qq -o "$traces/trace.\$\$" -p \$\$ < /dev/null > /dev/null 2>&1 &
+  )
+  for _ in {1..1000}; do
+    while read -r key value; do
+      [ "\$key" != TracerPid: ] || [ "\$value" = 0 ] || exec -a "\$0" "$program" "\$@"
+    done < /proc/\$\$/status
+    sleep 0.01
+  done
+  echo "calls: no tracer" >&2
+  exit 99 ;;
 *) exec -a "\$0" "$program" "\$@" ;;
 esac
 END
