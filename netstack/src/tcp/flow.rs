@@ -20,8 +20,9 @@ use crate::wire::{
 };
 
 /// How long the acknowledgment of a small segment may wait for bytes that carry it: the answer to a request that comes
-/// soon saves everybody a frame. RFC 1122 §4.2.3.2 allows 500 ms. Large segments and FINs are acknowledged at once: a guest
-/// in slow start waits for nothing else.
+/// soon saves everybody a frame. RFC 1122 §4.2.3.2 allows 500 ms. Large segments are acknowledged at once: a guest in slow
+/// start waits for nothing else. A FIN waits for the one of most hosts that answer it with theirs, and for nothing once the
+/// host has ended.
 pub(super) const ACK_DELAY: Duration = Duration::from_millis(5);
 /// Small segments that are acknowledged at once after one was waited for in vain: the guest may have held its next bytes back
 /// for that acknowledgment (Nagle's algorithm).
@@ -333,7 +334,8 @@ impl Live {
         if segment.payload > 0 && after(segment.end(), self.seen_end) {
             self.seen_end = segment.end();
         }
-        self.ack_now |= segment.payload >= SMALL || segment.has(tcp::FIN);
+        let last = segment.has(tcp::FIN) && state != State::CloseWait;
+        self.ack_now |= segment.payload >= SMALL || last;
         if segment.payload > 0 && self.quick > 0 {
             self.quick -= 1;
             self.ack_now = true;
