@@ -15,12 +15,8 @@ chmod 1777 "$traces"
 # closes is closed.
 cat > "$traces/portway" <<END
 #!/bin/bash
-# A name of its own, as callers of a personality use, is lost by exec: it goes before the arguments.
-case "\$(basename "\$0")" in
-slirp4netns | vpnkit | gvproxy) set -- "\$(basename "\$0")" "\$@" ;;
-esac
-case "\${1:-}" in
-serve | slirp4netns | vpnkit | gvproxy)
+case "\${1:-} \$(basename "\$0")" in
+serve\ * | slirp4netns\ * | vpnkit\ * | gvproxy\ * | *\ slirp4netns | *\ vpnkit | *\ gvproxy)
   (
     for fd in /proc/self/fd/*; do
       fd=\${fd##*/}
@@ -29,15 +25,11 @@ serve | slirp4netns | vpnkit | gvproxy)
     strace -f -qq -o "$traces/trace.\$\$" -p \$\$ < /dev/null > /dev/null 2>&1 &
   )
   for _ in {1..1000}; do
-    while read -r key value; do
-      [ "\$key" != TracerPid: ] || [ "\$value" = 0 ] || exec -a "\$0" "$program" "\$@"
-    done < /proc/\$\$/status
+    grep -q '^TracerPid:.*[1-9]' /proc/\$\$/status && break
     sleep 0.01
-  done
-  echo "calls: no tracer" >&2
-  exit 99 ;;
-*) exec -a "\$0" "$program" "\$@" ;;
+  done ;;
 esac
+exec -a "\$0" "$program" "\$@"
 END
 chmod 755 "$traces/portway"
 
