@@ -86,6 +86,29 @@ fn a_vm_that_is_stopped_while_it_boots_powers_off_all_the_same() -> Result<()> {
     Ok(())
 }
 
+/// The agent comes by the vsock that the VM has without a word, and where none can come nothing is started.
+#[test]
+fn a_run_that_waits_answers_when_the_guest_is_ready() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    for words in [&["--vsock", "off"][..], &["--network", "dev"]] {
+        let (image, state) = (guest_image()?.display().to_string(), path(dir.path(), "state"));
+        let out = cli(dir.path(), &[&["run", "--wait", "--state-dir", &state], words, &[&image]].concat())?;
+        ensure!(out.status.code() == Some(2) && said(&out).contains("guest agent"), "{}", said(&out));
+        ensure!(!Path::new(&state).exists(), "something was started");
+    }
+    let vm = Detached::start(dir.path(), "web", &["--wait", "-publish", "0:22"])?;
+    let console = fs::read_to_string(vm.state("console.log"))?;
+    ensure!(console.contains("host vsock://2:"), "it answered before the agent was there: {console}");
+    let out = vm.portway(&["wait", "--ready", "--timeout", "5"])?;
+    ensure!(out.status.success(), "{}", said(&out));
+    let out = vm.portway(&["kill", "web"])?;
+    ensure!(out.status.success(), "{}", said(&out));
+    Ok(())
+}
+
 #[test]
 fn a_second_vm_without_a_word_of_its_network_has_one_by_its_own_name() -> Result<()> {
     if !has_qemu() {
