@@ -163,11 +163,22 @@ calls: ## the system tests under strace: no call outside of the sandbox's list
 	@cargo build --locked --workspace --bins
 	PORTWAY_BIN=$(TARGET)/debug/portway tests/calls.sh
 
-# AddressSanitizer of a nightly compiler, on the modules that have unsafe blocks and what stands on them.
+# AddressSanitizer of a nightly compiler, on the modules that have unsafe blocks and what stands on them: the sidecar's, the
+# guest's agent's and the launcher's.
+HOST = $(shell rustc -vV | sed -n 's/host: //p')
 .PHONY: sanitize
 sanitize: ## unit tests of the unsafe modules under AddressSanitizer (nightly)
-	@RUSTFLAGS=-Zsanitizer=address cargo +nightly test --locked --target $(shell rustc -vV | sed -n 's/host: //p') -p portway --lib -- \
-	  rings:: link:: vhost_user:: vsock:: datagrams:: fd:: host
+	@RUSTFLAGS=-Zsanitizer=address cargo +nightly test --locked --target $(HOST) \
+	  -p portway -p portway-launcher -p portway-agent --lib --bin portway-agent -- \
+	  rings:: link:: vhost_user:: vsock:: datagrams:: fd:: host uplink sandbox:: \
+	  sys:: share:: console:: state:: qemu:: tap:: services:: harden:: expose:: run::
+
+# Miri knows neither devices nor files in memory: what it can run of the modules with unsafe blocks are the rings' memory and what is
+# read out of the kernel's messages of many datagrams. Beside them, parsers, for what they stand on has such blocks.
+.PHONY: miri
+miri: ## unit tests of the unsafe modules that make no system calls under Miri (nightly, with its miri component)
+	@MIRIFLAGS="-Zmiri-permissive-provenance -Zmiri-disable-isolation" PROPTEST_CASES=16 \
+	  cargo +nightly miri test --locked -p portway --lib -- rings::tests:: datagrams::batch::tests:: vnet:: vsock::device::packet::
 
 .PHONY: bench-flows
 bench-flows: ## cost per packet and memory per flow with many flows held

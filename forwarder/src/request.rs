@@ -8,7 +8,7 @@
 //! The data thread never waits for anybody: a reply is a `oneshot` that is sent and forgotten. The queue holds
 //! control messages and DNS answers only, never the bytes of flows.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
@@ -218,6 +218,9 @@ pub enum JoinError {
     /// Its name is taken.
     #[error("a VM called {0:?} is on this network already: give this one another --name")]
     Name(String),
+    /// The address it is to have is kept for another VM.
+    #[error("--ip: {0} is the address of {1}: give this one another, or none")]
+    Address(Ipv4Addr, String),
     /// A link needs a name, by which its ports are known.
     #[error("a link that joins needs name=")]
     NoName,

@@ -394,9 +394,11 @@ fn serve_udp(socket: &UdpSocket, container: SocketAddr) {
             order.into_iter().zip(ready).filter(|(_, ready)| *ready).map(|(client, _)| client).collect();
         drop(waited);
         for client in answers {
-            if let Some((server, _)) = clients.get(&client)
+            if let Some((server, heard)) = clients.get_mut(&client)
                 && let Ok(len) = server.recv(&mut buffer)
             {
+                // A container that goes on sending is used, though its client only listens.
+                *heard = now;
                 // What the network does not take is lost; likewise below.
                 let _ = socket.send_to(buffer.get(..len).unwrap_or_default(), client);
             }

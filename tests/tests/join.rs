@@ -114,6 +114,12 @@ fn a_vms_link_and_ports_live_as_long_as_its_connection_and_the_network_as_the_la
 fn what_cannot_join_is_told_why_and_leaves_nothing() -> Result<()> {
     let network = Network::start()?;
     let (_stays, _) = network.joins("stays", &["0:22"])?;
+    let keeps = format!(
+        "{{\"link\":\"qemu:unix:{},name=keeps,ip=192.168.127.77\"}}\n",
+        network.path("keeps").display()
+    );
+    let (_keeps, answer) = network.asks(&keeps)?;
+    ensure!(answer["error"].is_null(), "{answer}");
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let taken = format!("{}:22", taken.local_addr()?.port());
     let link = |rest: &str| format!("{{\"link\":\"qemu:unix:{}{rest}\"}}\n", network.path("x").display());
@@ -125,6 +131,7 @@ fn what_cannot_join_is_told_why_and_leaves_nothing() -> Result<()> {
         (link(",name=stays"), "\\\"stays\\\" is on this network already"),
         (link(",name=x,ip=10.0.0.1"), "not in the subnet"),
         (link(",name=x,ip=192.168.127.1"), "the network's own"),
+        (link(",name=x,ip=192.168.127.77"), "192.168.127.77 is the address of keeps"),
         (link(",name=x,mac=52:54:00:00:00:01"), "--static-lease"),
     ];
     for (request, expected) in cases {

@@ -77,12 +77,22 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
     let (gz, vmdk, no_version, qcow2) = (at("gz"), at("vmdk"), at("good.ign"), at("qcow2"));
     let (kernel, twice) = (at("os-kernel"), format!("{},size=1M", at("new.raw")));
     let (long, deep) = (format!("unix:/tmp/{}", "a".repeat(200)), "n".repeat(100));
-    let as_raw = format!("{qcow2},format=raw");
+    let as_raw = format!("{},format=raw", at("named.qcow2"));
+    fs::write(at("named.qcow2"), b"QFI\xfb\0\0\0\x03")?;
+    // What a guest may have written to its raw disk: a disk on top of a file of the host.
+    let mut header = b"QFI\xfb\0\0\0\x02\0\0\0\0\0\0\0\x40".to_vec();
+    header.resize(4096, 0);
+    fs::write(at("backed"), header)?;
+    let (backed, fifo) = (at("backed"), at("fifo"));
+    nix::unistd::mkfifo(fifo.as_str(), nix::sys::stat::Mode::S_IRWXU)?;
     let image = image.as_str();
 
     // What boots.
-    let boot: [Case<'_>; 19] = [
+    let boot: [Case<'_>; 22] = [
         (&[], "IMAGE"),
+        (&[&backed], "on top of another file"),
+        (&["--kernel", &fifo], "not a file"),
+        (&["--kernel", &kernel, "--initrd", &fifo], "not a file"),
         (&[&text], "neither an ISO"),
         (&[&vmdk], "qemu-img convert"),
         (&[&kernel], "--kernel"),
@@ -104,7 +114,10 @@ fn every_options_bad_value_is_named_with_the_option_before_anything_starts() -> 
     ];
     all_refused(dir.path(), &boot, &[])?;
 
-    let machine: [Case<'_>; 46] = [
+    let machine: [Case<'_>; 49] = [
+        (&["--disk", &backed], "on top of another file"),
+        (&["--disk", &fifo], "neither a file nor a block device"),
+        (&["--disk", "/dev/null"], "neither a file nor a block device"),
         (&["--arch", "aarch64"], "--arch x86_64"),
         (&["--cpus", "0"], "from 1 to 255"),
         (&["--cpus", "many"], "--cpus"),

@@ -93,8 +93,8 @@ fn in_the_foreground_the_keys_are_the_guests_and_a_suspended_job_stands_still_un
     until(SOON, taken).with_context(|| said(dir.path()))?;
     terminal.types(&["echo guest-$((40+2))", "Enter"])?;
     says(dir.path(), "guest-42", SOON)?;
-    // Ctrl-C is the guest's too.
-    terminal.types(&["echo begun-$((40+2)); sleep 1000", "Enter"])?;
+    // Ctrl-C is the guest's too. One process says that it has begun and sleeps: a shell that is just starting one keeps the key.
+    terminal.types(&["sh -c 'echo begun-$((40+2)); exec sleep 1000'", "Enter"])?;
     says(dir.path(), "begun-42", SOON)?;
     terminal.types(&["C-c"])?;
     terminal.types(&["echo status-$?", "Enter"])?;

@@ -73,6 +73,93 @@ fn a_detached_vm_is_listed_has_a_console_and_is_stopped_by_name() -> Result<()> 
     Ok(())
 }
 
+/// The button is pressed while the firmware or the kernel has nobody yet who would notice.
+#[test]
+fn a_vm_that_is_stopped_while_it_boots_powers_off_all_the_same() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let vm = Detached::start(dir.path(), "web", &["--net", "none", "--stop-timeout", "120"])?;
+    let out = vm.portway(&["stop", "web"])?;
+    ensure!(out.status.success() && said(&out).contains("powered off"), "{}", said(&out));
+    Ok(())
+}
+
+/// The agent comes by the vsock that the VM has without a word, and where none can come nothing is started.
+#[test]
+fn a_run_that_waits_answers_when_the_guest_is_ready() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    for words in [&["--vsock", "off"][..], &["--network", "dev"]] {
+        let (image, state) = (guest_image()?.display().to_string(), path(dir.path(), "state"));
+        let out = cli(dir.path(), &[&["run", "--wait", "--state-dir", &state], words, &[&image]].concat())?;
+        ensure!(out.status.code() == Some(2) && said(&out).contains("guest agent"), "{}", said(&out));
+        ensure!(!Path::new(&state).exists(), "something was started");
+    }
+    let vm = Detached::start(dir.path(), "web", &["--wait", "-publish", "0:22"])?;
+    let console = fs::read_to_string(vm.state("console.log"))?;
+    ensure!(console.contains("host vsock://2:"), "it answered before the agent was there: {console}");
+    let out = vm.portway(&["wait", "--ready", "--timeout", "5"])?;
+    ensure!(out.status.success(), "{}", said(&out));
+    let out = vm.portway(&["kill", "web"])?;
+    ensure!(out.status.success(), "{}", said(&out));
+    Ok(())
+}
+
+#[test]
+fn a_second_vm_without_a_word_of_its_network_has_one_by_its_own_name() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let first = Detached::start(dir.path(), "web", &["-publish", "0:22"])?;
+    let second = Detached::start(dir.path(), "db", &["-publish", "0:80"])?;
+    for (words, port) in [(&["ports"][..], 22), (&["ports", "--network", "db"], 80)] {
+        let out = second.portway(&[words, &["--format", "json"]].concat())?;
+        let ports: serde_json::Value = serde_json::from_slice(&out.stdout)?;
+        ensure!(ports[0]["guest_port"] == port && ports.as_array().is_some_and(|p| p.len() == 1), "{ports}");
+    }
+    let state = path(dir.path(), "state-third");
+    let image = guest_image()?.display().to_string();
+    let out = second.portway(&["run", "--detach", "--name", "db", "--state-dir", &state, &image])?;
+    ensure!(out.status.code() == Some(2) && said(&out).contains("--api unix:PATH"), "{}", said(&out));
+    for vm in [&first, &second] {
+        let out = vm.portway(&["kill", if std::ptr::eq(vm, &first) { "web" } else { "db" }])?;
+        ensure!(out.status.success(), "{}", said(&out));
+    }
+    Ok(())
+}
+
+/// Another launcher that stands still keeps the turn for itself: this one can be told to give up.
+#[test]
+fn a_launcher_that_waits_for_another_ends_when_it_is_told_to() -> Result<()> {
+    if !has_qemu() {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    fs::create_dir(dir.path().join("portway"))?;
+    let lock = fs::File::open(dir.path().join("portway"))?;
+    lock.lock()?;
+    let (image, state) = (guest_image()?.display().to_string(), path(dir.path(), "state"));
+    let mut waiting = Command::new(portway()?)
+        .args(["run", "--network", "dev", "--state-dir", &state, &image])
+        .env("XDG_RUNTIME_DIR", dir.path())
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(waiting.id())?);
+    // It has its state directory, and so its signals, before it waits.
+    until(Duration::from_secs(30), || Path::new(&state).exists())?;
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+    until(Duration::from_secs(30), || waiting.try_wait().is_ok_and(|ended| ended.is_some()))?;
+    let out = waiting.wait_with_output()?;
+    ensure!(out.status.code() == Some(1) && said(&out).contains("SIGTERM came before"), "{}", said(&out));
+    Ok(())
+}
+
 #[test]
 fn a_killed_vm_has_an_exit_code_of_its_own() -> Result<()> {
     if !has_qemu() {

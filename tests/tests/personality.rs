@@ -24,6 +24,12 @@ fn greeter(listener: TcpListener, text: &'static str) {
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let Ok(mut stream) = stream else { return };
+            // An answer before its request is none to a proxy; who asks nothing is greeted all the same.
+            let (mut head, mut byte) = (Vec::new(), [0]);
+            let _ = stream.set_read_timeout(Some(std::time::Duration::from_secs(1)));
+            while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n == 1) {
+                head.push(byte[0]);
+            }
             let from = stream.peer_addr().map_or_else(|e| e.to_string(), |a| a.ip().to_string());
             let body = format!("{text} {from}");
             let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());

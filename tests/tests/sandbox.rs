@@ -140,6 +140,30 @@ fn root_becomes_nobody_where_nobody_can_do_the_work_and_empties_the_bounding_set
 }
 
 #[test]
+fn root_of_a_user_namespace_empties_the_bounding_set_too() -> Result<()> {
+    let (dir, program) = anybodys()?;
+    let namespace = || {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user"]);
+        if is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        command
+    };
+    if !namespace().arg("true").output().is_ok_and(|out| out.status.success()) {
+        eprintln!("skipped: this host has no user namespaces for ordinary users");
+        return Ok(());
+    }
+    let mut command = namespace();
+    command.arg(&program);
+    let sidecar = Sidecar::start_by(command, dir.path(), &["--sandbox", "require"])?;
+    has_given_up(&sidecar)?;
+    all_are(sidecar.pid(), "CapBnd", "0000000000000000")?;
+    ensure!(sidecar.stop()?.code() == Some(0));
+    Ok(())
+}
+
+#[test]
 fn root_whose_directories_are_its_own_stays_but_without_capabilities() -> Result<()> {
     if !is_root() {
         eprintln!("skipped: this is about root");

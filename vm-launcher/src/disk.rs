@@ -2,6 +2,9 @@
 //!
 //! A sized disk that is not there is made: raw ones sparse, by us; qcow2 by `qemu-img`. One that is there is used as it is.
 //! Without a path a disk lies in the VM's state directory.
+//!
+//! What lies in a raw disk is the guest's word, its first bytes too: a guest may write a qcow2 header there that names any
+//! file of the host as a part of the disk. So content is never all that decides: see [`format_of`].
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -121,24 +124,22 @@ impl DiskSpec {
         let fail = |reason: String| LaunchError::Setting(format!("--disk {}: {reason}", path.display()));
         match fs::metadata(&path) {
             Ok(meta) if meta.is_dir() => Err(fail("it is a directory".into())),
-            // A block device is a disk too; it has no length to look at.
-            Ok(_) => match (self.format, detect(&path).map_err(|e| fail(e.to_string()))?) {
-                (Some(Format::Raw), Format::Qcow2) => Err(fail(
-                    "it is a qcow2 disk, and as raw its content would be destroyed: format=qcow2".into(),
-                )),
-                (Some(Format::Qcow2), Format::Raw) => Err(fail("it is not a qcow2 disk: format=raw".into())),
-                _ if disposable => Ok(()),
-                // Nothing is written: this is only to know whether it may be.
-                _ => OpenOptions::new().write(true).open(&path).map(drop).map_err(|error| {
-                    fail(format!("it cannot be written: {error}; --disposable only reads it"))
-                }),
-            },
+            Ok(meta) if !is_disk(&meta) => Err(fail("it is neither a file nor a block device".into())),
+            Ok(_) => {
+                format_of(&path, self.said()).map_err(fail)?;
+                if disposable { Ok(()) } else { writable(&path).map_err(fail) }
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let directory = path.parent().filter(|p| !p.as_os_str().is_empty());
                 if self.size.is_none() {
                     Err(fail("there is no such file; with size=4G it is made".into()))
                 } else if self.path.is_some() && directory.is_some_and(|d| !d.is_dir()) {
                     Err(fail("its directory is not there: make it first".into()))
+                } else if self.format == Some(Format::Raw) && is_called_qcow2(&path) {
+                    Err(fail(
+                        "a raw disk with a name that says qcow2 would be taken for one later: another name"
+                            .into(),
+                    ))
                 } else if self.wanted_format(&path) == Format::Qcow2 && !has_qemu_img() {
                     Err(fail("qemu-img, which makes qcow2 disks, is missing: apt-get install qemu-utils, or format=raw".into()))
                 } else {
@@ -150,9 +151,13 @@ impl DiskSpec {
     }
 
     fn wanted_format(&self, path: &Path) -> Format {
-        let by_name =
-            if path.extension().is_some_and(|e| e == "qcow2") { Format::Qcow2 } else { Format::Raw };
+        let by_name = if is_called_qcow2(path) { Format::Qcow2 } else { Format::Raw };
         self.format.unwrap_or(by_name)
+    }
+
+    /// The format that need not be found out: one of ours in the state directory has the one of its name.
+    fn said(&self) -> Option<Format> {
+        self.format.or_else(|| self.path.is_none().then_some(Format::Raw))
     }
 
     /// What [`Self::prepare`] is about to do.
@@ -167,7 +172,7 @@ impl DiskSpec {
     /// The format it has, or will have; `None` when it cannot be read.
     pub(crate) fn will_be(&self, n: usize, state_dir: &Path) -> Option<Format> {
         let path = self.place(n, state_dir);
-        if path.exists() { detect(&path).ok() } else { Some(self.wanted_format(&path)) }
+        if path.exists() { format_of(&path, self.said()).ok() } else { Some(self.wanted_format(&path)) }
     }
 
     /// The disk, made if it is not there. The answer's text is a line for the user. It is made under another name, which `half`
@@ -181,7 +186,7 @@ impl DiskSpec {
         let path = self.place(n, state_dir);
         let fail = |reason: String| LaunchError::Disk { path: path.clone(), reason };
         if path.exists() {
-            let format = detect(&path).map_err(|error| fail(error.to_string()))?;
+            let format = format_of(&path, self.said()).map_err(fail)?;
             let note = self.size.filter(|size| capacity(&path, format).is_some_and(|has| has != *size)).map(
                 |size| {
                     format!(
@@ -214,23 +219,75 @@ impl DiskSpec {
     }
 }
 
-/// The format of a file that is there. Anything without qcow2's magic is raw, as QEMU has it too.
-fn detect(path: &Path) -> io::Result<Format> {
-    let mut magic = Vec::new();
-    fs::File::open(path)?.take(4).read_to_end(&mut magic)?;
-    Ok(if magic == b"QFI\xfb" { Format::Qcow2 } else { Format::Raw })
+/// The format of a disk that is there, or why it is not taken. `said` is what the user says of it.
+///
+/// Anything without qcow2's magic is raw, as QEMU has it too. A name `*.qcow2` and the content have to agree, for else a raw
+/// disk of that name could become whatever its guest writes; and a disk on top of another file has to be called so, or
+/// said to be one.
+pub(crate) fn format_of(path: &Path, said: Option<Format>) -> Result<Format, String> {
+    let head = header(path).map_err(|error| error.to_string())?;
+    let is_qcow2 = head.starts_with(b"QFI\xfb");
+    match (said, is_qcow2, is_called_qcow2(path)) {
+        (Some(Format::Raw), true, true) => {
+            Err("it is a qcow2 disk, and as raw its content would be destroyed: format=qcow2".into())
+        }
+        (Some(Format::Raw), _, _) => Ok(Format::Raw),
+        (Some(Format::Qcow2), false, _) => Err("it is not a qcow2 disk: format=raw".into()),
+        (None, false, true) => Err("it is not a qcow2 disk, as its name says: a raw one needs another name".into()),
+        (None, true, false) if names_another_file(&head) => Err(
+            "its first bytes are those of a qcow2 disk on top of another file of this host, and a guest can write such \
+             bytes to a raw disk: a disk that is meant so is called NAME.qcow2, or is a --disk with format=qcow2; a raw one \
+             has format=raw"
+                .into(),
+        ),
+        (Some(Format::Qcow2), true, _) | (None, true, _) => Ok(Format::Qcow2),
+        (None, false, false) => Ok(Format::Raw),
+    }
+}
+
+/// Whether it may be written; nothing is.
+pub(crate) fn writable(path: &Path) -> Result<(), String> {
+    let opened = OpenOptions::new().write(true).open(path);
+    opened.map(drop).map_err(|error| format!("it cannot be written: {error}; --disposable only reads it"))
+}
+
+/// A block device is a disk too.
+fn is_disk(meta: &fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    meta.is_file() || meta.file_type().is_block_device()
+}
+
+fn is_called_qcow2(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "qcow2")
+}
+
+/// As much as a qcow2 header needs (QEMU docs/interop/qcow2.txt); less where there is less.
+fn header(path: &Path) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    fs::File::open(path)?.take(80).read_to_end(&mut head)?;
+    Ok(head)
+}
+
+/// A big-endian field of a header.
+fn field<const N: usize>(head: &[u8], at: usize) -> Option<[u8; N]> {
+    head.get(at..)?.first_chunk().copied()
+}
+
+/// Whether a qcow2 header names a backing file (its name's offset at 8), or a file of its data (bit 2 of the incompatible
+/// features at 72, from version 3 on).
+fn names_another_file(head: &[u8]) -> bool {
+    let backing = field(head, 8).map_or(0, u64::from_be_bytes);
+    let version = field(head, 4).map_or(0, u32::from_be_bytes);
+    let features = field(head, 72).map_or(0, u64::from_be_bytes);
+    backing != 0 || (version >= 3 && features & 1 << 2 != 0)
 }
 
 /// Bytes a guest sees, where they can be told.
 fn capacity(path: &Path, format: Format) -> Option<u64> {
     match format {
         Format::Raw => fs::metadata(path).ok().filter(fs::Metadata::is_file).map(|meta| meta.len()),
-        Format::Qcow2 => {
-            // The virtual size stands big-endian at 24 (QEMU docs/interop/qcow2.txt).
-            let mut head = Vec::new();
-            fs::File::open(path).ok()?.take(32).read_to_end(&mut head).ok()?;
-            Some(u64::from_be_bytes(*head.get(24..)?.first_chunk()?))
-        }
+        // The virtual size stands at 24.
+        Format::Qcow2 => field(&header(path).ok()?, 24).map(u64::from_be_bytes),
     }
 }
 
@@ -338,14 +395,55 @@ mod tests {
     fn what_would_destroy_a_disk_or_cannot_be_is_refused() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let path = dir.path().join("d");
-        fs::write(&path, b"QFI\xfb").expect("writing");
         let check = |text: &str| spec(text).check(0, dir.path(), false).expect_err(text).to_string();
+        let named = dir.path().join("d.qcow2");
+        let qcow2 = named.display();
+        assert!(check(&format!("{qcow2},format=raw,size=1M")).contains("another name"));
+        fs::write(&named, b"QFI\xfb").expect("writing");
+        assert!(check(&format!("{qcow2},format=raw")).contains("would be destroyed"));
+        fs::write(&named, b"a raw one").expect("writing");
+        assert!(check(&qcow2.to_string()).contains("as its name says"));
+        assert!(check("/dev/null").contains("neither a file nor a block device"));
         let file = path.display();
-        assert!(check(&format!("{file},format=raw")).contains("would be destroyed"));
         assert!(check(&dir.path().display().to_string()).contains("a directory"));
         assert!(check("/nonexistent/d").contains("size=4G"));
         assert!(check("/nonexistent/d,size=1G").contains("its directory is not there"));
         fs::write(&path, b"text").expect("writing");
         assert!(check(&format!("{file},format=qcow2")).contains("format=raw"));
+    }
+
+    /// What a guest can do to a raw disk: make it look like a disk that another file of the host is a part of.
+    #[test]
+    fn a_guest_that_writes_a_header_to_its_raw_disk_gets_no_other_file_of_the_host() {
+        let mut backed = vec![0; 512];
+        backed[..8].copy_from_slice(b"QFI\xfb\0\0\0\x02");
+        backed[15] = 200;
+        let mut outside = vec![0; 512];
+        outside[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        outside[79] = 4;
+        for header in [backed, outside] {
+            let dir = tempfile::tempdir().expect("a temporary directory");
+            let path = dir.path().join("d.raw");
+            fs::write(&path, &header).expect("writing");
+            let file = path.display();
+            for refused in [spec(&file.to_string()), spec(&format!("{file},size=1M"))] {
+                let error = refused.check(0, dir.path(), false).expect_err("by its content").to_string();
+                assert!(error.contains("on top of another file"), "{error}");
+                refused.prepare(0, dir.path(), |_| ()).expect_err("by its content");
+            }
+            // Said by the user, it is what it is said to be.
+            assert_eq!(format_of(&path, Some(Format::Raw)), Ok(Format::Raw));
+            assert_eq!(format_of(&path, Some(Format::Qcow2)), Ok(Format::Qcow2));
+            // One of ours in the state directory is what it was made as.
+            fs::rename(&path, dir.path().join("disk0.raw")).expect("renaming");
+            let ours = spec("size=1M");
+            ours.check(0, dir.path(), false).expect("ours");
+            let (disk, _) = ours.prepare(0, dir.path(), |_| ()).expect("ours");
+            assert_eq!(disk.format, Format::Raw);
+            // A chain that the user made, called what it is.
+            let chain = dir.path().join("top.qcow2");
+            fs::write(&chain, &header).expect("writing");
+            assert_eq!(format_of(&chain, None), Ok(Format::Qcow2));
+        }
     }
 }

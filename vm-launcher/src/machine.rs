@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::accel;
 use crate::boot::{Asked, Boot, Firmware, Found};
 use crate::config::HypervisorKind;
-use crate::disk::Disk;
+use crate::disk::{self, Disk};
 use crate::guard::Guard;
 use crate::hypervisor::Hypervisor;
 use crate::metadata::{self, Cd};
@@ -60,6 +60,12 @@ impl Plan {
             disk.check(n, &config.state_dir, config.disposable)?;
         }
         check_twice(config, &found.boot)?;
+        if let Boot::Disk { disk, .. } = &found.boot
+            && !config.disposable
+            && let Err(reason) = disk::writable(disk)
+        {
+            return setting(format!("{}: {reason}", disk.display()));
+        }
         let mut cds = Vec::new();
         if let Some(data) = &config.data {
             cds.push(Cd::config(data)?);
@@ -98,17 +104,17 @@ impl Plan {
         let mut notes: Vec<String> = self.found.note.iter().cloned().collect();
         let mac = match config.mac {
             Some(mac) => mac,
-            None => state.mac()?,
+            None => state.mac(|half| guard.file(half))?,
         };
         let mut cds = Vec::new();
         for cd in &self.cds {
             progress.step(format_args!("writing {}", cd.name()));
-            cds.push(cd.write(&config.state_dir)?);
+            cds.push(cd.write(&config.state_dir, |half| guard.file(half))?);
         }
         let vars = match &self.found.boot {
             Boot::Cd { firmware: Firmware::Flash { vars, .. }, .. }
             | Boot::Disk { firmware: Firmware::Flash { vars, .. }, .. } => {
-                Some(variables(vars, &config.state_dir)?)
+                Some(variables(vars, &config.state_dir, |half| guard.file(half))?)
             }
             _ => None,
         };
@@ -237,13 +243,13 @@ fn check_twice(config: &LaunchConfig, boot: &Boot) -> Result<(), LaunchError> {
 }
 
 /// The VM's own copy of the firmware's variables, kept from run to run; anew when it belongs to another firmware.
-fn variables(template: &Path, state_dir: &Path) -> Result<PathBuf, LaunchError> {
+fn variables(template: &Path, state_dir: &Path, half: impl FnOnce(&Path)) -> Result<PathBuf, LaunchError> {
     let path = state_dir.join("efi-vars.fd");
     let fail = |error: std::io::Error| LaunchError::State { path: path.clone(), reason: error.to_string() };
     let wanted = fs::metadata(template).map_err(fail)?.len();
     if !fs::metadata(&path).is_ok_and(|meta| meta.len() == wanted) {
         let bytes = fs::read(template).map_err(fail)?;
-        state::write_private(&path, &bytes).map_err(fail)?;
+        state::write_private(&path, &bytes, half).map_err(fail)?;
     }
     Ok(path)
 }
@@ -284,10 +290,16 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let template = dir.path().join("VARS.fd");
         fs::write(&template, "empty").expect("writing");
-        let vars = variables(&template, dir.path()).expect("a copy");
+        let vars = variables(&template, dir.path(), |_| ()).expect("a copy");
         fs::write(&vars, "FULL!").expect("the VM writes");
-        assert_eq!(fs::read(variables(&template, dir.path()).expect("kept")).expect("reading"), b"FULL!");
+        assert_eq!(
+            fs::read(variables(&template, dir.path(), |_| ()).expect("kept")).expect("reading"),
+            b"FULL!"
+        );
         fs::write(&template, "another").expect("writing");
-        assert_eq!(fs::read(variables(&template, dir.path()).expect("anew")).expect("reading"), b"another");
+        assert_eq!(
+            fs::read(variables(&template, dir.path(), |_| ()).expect("anew")).expect("reading"),
+            b"another"
+        );
     }
 }

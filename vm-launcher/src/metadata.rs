@@ -80,12 +80,12 @@ impl Cd {
         self.file
     }
 
-    /// Writes the CD into the state directory.
-    pub(crate) fn write(&self, state_dir: &Path) -> Result<PathBuf, LaunchError> {
+    /// Writes the CD into the state directory; `half` is told the name it has until it is whole.
+    pub(crate) fn write(&self, state_dir: &Path, half: impl FnOnce(&Path)) -> Result<PathBuf, LaunchError> {
         let path = state_dir.join(self.file);
         let fail =
             |error: std::io::Error| LaunchError::State { path: path.clone(), reason: error.to_string() };
-        crate::state::write_private(&path, &self.bytes).map_err(fail)?;
+        crate::state::write_private(&path, &self.bytes, half).map_err(fail)?;
         Ok(path)
     }
 }
@@ -132,7 +132,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let cd = Cd::config(&Data::Text("hello".into())).expect("a CD");
         let state = dir(&[]);
-        let path = cd.write(state.path()).expect("it can be written");
+        let path = cd.write(state.path(), |_| ()).expect("it can be written");
         assert_eq!(path, state.path().join("data.iso"));
         let bytes = fs::read(&path).expect("reading");
         assert!(bytes.windows(5).any(|w| w == b"hello"));

@@ -7,17 +7,15 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::Signal;
 
 use crate::guard::Guard;
 use crate::machine::Machine;
 use crate::net::{self, Card};
-use crate::process::{Process, timeout};
+use crate::process::Process;
 use crate::shared::Joined;
 use crate::sidecar::{self, Link};
-use crate::signals::{Signals, Told};
+use crate::signals::Signals;
 use crate::state::{Log, StateDir};
 use crate::supervise::END_PATIENCE;
 use crate::sys::Privileges;
@@ -46,7 +44,7 @@ impl Network {
         guard: &mut Guard,
     ) -> Result<(Self, VmEnd), LaunchError> {
         if let Some(shared) = &config.shared {
-            let (joined, socket) = Joined::new(config, shared, machine, guard)?;
+            let (joined, socket) = Joined::new(config, shared, machine, signals, guard)?;
             return Ok((Self::Shared(joined), VmEnd::Path(socket)));
         }
         let (mut sidecar, end) = Sidecar::start(config, machine, state, guard)?;
@@ -135,20 +133,8 @@ impl Sidecar {
             if left.is_zero() {
                 return Err(LaunchError::SidecarSilent { after: READY_PATIENCE, log: self.log.tail() });
             }
-            let mut waited = [
-                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.ready.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut waited, timeout(left)) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(failed(errno.into())),
-            }
-            let readable = waited[1].any().unwrap_or(false);
-            match signals.next().map_err(failed)? {
-                Some(Told::End(signal)) => return Err(LaunchError::Interrupted(signal.as_str())),
-                Some(Told::Suspend) => signals.suspend().map_err(failed)?,
-                Some(Told::Continued) | None => {}
-            }
+            let readable = signals.wait(Some(self.ready.as_fd()), left).map_err(failed)?;
+            signals.heed()?;
             if !readable {
                 continue;
             }

@@ -10,14 +10,15 @@
 //! at the same time wait for each other with a lock on the sockets' directory.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
@@ -25,6 +26,7 @@ use crate::guard::Guard;
 use crate::machine::Machine;
 use crate::net;
 use crate::sidecar::{self, Link};
+use crate::signals::Signals;
 use crate::state::Log;
 use crate::sys::Privileges;
 use crate::{LaunchConfig, LaunchError, sockets, sys};
@@ -33,6 +35,8 @@ use crate::{LaunchConfig, LaunchError, sockets, sys};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a network that is just ending is tried again.
 const TRIES: usize = 5;
+/// How often a lock that another launcher has is tried for.
+const TURN_POLL: Duration = Duration::from_millis(50);
 const LOG: &str = "sidecar.log";
 
 /// A network by name.
@@ -70,11 +74,12 @@ impl Joined {
         config: &LaunchConfig,
         shared: &SharedNetwork,
         machine: &Machine,
+        signals: &Signals,
         guard: &mut Guard,
     ) -> Result<(Self, PathBuf), LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot join the network", error);
         let (socket, log) = (net::socket(config), shared.state_dir.join(LOG));
-        let _turn = turn(&config.api).map_err(failed)?;
+        let _turn = turn(&config.api, signals)?;
         for _ in 0..TRIES {
             let stream = match sockets::connect(&join_socket(config)) {
                 Ok(stream) => {
@@ -88,7 +93,7 @@ impl Joined {
                     )));
                 }
                 Err(_) => {
-                    start(config, shared, guard)?;
+                    start(config, shared, signals, guard)?;
                     sockets::connect(&join_socket(config)).map_err(failed)?
                 }
             };
@@ -133,9 +138,20 @@ impl Drop for Joined {
 }
 
 /// One launcher at a time starts or joins a network of this directory. A lock on the directory leaves no file.
-fn turn(api: &Path) -> io::Result<Flock<File>> {
+fn turn(api: &Path, signals: &Signals) -> Result<Flock<File>, LaunchError> {
+    let failed = |error: io::Error| LaunchError::system("cannot wait for other launchers", error);
     let directory = api.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Flock::lock(File::open(directory)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+    let mut file = File::open(directory).map_err(failed)?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, Errno::EWOULDBLOCK | Errno::EINTR)) => file = back,
+            Err((_, errno)) => return Err(failed(errno.into())),
+        }
+        // flock(2) has no descriptor that tells of a lock that is free.
+        signals.wait(None, TURN_POLL).map_err(failed)?;
+        signals.heed()?;
+    }
 }
 
 /// Settings of the network are given to the launcher that starts it.
@@ -170,7 +186,12 @@ fn ask(stream: &UnixStream, request: &Value) -> io::Result<Option<Value>> {
 }
 
 /// Starts the sidecar and waits until it is ready.
-fn start(config: &LaunchConfig, shared: &SharedNetwork, guard: &mut Guard) -> Result<(), LaunchError> {
+fn start(
+    config: &LaunchConfig,
+    shared: &SharedNetwork,
+    signals: &Signals,
+    guard: &mut Guard,
+) -> Result<(), LaunchError> {
     let failed = |error: io::Error| LaunchError::system("cannot start the network", error);
     let path = &shared.state_dir;
     let unusable = |error: io::Error| LaunchError::State { path: path.clone(), reason: error.to_string() };
@@ -190,11 +211,38 @@ fn start(config: &LaunchConfig, shared: &SharedNetwork, guard: &mut Guard) -> Re
         .spawn()
         .map_err(|error| LaunchError::Start { program: config.sidecar.display().to_string(), error })?;
     drop(command);
-    let mut line = String::new();
-    // It is ready or ends: it has nothing to wait for.
-    BufReader::new(File::from(ready)).read_line(&mut line).map_err(failed)?;
-    if line == "ready\n" {
-        return Ok(());
+    let mut ready = File::from(ready);
+    let (mut told, deadline) = (Vec::new(), Instant::now() + PATIENCE);
+    let ended = |child: &mut Child| {
+        // It belongs to no launcher, but nobody knows of one that never was ready.
+        let _ = child.kill().and_then(|()| child.wait());
+        for socket in [&join, &config.api] {
+            sockets::remove_dead(socket);
+        }
+    };
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            ended(&mut child);
+            return Err(LaunchError::SidecarSilent { after: PATIENCE, log: Log::tail_of(&log) });
+        }
+        let readable = signals.wait(Some(ready.as_fd()), left).map_err(failed)?;
+        if let Err(interrupted) = signals.heed() {
+            ended(&mut child);
+            return Err(interrupted);
+        }
+        if !readable {
+            continue;
+        }
+        let mut buffer = [0; 64];
+        let read = ready.read(&mut buffer).map_err(failed)?;
+        told.extend_from_slice(buffer.get(..read).unwrap_or_default());
+        if told.starts_with(b"ready\n") {
+            return Ok(());
+        }
+        if read == 0 || told.len() > buffer.len() {
+            break;
+        }
     }
     let status = child.wait().map_err(failed)?;
     Err(LaunchError::SidecarNotReady { status, reason: Log::last_words_of(&log) })

@@ -2,9 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
 
+use crate::LaunchError;
+use crate::process::timeout;
 use crate::sys::{self, Pending};
 
 /// What a signal asks for.
@@ -51,6 +56,30 @@ impl Signals {
             Signal::SIGCONT => Told::Continued,
             signal => Told::End(signal),
         }))
+    }
+
+    /// Waits until one has come, until `fd` has something to read, or for `patience`; answers whether `fd` has.
+    pub(crate) fn wait(&self, fd: Option<BorrowedFd<'_>>, patience: Duration) -> io::Result<bool> {
+        let mut waited: Vec<PollFd<'_>> =
+            fd.into_iter().chain([self.as_fd()]).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut waited, timeout(patience)) {
+            Ok(_) => Ok(fd.is_some() && waited.first().and_then(PollFd::any).unwrap_or(false)),
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// What is done about those that come before the VM has started.
+    ///
+    /// # Errors
+    /// One that ends us.
+    pub(crate) fn heed(&self) -> Result<(), LaunchError> {
+        let failed = |error: io::Error| LaunchError::system("cannot read signals", error);
+        match self.next().map_err(failed)? {
+            Some(Told::End(signal)) => Err(LaunchError::Interrupted(signal.as_str())),
+            Some(Told::Suspend) => self.suspend().map_err(failed),
+            Some(Told::Continued) | None => Ok(()),
+        }
     }
 
     /// Stops this process until it is continued. Where nobody could continue it (an orphaned process group), the kernel does not

@@ -118,8 +118,8 @@ impl StateDir {
         self.lock.as_fd().try_clone_to_owned()
     }
 
-    /// The VM's Ethernet address: the same at every start, so that its lease is the same too.
-    pub(crate) fn mac(&self) -> Result<Mac, LaunchError> {
+    /// The VM's Ethernet address: the same at every start, so that its lease is the same too. `half`: see [`write_private`].
+    pub(crate) fn mac(&self, half: impl FnOnce(&Path)) -> Result<Mac, LaunchError> {
         let path = self.path.join("mac");
         let fail = |reason: String| LaunchError::State { path: path.clone(), reason };
         match fs::read_to_string(&path) {
@@ -130,7 +130,7 @@ impl StateDir {
                 let mut random = [0; 6];
                 let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
                 let mac = Mac::local(random);
-                read.and_then(|()| fs::write(&path, format!("{mac}\n")))
+                read.and_then(|()| write_private(&path, format!("{mac}\n").as_bytes(), half))
                     .map_err(|error| fail(error.to_string()))?;
                 Ok(mac)
             }
@@ -155,10 +155,12 @@ impl StateDir {
     }
 }
 
-/// Writes a file of the state directory, for this user alone, and whole or not at all.
-pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes a file of the state directory, for this user alone, and whole or not at all. `half` is told first under which name
+/// it lies until it is whole: what a launcher that is killed leaves there, somebody has to remove.
+pub(crate) fn write_private(path: &Path, bytes: &[u8], half: impl FnOnce(&Path)) -> io::Result<()> {
     let mut new = path.to_owned().into_os_string();
     new.push(".new");
+    half(Path::new(&new));
     let written = OpenOptions::new()
         .write(true)
         .create(true)
@@ -237,8 +239,8 @@ mod tests {
     fn the_ethernet_address_is_kept() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let state = StateDir::open(dir.path()).expect("it can be locked");
-        let mac = state.mac().expect("a new address");
-        assert_eq!(state.mac().expect("the kept one"), mac);
+        let mac = state.mac(|_| ()).expect("a new address");
+        assert_eq!(state.mac(|_| ()).expect("the kept one"), mac);
     }
 
     #[test]
@@ -247,7 +249,7 @@ mod tests {
         let state = StateDir::open(dir.path()).expect("it can be locked");
         for bad in ["", "52:54:00:12:34", "52:54:00:12:34:5", "01:00:5e:00:00:01", "+1:54:00:12:34:56"] {
             fs::write(dir.path().join("mac"), bad).expect("writing");
-            let error = state.mac().expect_err("it is no address").to_string();
+            let error = state.mac(|_| ()).expect_err("it is no address").to_string();
             assert!(error.contains("mac") && error.contains("remove"), "{bad:?}: {error}");
         }
     }

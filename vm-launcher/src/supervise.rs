@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! guard ─► sidecar ─ "ready" ─► virtiofsd ─► QEMU ─► running ─┬─ QEMU ends ───────────► the rest ended ─► the VM's exit code
-//!                                                             ├─ SIGTERM, INT, HUP ─► power button ─► deadline ─► killed
+//!                                                             ├─ SIGTERM, INT, HUP ─► power button, each second ─► deadline ─► killed
 //!                                                             ├─ SIGQUIT ───────────► killed
 //!                                                             └─ another child ends ► power button ─► deadline ─► killed, and why
 //! ```
@@ -36,6 +36,8 @@ pub(crate) const END_PATIENCE: Duration = Duration::from_secs(3);
 /// How long QEMU has to be seen ending when another child ended first: the end of QEMU ends the link, and the
 /// sidecar may be quicker to go than the kernel is to take QEMU down.
 const QEMU_FIRST: Duration = Duration::from_millis(250);
+/// How often the power button is pressed.
+const PRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// What `run` tells while it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +69,8 @@ pub fn run(config: &LaunchConfig, mut tell: impl FnMut(Event)) -> Result<u8, Lau
         Ok(code) => (*code, "the VM powered off".to_owned()),
         Err(error) => (error.exit_code(), error.to_string()),
     };
-    let noted = state::write_private(&state.path().join(state::END), format!("{code} {words}\n").as_bytes());
+    let note = state.path().join(state::END);
+    let noted = state::write_private(&note, format!("{code} {words}\n").as_bytes(), |_| ());
     if let Err(error) = noted {
         say(format_args!("the end cannot be noted in the state directory: {error}"));
     }
@@ -126,6 +129,8 @@ enum Cause {
 struct Ending {
     cause: Cause,
     deadline: Instant,
+    /// When the power button is pressed again: a guest that still boots does not notice that it was.
+    press_at: Instant,
 }
 
 /// How the VM ended.
@@ -225,9 +230,16 @@ impl Supervisor<'_> {
             }
             say(format_args!(
                 "{}: powering the VM off",
-                error.to_string().lines().next().unwrap_or_default()
+                error.to_string().lines().next().unwrap_or_default().trim_end_matches(':')
             ));
             self.begin_ending(Cause::Child(error));
+        }
+        if self.presses_again()
+            && let Some(ending) = self.ending.as_mut().filter(|ending| Instant::now() >= ending.press_at)
+        {
+            ending.press_at += PRESS_EVERY;
+            // One that does not take it was told of when it was pressed first.
+            let _ = self.vm.control.power_down();
         }
         if self.ending.as_ref().is_some_and(|ending| Instant::now() >= ending.deadline) {
             self.vm.process.kill()?;
@@ -241,6 +253,11 @@ impl Supervisor<'_> {
     /// Once the VM is ending, the end of what serves it is nothing new.
     fn watches_children(&self) -> bool {
         self.ending.is_none() && self.vm.control.shutdown_reason().is_none()
+    }
+
+    /// Whether the guest may not have noticed yet that it is to power off.
+    fn presses_again(&self) -> bool {
+        self.ending.is_some() && self.vm.control.shutdown_reason().is_none()
     }
 
     fn child_that_ended(&mut self) -> io::Result<Option<LaunchError>> {
@@ -261,7 +278,9 @@ impl Supervisor<'_> {
         if let Err(error) = self.vm.control.power_down() {
             say(format_args!("{} does not take the power button: {error}", self.vm.name));
         }
-        self.ending = Some(Ending { cause, deadline: Instant::now() + self.config.stop_timeout });
+        let now = Instant::now();
+        self.ending =
+            Some(Ending { cause, deadline: now + self.config.stop_timeout, press_at: now + PRESS_EVERY });
     }
 
     fn look_at_terminal(&mut self) -> io::Result<()> {
@@ -285,6 +304,7 @@ impl Supervisor<'_> {
         let keys = self.vm.keys.as_ref();
         let deadlines = [
             self.ending.as_ref().map(|ending| ending.deadline),
+            self.ending.as_ref().filter(|_| self.presses_again()).map(|ending| ending.press_at),
             self.vm.control.look_at(),
             keys.and_then(Keys::look_at),
         ];

@@ -193,6 +193,9 @@ impl NetworkArgs {
             ("--dns-host", !self.dns_host.is_empty()),
             ("--dns-ca", self.dns_ca.is_some()),
             ("--vsock on", self.vsock == Some(Switch::On)),
+            ("--config", self.config.is_some()),
+            ("--guest-socket", !self.guest_socket.is_empty()),
+            ("--guest-binds", self.guest_binds.is_some()),
         ];
         given.into_iter().find_map(|(option, given)| given.then_some(option))
     }
@@ -334,11 +337,19 @@ fn check_network(config: &LaunchConfig) -> Result<(), Failure> {
 pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let wait = args.life.wait;
     let detach = args.life.detach || wait;
+    let has_settings = args.network.config.is_some();
     let config = config(args)?;
     check_network(&config)?;
     if wait && !config.net.needs_sidecar() {
         return Err(Failure::usage(
             "--wait asks a network of Portway's, and the VM has none with this --net or --networking",
+        ));
+    }
+    // Settings of the user's may name another way for the agent.
+    if wait && !has_settings && (config.shared.is_some() || !config.vsock) {
+        return Err(Failure::usage(
+            "--wait asks the guest agent, which comes by vsock, and the VM has none with --network or --vsock off: --detach, \
+             and portway wait for what it serves",
         ));
     }
     let mut leave = None;
@@ -418,27 +429,30 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
             "{option} goes with a network of Portway's, and the VM has none with this --net or --networking"
         )));
     }
-    let named = network.network.clone().unwrap_or_else(|| "default".into());
-    let api = match network.api {
-        Some(UnixPath(path)) => path,
-        None => runtime_socket(&named).map_err(Failure::usage)?,
-    };
-    if network.network.is_none()
-        && net.needs_sidecar()
-        && std::os::unix::net::UnixStream::connect(&api).is_ok()
-    {
-        return Err(Failure::usage(format!(
-            "{}: a network runs there already: VMs that are all started with --network NAME share one",
-            api.display()
-        )));
+    if network.network.is_some() && network.vsock == Some(Switch::On) {
+        return Err(Failure::usage(
+            "--vsock on: a VM on a network that is shared has no vsock yet: leave --network out",
+        ));
     }
-    let shared = network.network.map(|name| SharedNetwork { state_dir: network_state(&name), name });
     let sidecar = std::env::current_exe().map_err(|error| {
         Failure::failed(format!("cannot find this program to start the network: {error}"))
     })?;
     let arch = machine.arch.map_or(Arch::HOST, Arch::from);
     let (base, image) = image(prefix, &boot, arch)?;
     let name = life.name.unwrap_or_else(|| name_of(&base));
+    let registry = match registry() {
+        Ok(directory) => Some(directory),
+        // It runs all the same, and `vms` does not know of it.
+        Err(_) if network.api.is_some() && !life.detach && !life.wait => None,
+        Err(failure) => return Err(failure),
+    };
+    let Place { network: named, api } = match (network.network.as_ref(), network.api) {
+        (named, Some(UnixPath(api))) => Place { network: named.map_or("default", |n| n).into(), api },
+        (Some(named), None) => Place::of(named)?,
+        (None, None) if net.needs_sidecar() => Place::free(&name)?,
+        (None, None) => Place::of("default")?,
+    };
+    let shared = network.network.map(|name| SharedNetwork { state_dir: network_state(&name), name });
     let state_dir = life.state_dir.unwrap_or_else(|| state_beside(&base));
     let mut config = LaunchConfig::new(image, name, state_dir, api, sidecar);
     config.uefi = boot.uefi;
@@ -472,7 +486,7 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
     config.vsock = network.vsock != Some(Switch::Off);
     config.vsock_ports = network.vsock_ports;
     config.console = if life.detach || life.wait { Console::Socket } else { Console::Stdio };
-    config.registry = Some(registry()?);
+    config.registry = registry;
     config.stop_timeout = Duration::from_secs(life.stop_timeout);
     if shared.is_none() {
         config.serve_args = vec!["--network".into(), named.into()];
@@ -486,6 +500,44 @@ fn config(args: RunArgs) -> Result<LaunchConfig, Failure> {
         config.serve_args.extend(values.into_iter().flat_map(|value| [option.into(), value.into()]));
     }
     Ok(config)
+}
+
+/// A network and its control socket.
+struct Place {
+    network: String,
+    api: PathBuf,
+}
+
+impl Place {
+    fn of(network: &str) -> Result<Self, Failure> {
+        Ok(Self { network: network.into(), api: runtime_socket(network).map_err(Failure::usage)? })
+    }
+
+    fn is_taken(&self) -> bool {
+        std::os::unix::net::UnixStream::connect(&self.api).is_ok()
+    }
+
+    /// For a VM with a network of its own: `default`, or the VM's name where that runs already.
+    fn free(vm: &str) -> Result<Self, Failure> {
+        let default = Self::of("default")?;
+        if !default.is_taken() {
+            return Ok(default);
+        }
+        if vm != "default" && is_network_name(vm) {
+            let own = Self::of(vm)?;
+            if !own.is_taken() {
+                listing::complain(&format!(
+                    "the network default runs already: this VM's is called {vm} (portway ports --network {vm})"
+                ));
+                return Ok(own);
+            }
+        }
+        Err(Failure::usage(format!(
+            "{}: a network runs there already, and so does one called {vm}: give this VM another --name, or its network a \
+             place by --api unix:PATH; VMs that are all started with --network NAME share one",
+            default.api.display()
+        )))
+    }
 }
 
 /// What the network is told as it was told us.

@@ -155,3 +155,61 @@ pub(crate) fn send_segments(socket: &UdpSocket, bytes: &[u8], size: usize, to: S
     sendmsg(socket.as_raw_fd(), &parts, &segments, MsgFlags::MSG_DONTWAIT, Some(&to))?;
     Ok(())
 }
+
+/// What the kernel would have written is written by hand: no system call, so that Miri can look at the pointers.
+#[cfg(test)]
+mod tests {
+    use nix::sys::socket::SockaddrLike;
+
+    use super::*;
+
+    /// The size of a piece that these control messages tell: level, kind, bytes of each.
+    fn told(messages: &[(i32, i32, &[u8])]) -> Option<usize> {
+        let mut bytes = Vec::new();
+        for (level, kind, data) in messages {
+            bytes.extend((size_of::<libc::cmsghdr>() + data.len()).to_ne_bytes());
+            bytes.extend(level.to_ne_bytes());
+            bytes.extend(kind.to_ne_bytes());
+            bytes.extend(*data);
+            bytes.resize(bytes.len().next_multiple_of(size_of::<usize>()), 0);
+        }
+        let mut receiver = Receiver::new();
+        let control = &mut receiver.rooms[0].control;
+        control[..bytes.len()].copy_from_slice(&bytes);
+        // SAFETY: all zeros are a header without anything.
+        let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+        header.msg_control = control.as_mut_ptr().cast();
+        header.msg_controllen = bytes.len();
+        piece(&header)
+    }
+
+    #[test]
+    fn the_size_of_pieces_is_found_among_control_messages_and_nothing_else_is_one() {
+        let gro = |size: i32| (libc::SOL_UDP, libc::UDP_GRO, size.to_ne_bytes());
+        let one = |(level, kind, data): (i32, i32, [u8; 4])| told(&[(level, kind, &data)]);
+        assert_eq!(one(gro(1400)), Some(1400));
+        assert_eq!(one(gro(0)), None);
+        assert_eq!(one(gro(-1)), None);
+        assert_eq!(told(&[]), None);
+        assert_eq!(told(&[(libc::SOL_IP, libc::IP_TTL, &[64, 0, 0, 0])]), None);
+        // Room enough for the first one and the header of a second.
+        assert_eq!(told(&[(libc::SOL_IP, 77, &[])]), None);
+        assert_eq!(told(&[(libc::SOL_IP, 77, &[]), (libc::SOL_UDP, 77, &[])]), None);
+    }
+
+    #[test]
+    fn senders_of_both_families_are_read_out_of_the_room_and_others_are_nobody() {
+        let mut receiver = Receiver::new();
+        for text in ["192.0.2.7:53", "[2001:db8::7%3]:65535", "[::]:0"] {
+            let wanted: SocketAddr = text.parse().unwrap();
+            let (told, sender) = (SockaddrStorage::from(wanted), &mut receiver.rooms[1].sender);
+            // SAFETY: an address is no longer than the storage for any.
+            unsafe {
+                std::ptr::from_mut(sender).cast::<u8>().copy_from(told.as_ptr().cast(), told.len() as usize)
+            };
+            assert_eq!(address(sender), Some(wanted));
+        }
+        receiver.rooms[1].sender.ss_family = 1;
+        assert_eq!(address(&receiver.rooms[1].sender), None);
+    }
+}

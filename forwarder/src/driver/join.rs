@@ -25,6 +25,11 @@ impl Driver {
         if self.links.iter().any(|link| !link.ended && link.name.as_ref() == Some(&name)) {
             return Err(JoinError::Name(name));
         }
+        if let Some(ip) = config.ip
+            && let Some(other) = self.links.iter().find(|link| !link.ended && link.ip == Some(ip))
+        {
+            return Err(JoinError::Address(ip, other.label()));
+        }
         let configured = self.link_configs.len();
         let place = (configured..self.links.len()).find(|i| self.links[*i].ended);
         if place.is_none() && self.links.len() - configured >= JOINED {

@@ -25,6 +25,7 @@ pub mod vnet;
 pub mod vpnkit;
 
 use std::io;
+use std::net::Ipv4Addr;
 use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -85,6 +86,8 @@ pub struct Link {
     pub port: PortId,
     /// The VM's name.
     pub name: Option<String>,
+    /// The address that is kept for it.
+    pub ip: Option<Ipv4Addr>,
     kind: LinkKind,
     address: LinkAddress,
     listener: Option<socket2::Socket>,
@@ -215,6 +218,7 @@ impl Link {
         Self {
             port,
             name: config.name.clone(),
+            ip: config.ip,
             kind: config.kind,
             address: config.address.clone(),
             listener: None,

@@ -136,7 +136,7 @@ fn every_part(config: &Config, paths: &paths::Paths) -> Result<Vec<SandboxPart>,
         part("landlock", paths.confine()),
         part("seccomp", filter::install().map(|()| "on every thread".into())),
     ];
-    privileges::check(&mut parts);
+    privileges::check(&mut parts, bounded);
     if threads > 1 {
         // A mistake in the order of the start, and no property of the host.
         let text = format!("{} threads had started before and keep what they had", threads - 1);

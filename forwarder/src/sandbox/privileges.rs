@@ -164,18 +164,23 @@ pub(super) fn not_dumpable() -> Result<String, String> {
     Ok("set".into())
 }
 
-/// Compares what was done with what the kernel says of this thread; a part that is not so is missing.
-pub(super) fn check(parts: &mut [SandboxPart]) {
+/// Compares what was done with what the kernel says of this thread; a part that is not so is missing. `bounded`: what
+/// [`empty_bounding_set`] said.
+pub(super) fn check(parts: &mut [SandboxPart], bounded: bool) {
+    const NONE: &str = "0000000000000000";
     let Ok(status) = std::fs::read_to_string("/proc/thread-self/status") else {
         tracing::debug!("/proc is not there: the sandbox cannot be looked at from outside");
         return;
     };
-    for (name, line, wanted) in [
-        ("capabilities", "CapEff", "0000000000000000"),
-        ("capabilities", "CapPrm", "0000000000000000"),
+    let wanted = [
+        ("capabilities", "CapEff", NONE),
+        ("capabilities", "CapPrm", NONE),
+        ("capabilities", "CapInh", NONE),
         ("no_new_privs", "NoNewPrivs", "1"),
         ("seccomp", "Seccomp", "2"),
-    ] {
+    ];
+    let bound = bounded.then_some(("capabilities", "CapBnd", NONE));
+    for (name, line, wanted) in wanted.into_iter().chain(bound) {
         let found = status.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':').map(str::trim));
         let Some(part) = parts.iter_mut().find(|p| p.name == name && p.in_force) else { continue };
         if found.is_some_and(|f| f != wanted) {

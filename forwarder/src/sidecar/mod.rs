@@ -39,7 +39,7 @@ use crate::request::{PublishError, Request, Requests};
 use crate::sandbox::paths::Paths;
 use crate::unix_path::Removed;
 use crate::uplink::{self, News};
-use crate::vsock::{PortSockets, Vsock};
+use crate::vsock::{PortSockets, Transport, Vsock};
 
 /// What the sandbox lets state files do: be written beside the old one, brought to the disk and renamed over it.
 #[cfg(target_os = "linux")]
@@ -232,6 +232,9 @@ fn vsocks(config: &Config) -> anyhow::Result<(Vec<GuestVsock>, Vec<Removed>)> {
     let (mut vsocks, mut all_names) = (Vec::new(), Vec::new());
     for (n, spec) in config.vsock.iter().enumerate() {
         let vsock = Vsock::open(spec, config.vsock_dir.as_deref()).context("--vsock")?;
+        if let Transport::VhostUser(path) = &spec.transport {
+            all_names.push(Removed(path.clone()));
+        }
         let mut ports = None;
         if let Some(dir) = config.vsock_dir.as_ref().filter(|_| !config.vsock_ports.is_empty()) {
             let bound = PortSockets::bind(dir, vsock.cid(), &config.vsock_ports, n == 0);

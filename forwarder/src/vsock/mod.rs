@@ -39,6 +39,8 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+#[cfg(fuzzing)]
+pub use self::device::fuzzed;
 #[cfg(target_os = "linux")]
 pub use self::kernel::HostPort;
 #[cfg(target_os = "linux")]

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use self::firmware::Firmware;
 use self::media::{Entrance, Medium};
-use crate::disk::Format;
+use crate::disk::{self, Format};
 use crate::{Arch, LaunchError};
 
 const PREFIX_ADVICE: &str = "IMAGE is the PREFIX of PREFIX-kernel, PREFIX-initrd.img and PREFIX-cmdline, as `linuxkit build` names them, or a disk or ISO file";
@@ -253,7 +253,9 @@ impl Asked<'_> {
                 let (firmware, note) = boot(entrance)?;
                 Ok(Found { boot: Boot::Cd { iso: path.to_owned(), firmware }, note })
             }
-            Medium::Disk(format, entrance) => {
+            Medium::Disk(_, entrance) => {
+                let format = disk::format_of(path, None)
+                    .map_err(|reason| LaunchError::Setting(format!("{file}: {reason}")))?;
                 let (firmware, note) = boot(entrance)?;
                 Ok(Found { boot: Boot::Disk { disk: path.to_owned(), format, firmware }, note })
             }
@@ -363,11 +365,11 @@ fn is_absent(path: &Path) -> bool {
 /// A file that can be opened and has something in it.
 pub(crate) fn readable(what: &'static str, path: &Path, advice: &'static str) -> Result<(), LaunchError> {
     let fail = |reason: String| LaunchError::Image { what, path: path.to_owned(), reason, advice };
-    let metadata =
-        File::open(path).and_then(|file| file.metadata()).map_err(|error| fail(error.to_string()))?;
+    // Looked at before it is opened: a FIFO would wait for a writer.
+    let metadata = fs::metadata(path).map_err(|error| fail(error.to_string()))?;
     match metadata.is_file() {
         true if metadata.len() == 0 => Err(fail("it is empty".into())),
-        true => Ok(()),
+        true => File::open(path).map(drop).map_err(|error| fail(error.to_string())),
         false => Err(fail("it is not a file".into())),
     }
 }

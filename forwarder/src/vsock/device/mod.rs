@@ -24,6 +24,8 @@
 
 mod arrivals;
 mod credit;
+#[cfg(fuzzing)]
+pub mod fuzzed;
 mod packet;
 mod rings;
 mod stream;
