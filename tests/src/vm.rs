@@ -17,6 +17,8 @@ use nix::unistd::Pid;
 
 /// How long a boot may take under TCG on a busy machine; it takes some 3 s.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+/// How long its ssh server may take to listen once the guest is up.
+const SSH_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the VM may take to power off.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
 /// How often a file or a process is looked at.
@@ -174,8 +176,8 @@ impl Vm {
     pub fn guest(&self, command: &str) -> Result<String> {
         let dir = self.image.parent().context("the image lies in a directory")?;
         let known = format!("UserKnownHostsFile={}", dir.join("known_hosts").display());
-        let output = Command::new("ssh")
-            .arg("-n")
+        let mut ssh = Command::new("ssh");
+        ssh.arg("-n")
             .arg("-i")
             .arg(dir.join("id_ed25519"))
             .args([
@@ -188,9 +190,17 @@ impl Vm {
                 "-o",
             ])
             .arg(known)
-            .args(["-o", "ConnectTimeout=30", "-p", &self.ssh_port.to_string(), "root@localhost", command])
-            .output()
-            .context("ssh")?;
+            .args(["-o", "ConnectTimeout=30", "-p", &self.ssh_port.to_string(), "root@localhost", command]);
+        let start = Instant::now();
+        let output = loop {
+            let output = ssh.output().context("ssh")?;
+            // The guest is up before its server listens: the connection is reset, and no command was begun.
+            let early = String::from_utf8_lossy(&output.stderr).contains("kex_exchange_identification");
+            if output.status.success() || !early || start.elapsed() > SSH_PATIENCE {
+                break output;
+            }
+            thread::sleep(POLL);
+        };
         text_of(output).with_context(|| format!("in the guest: {command}"))
     }
 

@@ -260,7 +260,9 @@ fn a_sidecar_that_was_killed_comes_back_to_a_running_guest() -> Result<()> {
     let plug = r#"{"execute":"device_add","arguments":{"driver":"vhost-user-vsock-pci","chardev":"vsock","id":"vsock0","bus":"slot0","vectors":0}}"#;
     let attached = |sidecar: &Sidecar| until(PATIENCE, || sidecar.log().contains("vsock: VMM attached"));
     attached(&sidecar)?;
-    machine.command(plug)?;
+    // We have its connection before QEMU itself takes notice of it; until then it refuses the device.
+    let plugged = |machine: &mut Machine| until(PATIENCE, || machine.command(plug).is_ok());
+    plugged(&mut machine)?;
     ensure!(guest(dir, "echo before > /tmp/mark; cat /tmp/mark", BOOT)? == "before\n");
     let mut held = port(dir, ECHO)?;
     held.write_all(b"x")?;
@@ -284,7 +286,7 @@ fn a_sidecar_that_was_killed_comes_back_to_a_running_guest() -> Result<()> {
     );
     machine.command(r#"{"execute":"device_del","arguments":{"id":"vsock0"}}"#)?;
     machine.unplugged("vsock0")?;
-    machine.command(plug)?;
+    plugged(&mut machine)?;
     ensure!(guest(dir, "cat /tmp/mark", BOOT)? == "before\n", "another guest");
     // The same agent has come again, and the same listener is published again; nothing else is.
     until(PATIENCE, || echoes(published)).with_context(|| sidecar.log())?;
