@@ -150,6 +150,8 @@ pub(crate) fn ask(command: &str, mut args: Args) -> ExitCode {
 fn line(port: &PortInfo) -> String {
     let end = |address: &str, port: u16| match (port, address.contains(':')) {
         (0, _) => address.to_owned(),
+        // It comes by the network, to whatever address this guest has.
+        (port, _) if address.is_empty() => port.to_string(),
         (port, true) => format!("[{address}]:{port}"),
         (port, false) => format!("{address}:{port}"),
     };
@@ -174,6 +176,19 @@ mod tests {
         assert_eq!(options.inports, [(2374, PathBuf::from("/var/run/docker.sock"))]);
         assert!(!options.clock);
         assert_eq!(options.socket, std::path::Path::new("/run/x"));
+    }
+
+    #[test]
+    fn a_port_that_comes_by_the_network_is_shown_without_an_address() {
+        let shown = |guest: &str| {
+            let port = serde_json::json!({
+                "proto": "tcp", "bind": ["127.0.0.1", "::1"], "host_port": 8080, "guest": guest, "guest_port": 80,
+                "state": "listening", "accepted": 0,
+            });
+            line(&serde_json::from_value(port).expect("a port"))
+        };
+        assert_eq!(shown(""), "tcp 127.0.0.1:8080 [::1]:8080 -> 80 listening");
+        assert_eq!(shown("::1"), "tcp 127.0.0.1:8080 [::1]:8080 -> [::1]:80 listening");
     }
 
     #[test]
