@@ -643,8 +643,8 @@ async fn tell_refusals(bell: std::os::unix::net::UnixStream) {
 }
 
 /// How often it is looked whether the host searches other domains, where guests would be told at once.
-/// Seldom, for each look wakes an idle process.
-const SEARCH_LOOK: std::time::Duration = std::time::Duration::from_secs(5);
+/// Seldom, for each look wakes an idle process: a change of the host's network and every query have it looked at once.
+const SEARCH_LOOK: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Tells the data thread which domains the host searches, when that changes. Elsewhere than where it is advertised, guests ask again
 /// only when they renew a lease: a change that the next query finds is soon enough.
