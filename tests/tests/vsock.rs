@@ -264,9 +264,15 @@ fn a_sidecar_that_was_killed_comes_back_to_a_running_guest() -> Result<()> {
     let plugged = |machine: &mut Machine| until(PATIENCE, || machine.command(plug).is_ok());
     plugged(&mut machine)?;
     ensure!(guest(dir, "echo before > /tmp/mark; cat /tmp/mark", BOOT)? == "before\n");
-    let mut held = port(dir, ECHO)?;
-    held.write_all(b"x")?;
-    held.read_exact(&mut [0])?;
+    // The shell may be there before the echo is.
+    let echo = || -> Result<UnixStream> {
+        let mut held = port(dir, ECHO)?;
+        held.write_all(b"x")?;
+        held.read_exact(&mut [0])?;
+        Ok(held)
+    };
+    until(PATIENCE, || echo().is_ok())?;
+    let mut held = echo()?;
 
     // The agent of the guest is there, with a port of the guest's loopback.
     let published = 30_000 + u16::try_from(std::process::id() % 1900)?;
