@@ -67,7 +67,7 @@ limits! {
 
 /// Limits that are no settings: the constants where they are used.
 fn fixed() -> Vec<Limit> {
-    use crate::{agent, capture, control, dns, driver, log, vsock};
+    use crate::{agent, capture, control, dns, driver, log, publish, vsock};
     use portway_netstack::{dhcp, dhcp6, fragments, icmp, udp, wire};
     let seconds = |time: std::time::Duration| usize::try_from(time.as_secs()).unwrap_or(usize::MAX);
     [
@@ -89,7 +89,7 @@ fn fixed() -> Vec<Limit> {
         ("control: requests", crate::request::Requests::LIMIT, "requests that wait for the data thread", "The answer is 503."),
         ("control: followers", control::stream::STREAMS, "clients that follow events or captures", "The answer is 503."),
         ("control: guests", control::GUEST_CLIENTS, "connections of guests to the gateway's port 80", "Further ones are closed."),
-        ("control: ports of a guest", control::gvproxy::forwarder::GUEST_PORTS, "ports a guest publishes by the gateway", "Publishing fails and says so."),
+        ("control: ports of a guest", publish::GUEST_PORTS, "ports a guest publishes by the gateway", "Publishing fails and says so."),
         ("control: metrics", control::METRICS_CLIENTS, "clients of `--metrics`", "Further ones wait to be accepted."),
         ("dns: in flight", dns::IN_FLIGHT_MAX, "queries that wait for resolvers of the host", "The guest that has most of them loses one; without a place a datagram gets no answer and a stream REFUSED."),
         ("dns: streams", dns::STREAMS_MAX, "connections to the DNS service", "Further ones are closed."),

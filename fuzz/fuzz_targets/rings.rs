@@ -154,12 +154,7 @@ fuzz_target!(|data: &[u8]| {
     let (mut device, mut guest) = Device::new(net);
     let mut run = || {
         set_up(&mut input, &mut device, &mut guest, strange)?;
-        device.turn()?;
-        for ring in 0..rings {
-            guest.start(ring);
-        }
-        device.turn()?;
-        guest.listen();
+        device.started(&mut guest, rings)?;
         for _ in 0..200 {
             step(&mut input, &mut device, &mut guest, rings)?;
         }

@@ -99,12 +99,7 @@ fuzz_target!(|data: &[u8]| {
             guest.say(15, &[], &[]);
             guest.say(16, &u64::MAX.to_ne_bytes(), &[]);
             guest.negotiate(0x1_7000_0000 | if first & 5 == 0 { 0x8000 } else { 0 });
-            device.turn()?;
-            for ring in 0..if first & 1 == 0 { 2 } else { RINGS } {
-                guest.start(ring);
-            }
-            device.turn()?;
-            guest.listen();
+            device.started(&mut guest, if first & 1 == 0 { 2 } else { RINGS })?;
         }
         for _ in 0..100 {
             step(&mut input, &mut device, &mut guest)?;

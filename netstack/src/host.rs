@@ -1,11 +1,14 @@
 //! What passes between the stack and the host side: ids, commands, events.
 
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 
 use crate::drop_reason::DropReason;
 use crate::time::Duration;
 use crate::types::PortId;
 use crate::udp::BindingId;
+
+/// Amazon's metadata service, where clouds serve credentials over IPv6.
+pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 
 /// One TCP flow. The slot is small and reused, so a driver may keep its side in a vector; the generation tells a
 /// flow from the one that had the slot before.

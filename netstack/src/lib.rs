@@ -45,7 +45,7 @@ pub use config::{
 pub use drop_reason::{DropCounters, DropReason};
 pub use host::{
     ConnectError, Datagram, Direction, Echo, FlowId, FlowReport, FlowState, Forward, Handled, HostCommand,
-    HostError, HostEvent, HostTarget, OpenError, Reach, Served, Service, UdpPath,
+    HostError, HostEvent, HostTarget, METADATA_V6, OpenError, Reach, Served, Service, UdpPath,
 };
 pub use neighbours::PER_MAC;
 pub use rings::{RingClass, RingMemory, Rings};

@@ -126,7 +126,7 @@ impl DiskSpec {
             Ok(meta) if meta.is_dir() => Err(fail("it is a directory".into())),
             Ok(meta) if !is_disk(&meta) => Err(fail("it is neither a file nor a block device".into())),
             Ok(_) => {
-                format_of(&path, self.said()).map_err(fail)?;
+                self.format_there(&path).map_err(fail)?;
                 if disposable { Ok(()) } else { writable(&path).map_err(fail) }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -155,9 +155,15 @@ impl DiskSpec {
         self.format.unwrap_or(by_name)
     }
 
-    /// The format that need not be found out: one of ours in the state directory has the one of its name.
-    fn said(&self) -> Option<Format> {
-        self.format.or_else(|| self.path.is_none().then_some(Format::Raw))
+    /// The format of a disk that is there: see [`format_of`]. One of ours in the state directory has the one of its name, and
+    /// one that these words would have made raw is no other for what its guest has written.
+    fn format_there(&self, path: &Path) -> Result<Format, String> {
+        let format = format_of(path, self.format.or_else(|| self.path.is_none().then_some(Format::Raw)))?;
+        let made_raw = self.size.is_some() && self.wanted_format(path) == Format::Raw;
+        if made_raw && format == Format::Qcow2 {
+            return Err(TURNED.into());
+        }
+        Ok(format)
     }
 
     /// What [`Self::prepare`] is about to do.
@@ -172,7 +178,7 @@ impl DiskSpec {
     /// The format it has, or will have; `None` when it cannot be read.
     pub(crate) fn will_be(&self, n: usize, state_dir: &Path) -> Option<Format> {
         let path = self.place(n, state_dir);
-        if path.exists() { format_of(&path, self.said()).ok() } else { Some(self.wanted_format(&path)) }
+        if path.exists() { self.format_there(&path).ok() } else { Some(self.wanted_format(&path)) }
     }
 
     /// The disk, made if it is not there. The answer's text is a line for the user. It is made under another name, which `half`
@@ -186,7 +192,7 @@ impl DiskSpec {
         let path = self.place(n, state_dir);
         let fail = |reason: String| LaunchError::Disk { path: path.clone(), reason };
         if path.exists() {
-            let format = format_of(&path, self.said()).map_err(fail)?;
+            let format = self.format_there(&path).map_err(fail)?;
             let note = self.size.filter(|size| capacity(&path, format).is_some_and(|has| has != *size)).map(
                 |size| {
                     format!(
@@ -219,6 +225,10 @@ impl DiskSpec {
     }
 }
 
+/// A raw disk by all that the user says of it, and not by its content.
+const TURNED: &str = "it was made as a raw disk, or is called one, and its first bytes are those of a qcow2 disk: a --disk has \
+    format=raw if its guest has written them, and format=qcow2 if it is one";
+
 /// The format of a disk that is there, or why it is not taken. `said` is what the user says of it.
 ///
 /// Anything without qcow2's magic is raw, as QEMU has it too. A name `*.qcow2` and the content have to agree, for else a raw
@@ -240,6 +250,7 @@ pub(crate) fn format_of(path: &Path, said: Option<Format>) -> Result<Format, Str
              has format=raw"
                 .into(),
         ),
+        (None, true, _) if path.extension().is_some_and(|e| e == "raw") => Err(TURNED.into()),
         (Some(Format::Qcow2), true, _) | (None, true, _) => Ok(Format::Qcow2),
         (None, false, false) => Ok(Format::Raw),
     }
@@ -421,6 +432,17 @@ mod tests {
         let mut outside = vec![0; 512];
         outside[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
         outside[79] = 4;
+        // Without one it could grow as it likes.
+        let mut grown = vec![0; 512];
+        grown[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        for name in ["d.raw", "d.img,size=1M"] {
+            let disk = spec(&format!("{}/{name}", dir.path().display()));
+            fs::write(disk.path.as_ref().expect("a path"), &grown).expect("writing");
+            let error = disk.check(0, dir.path(), false).expect_err(name).to_string();
+            assert!(error.contains("format=raw if its guest has written them"), "{error}");
+            disk.prepare(0, dir.path(), |_| ()).expect_err(name);
+        }
         for header in [backed, outside] {
             let dir = tempfile::tempdir().expect("a temporary directory");
             let path = dir.path().join("d.raw");

@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
@@ -14,16 +13,13 @@ use crate::machine::Machine;
 use crate::net::{self, Card};
 use crate::process::Process;
 use crate::shared::Joined;
-use crate::sidecar::{self, Link};
+use crate::sidecar::{self, Link, READY_PATIENCE, Word};
 use crate::signals::Signals;
 use crate::state::{Log, StateDir};
 use crate::supervise::END_PATIENCE;
 use crate::sys::Privileges;
 use crate::vm::VmEnd;
 use crate::{LaunchConfig, LaunchError, sockets, sys};
-
-/// How long the sidecar has to be ready; it takes milliseconds.
-const READY_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the VM is connected to.
 #[derive(Debug)]
@@ -126,31 +122,16 @@ impl Sidecar {
     /// Waits for `ready`, for the end of the sidecar, or for a signal.
     fn await_ready(&mut self, signals: &Signals) -> Result<(), LaunchError> {
         let failed = |error: io::Error| LaunchError::system("cannot wait for the network", error);
-        let deadline = Instant::now() + READY_PATIENCE;
-        let mut told = Vec::new();
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(LaunchError::SidecarSilent { after: READY_PATIENCE, log: self.log.tail() });
-            }
-            let readable = signals.wait(Some(self.ready.as_fd()), left).map_err(failed)?;
-            signals.heed()?;
-            if !readable {
-                continue;
-            }
-            let mut buffer = [0; 64];
-            let read = nix::unistd::read(&self.ready, &mut buffer).map_err(|errno| failed(errno.into()))?;
-            told.extend_from_slice(buffer.get(..read).unwrap_or_default());
-            if told.starts_with(b"ready\n") {
-                return Ok(());
-            }
-            if read == 0 || told.len() > buffer.len() {
-                // Closed without the word: it is about to end. If not, it is made to.
+        match sidecar::await_word(&self.ready, signals)? {
+            Word::Ready => Ok(()),
+            Word::Silent => Err(LaunchError::SidecarSilent { after: READY_PATIENCE, log: self.log.tail() }),
+            // If it does not end by itself, it is made to.
+            Word::Closed => {
                 let status = match self.process.wait(END_PATIENCE).map_err(failed)? {
                     Some(status) => status,
                     None => self.process.end(END_PATIENCE).map_err(failed)?,
                 };
-                return Err(LaunchError::SidecarNotReady { status, reason: self.log.last_words() });
+                Err(LaunchError::SidecarNotReady { status, reason: self.log.last_words() })
             }
         }
     }

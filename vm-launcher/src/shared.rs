@@ -10,13 +10,13 @@
 //! at the same time wait for each other with a lock on the sockets' directory.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use crate::guard::Guard;
 use crate::machine::Machine;
 use crate::net;
-use crate::sidecar::{self, Link};
+use crate::sidecar::{self, Link, READY_PATIENCE, Word};
 use crate::signals::Signals;
 use crate::state::Log;
 use crate::sys::Privileges;
@@ -211,38 +211,20 @@ fn start(
         .spawn()
         .map_err(|error| LaunchError::Start { program: config.sidecar.display().to_string(), error })?;
     drop(command);
-    let mut ready = File::from(ready);
-    let (mut told, deadline) = (Vec::new(), Instant::now() + PATIENCE);
-    let ended = |child: &mut Child| {
+    let silent = || LaunchError::SidecarSilent { after: READY_PATIENCE, log: Log::tail_of(&log) };
+    let given_up = match sidecar::await_word(&ready, signals) {
+        Ok(Word::Ready) => return Ok(()),
+        Ok(Word::Closed) => None,
+        Ok(Word::Silent) => Some(silent()),
+        Err(error) => Some(error),
+    };
+    if let Some(error) = given_up {
         // It belongs to no launcher, but nobody knows of one that never was ready.
         let _ = child.kill().and_then(|()| child.wait());
         for socket in [&join, &config.api] {
             sockets::remove_dead(socket);
         }
-    };
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            ended(&mut child);
-            return Err(LaunchError::SidecarSilent { after: PATIENCE, log: Log::tail_of(&log) });
-        }
-        let readable = signals.wait(Some(ready.as_fd()), left).map_err(failed)?;
-        if let Err(interrupted) = signals.heed() {
-            ended(&mut child);
-            return Err(interrupted);
-        }
-        if !readable {
-            continue;
-        }
-        let mut buffer = [0; 64];
-        let read = ready.read(&mut buffer).map_err(failed)?;
-        told.extend_from_slice(buffer.get(..read).unwrap_or_default());
-        if told.starts_with(b"ready\n") {
-            return Ok(());
-        }
-        if read == 0 || told.len() > buffer.len() {
-            break;
-        }
+        return Err(error);
     }
     let status = child.wait().map_err(failed)?;
     Err(LaunchError::SidecarNotReady { status, reason: Log::last_words_of(&log) })

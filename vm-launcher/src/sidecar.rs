@@ -1,11 +1,58 @@
-//! The sidecar's command line.
+//! The sidecar's command line, and its word that it is ready.
 
 use std::ffi::OsString;
-use std::os::fd::RawFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::net::{self, Card};
+use crate::signals::Signals;
 use crate::{LaunchConfig, LaunchError, SharedNetwork, machine};
+
+/// How long the sidecar has to be ready; it takes milliseconds.
+pub(crate) const READY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What came of waiting for the sidecar's word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Word {
+    /// It takes requests.
+    Ready,
+    /// It has closed the pipe without the word: it is about to end.
+    Closed,
+    /// Nothing within [`READY_PATIENCE`].
+    Silent,
+}
+
+/// Waits for `ready` on the pipe of `--ready-fd`.
+///
+/// # Errors
+/// A signal that ends us, or what the system refuses.
+pub(crate) fn await_word(ready: &OwnedFd, signals: &Signals) -> Result<Word, LaunchError> {
+    let failed = |error: io::Error| LaunchError::system("cannot wait for the network", error);
+    let deadline = Instant::now() + READY_PATIENCE;
+    let mut told = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(Word::Silent);
+        }
+        let readable = signals.wait(Some(ready.as_fd()), left).map_err(failed)?;
+        signals.heed()?;
+        if !readable {
+            continue;
+        }
+        let mut buffer = [0; 64];
+        let read = nix::unistd::read(ready, &mut buffer).map_err(|errno| failed(errno.into()))?;
+        told.extend_from_slice(buffer.get(..read).unwrap_or_default());
+        if told.starts_with(b"ready\n") {
+            return Ok(Word::Ready);
+        }
+        if read == 0 || told.len() > buffer.len() {
+            return Ok(Word::Closed);
+        }
+    }
+}
 
 /// Where sidecar and VM meet.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 //! The name is resolved by the DNS service the guests use, the address judged by the stack that carries their packets, and
 //! the host's own routing asked: nothing here decides by itself.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use axum::Json;
@@ -11,7 +11,7 @@ use axum::extract::{RawQuery, State};
 use hickory_proto::op::{Message, Query as DnsQuery};
 use hickory_proto::rr::{Name, RData, RecordType};
 use portway_api::control::{ExplainedAddress, Explanation, Problem};
-use portway_netstack::{DropReason, PortId, Reach, Served, Transport};
+use portway_netstack::{DropReason, METADATA_V6, PortId, Reach, Served, Transport};
 
 use super::App;
 use super::problem::Fault;
@@ -21,8 +21,6 @@ use crate::request::{Reached, Request};
 
 /// How long a probe waits for an answer.
 const PROBE: Duration = Duration::from_secs(3);
-/// Amazon's metadata service.
-const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 /// Addresses of one name that are looked at.
 const ADDRESSES: usize = 8;
 
@@ -182,7 +180,7 @@ impl App {
                 } else {
                     out.allowed = true;
                     out.host_address = Some(at.to_string());
-                    out.routed(at);
+                    routed(&mut out, at);
                 }
             }
             Reach::Nowhere(reason) => {
@@ -236,20 +234,14 @@ impl App {
 }
 
 /// How the host gets there, for the explanation of an address.
-trait Routed {
-    fn routed(&mut self, at: SocketAddr);
-}
-
-impl Routed for ExplainedAddress {
-    fn routed(&mut self, at: SocketAddr) {
-        match route(at) {
-            Ok(source) => {
-                self.why.push(format!("the host's routing takes {source} as the source"));
-                self.source = Some(source.to_string());
-            }
-            Err(error) => {
-                self.why.push(format!("the host has no way there ({error}): the guest is told unreachable"));
-            }
+fn routed(out: &mut ExplainedAddress, at: SocketAddr) {
+    match route(at) {
+        Ok(source) => {
+            out.why.push(format!("the host's routing takes {source} as the source"));
+            out.source = Some(source.to_string());
+        }
+        Err(error) => {
+            out.why.push(format!("the host has no way there ({error}): the guest is told unreachable"));
         }
     }
 }

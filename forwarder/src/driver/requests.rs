@@ -8,12 +8,11 @@ use portway_netstack::{Mac, Netstack, PortId, Reach, Transport};
 
 use super::{Driver, Entrance, Kind, LeaseBook, names, token};
 use crate::capture::{CAPTURES, Capture};
-use crate::control::gvproxy::forwarder::GUEST_PORTS;
 use crate::events::Event;
 use crate::host::{HostFlow, HostStream};
 use crate::link::Link;
 use crate::publish::spec::{GuestName, HostEnd, PublishSpec};
-use crate::publish::{self, Published};
+use crate::publish::{self, GUEST_PORTS, Published};
 use crate::request::{CaptureError, FlowReports, PublishError, Reached, Request, TunnelEnd};
 
 /// Ports that may be published at once.

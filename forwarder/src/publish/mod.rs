@@ -20,6 +20,8 @@ use socket2::{Domain, SockRef, Type};
 use self::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::request::PublishError;
 
+/// Ports one guest may publish by itself.
+pub(crate) const GUEST_PORTS: usize = 256;
 /// How often a free port is looked for that both loopback addresses have.
 const TRIES: usize = 32;
 /// Connections that may wait to be accepted.

@@ -383,6 +383,17 @@ impl Device {
         }
     }
 
+    /// The first `rings` rings are used from now on.
+    pub fn started(&mut self, guest: &mut Guest, rings: usize) -> Option<()> {
+        self.turn()?;
+        for ring in 0..rings {
+            guest.start(ring);
+        }
+        self.turn()?;
+        guest.listen();
+        Some(())
+    }
+
     /// Does what there is to do, within bounds; `None` once the connection has ended.
     pub fn turn(&mut self) -> Option<()> {
         match self {

@@ -12,7 +12,7 @@ use super::{DNS, HTTP, Netstack};
 use crate::config::{DnsAt, Transport};
 use crate::drop_reason::DropReason;
 use crate::fragments::Piece;
-use crate::host::{Datagram, Echo, FlowId, Handled, HostTarget, Reach, Served, Service};
+use crate::host::{Datagram, Echo, FlowId, Handled, HostTarget, METADATA_V6, Reach, Served, Service};
 use crate::icmp::{self, Fault, Unreachable};
 use crate::ndp;
 use crate::switch::Destination;
@@ -412,8 +412,6 @@ impl Netstack {
     }
 
     fn host_view_v6(&self, ip: Ipv6Addr) -> Result<Ipv6Addr, DropReason> {
-        /// Amazon's metadata service.
-        const METADATA: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
         let Some(config) = &self.config.ipv6 else { return Err(DropReason::Forbidden) };
         if ip == config.host_alias && self.config.host_loopback {
             return Ok(Ipv6Addr::LOCALHOST);
@@ -425,7 +423,7 @@ impl Netstack {
             _ => None,
         };
         if self.config.is_ours(ip.into())
-            || (ip == METADATA && !self.config.metadata)
+            || (ip == METADATA_V6 && !self.config.metadata)
             || inner.is_some_and(|v4| self.host_view_v4(v4) == Err(DropReason::Forbidden))
         {
             return Err(DropReason::Forbidden);

@@ -1,6 +1,6 @@
 //! `/services/forwarder/*`: the ports of gvproxy's callers, and unix sockets of the host.
 //!
-//! A guest that asks publishes ports of its own address, at most [`GUEST_PORTS`], on the host's loopback (in the gvproxy
+//! A guest that asks publishes ports of its own address, at most [`GUEST_PORTS`](crate::publish::GUEST_PORTS), on the host's loopback (in the gvproxy
 //! personality also on every address, by `:PORT`), and no unix sockets. It sees and takes away what it published itself, and
 //! nothing that the operator did for it.
 //! ```text
@@ -26,9 +26,6 @@ use crate::publish::spec::{Bind, GuestName, HostEnd, PublishSpec};
 use crate::publish::{IN_USE, NOT_HERE, PRIVILEGE};
 use crate::request::{PublishError, Request};
 use crate::ssh::{ForwardError, Remote};
-
-/// Ports one guest may publish by itself.
-pub(crate) const GUEST_PORTS: usize = 256;
 
 #[derive(Serialize)]
 struct Exposed {
